@@ -1,0 +1,22 @@
+"""Saving, resuming and stopping."""
+
+import dataclasses
+
+from megatron.config.fields import option
+
+
+@dataclasses.dataclass
+class CheckpointConfig:
+    """Checkpoints are topology-free, atomic and verified on load."""
+
+    save: str | None = option(None, "Folder to save checkpoints in.", metavar="DIR")
+    load: str | None = option(
+        None, "Folder to resume from: its latest checkpoint, or one checkpoint's own folder. An empty folder starts anew.",
+        metavar="DIR",
+    )  # fmt: skip
+    save_interval: int = option(
+        1000, "Save every this many updates of the full global batch (counted in tokens); 0 only at the end."
+    )
+    keep_last: int = option(0, "Keep this many newest checkpoints and delete older ones; 0 keeps all.")
+    async_save: bool = option(False, "Write checkpoints in the background while training goes on.")
+    exit_duration_in_mins: float | None = option(None, "Save and exit after this many minutes.")

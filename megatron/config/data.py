@@ -1,0 +1,28 @@
+"""Where the tokens come from."""
+
+import dataclasses
+
+from megatron.config.fields import option
+
+TOKENIZERS = ("GPT2BPETokenizer", "SentencePieceTokenizer", "HFTokenizer")
+
+
+@dataclasses.dataclass
+class DataConfig:
+    """Preprocessed .bin/.idx datasets and the tokenizer that made them."""
+
+    data_path: tuple[str, ...] = option(
+        (), "Dataset prefix (PREFIX.bin, PREFIX.idx), or a blend: WEIGHT PREFIX WEIGHT PREFIX ...", nargs="+",
+        metavar="PREFIX",
+    )  # fmt: skip
+    split: str = option("98,2,0", "Shares of documents for training, validation and test.")
+    data_cache_path: str | None = option(
+        None, "Folder of the sample-index cache (default: a folder beside the dataset).", metavar="DIR"
+    )
+    tokenizer_type: str = option("GPT2BPETokenizer", "Kind of tokenizer.", choices=TOKENIZERS)
+    vocab_file: str | None = option(None, "GPT2BPETokenizer: vocab.json.", metavar="FILE")
+    merge_file: str | None = option(None, "GPT2BPETokenizer: merges.txt.", metavar="FILE")
+    tokenizer_model: str | None = option(
+        None, "SentencePieceTokenizer: the .model file. HFTokenizer: the tokenizer.json file.", metavar="FILE"
+    )
+    num_workers: int = option(2, "Processes that load data for each rank; 0 loads in the rank itself.")

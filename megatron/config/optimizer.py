@@ -1,0 +1,29 @@
+"""AdamW, its learning-rate schedule in tokens, and numeric precision."""
+
+import dataclasses
+
+from megatron.config.fields import option, parse_count
+
+
+@dataclasses.dataclass
+class OptimizerConfig:
+    """AdamW with decoupled weight decay (none on biases and norms) behind ZeRO-1."""
+
+    lr: float = option(3e-4, "Peak learning rate.")
+    min_lr: float = option(0.0, "Learning rate at the end of the decay and after it.")
+    lr_warmup_tokens: int = option(0, "Tokens over which the learning rate rises linearly.", parse=parse_count)
+    lr_decay_tokens: int | None = option(
+        None, "Tokens, warm-up included, after which --min-lr is reached (default: --train-tokens).", parse=parse_count
+    )
+    lr_decay_style: str = option("cosine", "Shape of the decay.", choices=("cosine", "linear", "constant"))
+    weight_decay: float = option(0.1, "Decoupled weight decay.")
+    adam_beta1: float = option(0.9, "Decay of the first moment.")
+    adam_beta2: float = option(0.95, "Decay of the second moment.")
+    adam_eps: float = option(1e-8, "Added to the root of the second moment.")
+    clip_grad: float = option(1.0, "Largest global gradient norm; 0 turns clipping off.")
+    precision: str = option("bf16", "Number format of weights and activations.", choices=("bf16", "fp16", "fp32"))
+    loss_scale: float = option(0.0, "fp16: a fixed loss scale; 0 is the dynamic one.")
+    initial_loss_scale_power: int = option(16, "fp16: the dynamic loss scale starts at 2 to this power.")
+    loss_scale_window: int = option(1000, "fp16: good steps after which the loss scale doubles.")
+    min_loss_scale: float = option(1.0, "fp16: the smallest loss scale.")
+    hysteresis: int = option(2, "fp16: overflows in a row before the loss scale is halved.")
