@@ -11,7 +11,7 @@ class CheckpointConfig:
 
     save: str | None = option(None, "Folder to save checkpoints in.", metavar="DIR")
     load: str | None = option(
-        None, "Folder to resume from: its latest checkpoint, or one checkpoint's own folder. An empty folder starts anew.",
+        None, "Folder to resume from (its latest checkpoint) or one checkpoint's own folder; an empty one starts anew.",
         metavar="DIR",
     )  # fmt: skip
     save_interval: int = option(

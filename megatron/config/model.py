@@ -17,7 +17,7 @@ class ModelConfig:
     max_position_embeddings: int | None = option(None, "Rows of the position table (default: --seq-length).")
     make_vocab_size_divisible_by: int = option(128, "The vocabulary is padded to a multiple of this.")
     init_method_std: float = option(0.02, "Standard deviation of the initial weights.")
-    hidden_dropout: float = option(0.1, "Dropout on embeddings and on the outputs of attention and feed-forward layers.")
+    hidden_dropout: float = option(0.1, "Dropout on embeddings and on the output of each attention and feed-forward.")
     attention_dropout: float = option(0.1, "Dropout on attention probabilities.")
     layernorm_epsilon: float = option(1e-5, "Epsilon of the layer norms.")
 
