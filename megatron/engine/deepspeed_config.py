@@ -1,0 +1,110 @@
+"""The DeepSpeed configuration of a run: from the flags, and from the user's own JSON file."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron.config import RunConfig
+from megatron.config.validation import ConfigError
+
+# What the flags decide already; a user's file may repeat it, not change it.
+_OURS_ALONE = {
+    "optimizer": "use --lr, --weight-decay, --adam-beta1 and their like",
+    "scheduler": "use --lr-decay-style, --lr-warmup-tokens and --lr-decay-tokens",
+    "pipeline": "pipeline parallelism is not set in DeepSpeed's file",
+}
+
+
+def from_flags(config: RunConfig, data_parallel_size: int) -> dict[str, Any]:
+    """DeepSpeed's configuration as the flags define it."""
+    optimizer = config.optimizer
+    settings: dict[str, Any] = {
+        "train_batch_size": config.training.micro_batch_size * data_parallel_size,
+        "train_micro_batch_size_per_gpu": config.training.micro_batch_size,
+        "gradient_accumulation_steps": 1,  # the engine marks the last micro-batch itself: batches may ramp up
+        "gradient_clipping": optimizer.clip_grad,
+        "zero_optimization": {"stage": 1},
+        "steps_per_print": None,
+        "zero_allow_untested_optimizer": True,
+    }
+    if optimizer.precision == "bf16":
+        settings["bf16"] = {"enabled": True}
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+    if optimizer.precision == "fp16":
+        settings["fp16"] = {
+            "enabled": True,
+            "loss_scale": optimizer.loss_scale,
+            "initial_scale_power": optimizer.initial_loss_scale_power,
+            "loss_scale_window": optimizer.loss_scale_window,
+            "hysteresis": optimizer.hysteresis,
+            "min_loss_scale": optimizer.min_loss_scale,
+        }
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+    return settings
+
+
+def merge(ours: dict[str, Any], theirs: dict[str, Any], config: RunConfig, where: str) -> dict[str, Any]:
+    """Add a user's settings to ours.
+
+    Raises:
+        ConfigError: a setting contradicts the flags. ``"auto"`` agrees with everything, and the batch sizes may be
+            given for the whole run (``train_batch_size`` as --global-batch-size).
+    """
+    problems = []
+    for key, advice in _OURS_ALONE.items():
+        if key in theirs:
+            problems.append(f"{where}: {key!r} is set by flags here; remove it and {advice}")
+    batch = {"train_batch_size": config.training.global_batch_size}
+    steps = theirs.get("gradient_accumulation_steps", "auto")
+    whole_run = config.training.global_batch_size // ours["train_batch_size"]
+    if steps not in ("auto", 1, whole_run):
+        problems.append(
+            f"{where}: gradient_accumulation_steps is {steps}, but global batch {config.training.global_batch_size} / "
+            f"(micro batch x processes {ours['train_batch_size']}) = {whole_run}; set it to {whole_run} or 'auto'"
+        )
+
+    def add(into: dict[str, Any], extra: dict[str, Any], path: str) -> dict[str, Any]:
+        merged = dict(into)
+        for key, value in extra.items():
+            name = f"{path}{key}"
+            if name in _OURS_ALONE or name == "gradient_accumulation_steps" or value == "auto":
+                continue
+            if isinstance(value, dict):
+                merged[key] = add(merged.get(key, {}), value, f"{name}.")
+                continue
+            expected = batch.get(name, merged.get(key))
+            if (name in batch or key in into) and expected is not None and value != expected:
+                problems.append(f"{where}: {name} is {value!r}, but the flags say {expected!r}; make them agree")
+            elif name not in batch:
+                merged[key] = value
+        return merged
+
+    merged = add(ours, theirs, "")
+    for precision in ("fp16", "bf16"):
+        if theirs.get(precision, {}).get("enabled") is True and config.optimizer.precision != precision:
+            problems.append(
+                f"{where}: {precision}.enabled is true, but the flags say {config.optimizer.precision}; "
+                f"add --{precision}"
+            )
+    if problems:
+        raise ConfigError(problems)
+    return merged
+
+
+def build(config: RunConfig, data_parallel_size: int) -> dict[str, Any]:
+    """DeepSpeed's configuration of a run, the user's ``--deepspeed_config`` file merged in.
+
+    Raises:
+        ConfigError: the file is missing, is no JSON object, or contradicts the flags.
+    """
+    ours = from_flags(config, data_parallel_size)
+    if config.parallel.deepspeed_config is None:
+        return ours
+    path = Path(config.parallel.deepspeed_config)
+    try:
+        theirs = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ConfigError([f"--deepspeed_config {path}: {error}; give a readable JSON file"]) from None
+    if not isinstance(theirs, dict):
+        raise ConfigError([f"--deepspeed_config {path}: expected a JSON object, got {type(theirs).__name__}"])
+    return merge(ours, theirs, config, str(path))

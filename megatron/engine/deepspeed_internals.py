@@ -1,0 +1,113 @@
+"""Everything we use of DeepSpeed that is not its documented interface, in one place.
+
+Written for the DeepSpeed version pinned in setup.py. ``tests/engine/test_deepspeed_internals.py`` fails when an upgrade
+changes any of it.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+from deepspeed.moe.layer import MoE
+from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+from deepspeed.utils import groups
+from torch import nn
+
+
+class ExpertMarker(MoE):
+    """Tells DeepSpeed that a model has experts.
+
+    DeepSpeed treats expert parameters apart only if it finds one of its own MoE layers among the model's modules. Ours
+    is not one, so the model carries this empty one beside it.
+    """
+
+    def __init__(self, num_experts: int, expert_parallel_size: int) -> None:
+        nn.Module.__init__(self)
+        self.num_experts = num_experts
+        self.num_local_experts = num_experts // expert_parallel_size
+        self.ep_size = expert_parallel_size
+        self.expert_group_name = expert_group_name(expert_parallel_size)
+
+    def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
+        """Nothing to do: the groups exist already."""
+
+
+def expert_group_name(expert_parallel_size: int) -> str:
+    """DeepSpeed's name of the groups for one degree of expert parallelism."""
+    return f"ep_size_{expert_parallel_size}"
+
+
+def create_expert_groups(expert_parallel_size: int) -> None:
+    """Make DeepSpeed's expert-parallel and expert-data-parallel groups."""
+    if expert_group_name(expert_parallel_size) not in groups._get_expert_parallel_group_dict():
+        groups._create_expert_and_data_parallel(expert_parallel_size)
+
+
+def forget_expert_groups() -> None:
+    """Drop the groups of an earlier engine in this process; torch has destroyed them."""
+    groups._EXPERT_PARALLEL_GROUP.clear()
+    groups._EXPERT_DATA_PARALLEL_GROUP.clear()
+
+
+def mark_expert(parameter: nn.Parameter, expert_parallel_size: int) -> None:
+    """Mark a parameter as an expert's: reduced over its expert-data-parallel group alone."""
+    parameter.allreduce = False
+    parameter.group_name = expert_group_name(expert_parallel_size)
+
+
+def split_expert_groups(param_groups: list[dict]) -> list[dict]:
+    """Split optimizer groups so that none holds experts and other parameters together."""
+    return list(split_params_into_different_moe_groups_for_optimizer(param_groups))
+
+
+@dataclasses.dataclass(frozen=True)
+class Fragment:
+    """The stretch of one parameter whose fp32 weights and Adam moments this rank keeps (ZeRO-1).
+
+    ``start`` and ``numel`` address the flattened parameter; the tensors are one-dimensional views of ``numel`` elements
+    into the optimizer's own memory.
+    """
+
+    start: int
+    numel: int
+    master: torch.Tensor
+    exp_avg: torch.Tensor
+    exp_avg_sq: torch.Tensor
+
+
+def create_adam_state(adam: torch.optim.AdamW) -> None:
+    """Make the moments now instead of at the first step, so that a checkpoint can be loaded into them."""
+    for group in adam.param_groups:
+        for flat in group["params"]:
+            state = adam.state[flat]
+            if not state:
+                state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
+                state["exp_avg"] = torch.zeros_like(flat)
+                state["exp_avg_sq"] = torch.zeros_like(flat)
+
+
+def fragments(module: nn.Module, adam: torch.optim.AdamW) -> Iterator[tuple[str, nn.Parameter, Fragment | None]]:
+    """Each parameter of ``module`` with the fragment of it that this rank keeps (None when it keeps none).
+
+    ZeRO-1 lays the parameters of an optimizer group one after another in a flat tensor and gives each rank an equal
+    piece; what ``adam`` sees as the only parameter of the group is that piece.
+    """
+    for name, parameter in module.named_parameters():
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            yield name, parameter, None
+            continue
+        flat = adam.param_groups[mapping.param_group_index]["params"][0]
+        start, numel = mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel
+        state = adam.state[flat]
+        yield (
+            name,
+            parameter,
+            Fragment(
+                start=mapping.lp_fragment_address.start,
+                numel=numel,
+                master=flat.detach().narrow(0, start, numel),
+                exp_avg=state["exp_avg"].narrow(0, start, numel),
+                exp_avg_sq=state["exp_avg_sq"].narrow(0, start, numel),
+            ),
+        )

@@ -1,0 +1,221 @@
+"""The engine: one model, its optimizer, and what a training step is, behind a narrow seam over DeepSpeed."""
+
+import contextlib
+import dataclasses
+import logging
+import os
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from megatron.checkpoint import Box, ShardedTensor, flat_boxes
+from megatron.config import MoEConfig, RunConfig
+from megatron.engine.schedule import learning_rate
+from megatron.model.gpt import GPTModel
+from megatron.parallel.initialize import Topology
+
+MODEL, EXP_AVG, EXP_AVG_SQ = "model.", "exp_avg.", "exp_avg_sq."
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclasses.dataclass
+class LossSums:
+    """Sums over micro-batches, on the device; nothing is fetched until someone reads them.
+
+    ``losses`` is fp32 [4]: LM loss, aux loss, z-loss, micro-batches. ``counts`` holds one int64 [E] a MoE layer: tokens
+    routed to each expert. ``dropped`` is int64 [MoE layers].
+    """
+
+    losses: torch.Tensor
+    counts: list[torch.Tensor]
+    dropped: torch.Tensor
+
+    def __add__(self, other: "LossSums") -> "LossSums":
+        """Sums over the micro-batches of both."""
+        return LossSums(
+            self.losses + other.losses,
+            [mine + theirs for mine, theirs in zip(self.counts, other.counts, strict=True)],
+            self.dropped + other.dropped,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class StepResult:
+    """What one optimizer update did."""
+
+    sums: LossSums
+    grad_norm: float  # before clipping; inf when the update was skipped
+    lr: float
+    skipped: bool  # a gradient was not finite; weights and moments are as before
+
+
+class _TrainedModule(nn.Module):
+    """The model with its total loss, in the form DeepSpeed trains."""
+
+    def __init__(self, model: GPTModel, moe: MoEConfig, marker: nn.Module | None) -> None:
+        super().__init__()
+        self.model = model
+        self.moe = moe
+        self.marker = marker
+
+    def forward(self, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, LossSums]:
+        out = self.model(batch["tokens"], batch["labels"], batch["loss_mask"])
+        total = out.lm_loss + self.moe.moe_loss_coeff * out.aux_loss + self.moe.moe_z_loss_coeff * out.z_loss
+        losses = torch.stack([out.lm_loss, out.aux_loss, out.z_loss, torch.ones_like(out.lm_loss)]).detach()
+        return total, LossSums(losses, list(out.counts), out.dropped)
+
+
+def micro_batch_seed(seed: int, sample_index: int) -> int:
+    """Seed of everything random in the forward pass that starts with sample ``sample_index`` of the run.
+
+    Dropout and routing depend on the run's seed and on the data alone, not on how often a generator was used before:
+    a resumed run repeats them exactly, and so does another parallel layout.
+    """
+    return random.Random(f"{seed}/{sample_index}").getrandbits(63)
+
+
+class Engine:
+    """Trains a model: forward, backward, gradient reduction, clipping, ZeRO-1 update; and gives its state away."""
+
+    def __init__(self, model: GPTModel, config: RunConfig, topology: Topology) -> None:
+        os.environ.setdefault("DS_ACCELERATOR", topology.device.type)
+        import deepspeed
+        from deepspeed.utils import logger as deepspeed_logger
+
+        from megatron.engine import deepspeed_config, deepspeed_internals
+        from megatron.engine.optimizer import build_adam
+
+        deepspeed_logger.setLevel(logging.WARNING)
+        self._internals = deepspeed_internals
+        self._config = config
+        self._topology = topology
+        self._decay_tokens = config.optimizer.lr_decay_tokens or config.training.train_tokens or 1
+        self._shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        self._experts = {name for name, p in model.named_parameters() if getattr(p, "is_expert", False)}
+        size = topology.expert_parallel_size
+        marker = None
+        deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
+        if config.moe.enabled:
+            deepspeed_internals.forget_expert_groups()
+            deepspeed_internals.create_expert_groups(size)
+            marker = deepspeed_internals.ExpertMarker(max(config.moe.num_experts), size)
+        model.to(topology.device)
+        self._adam = build_adam(model, config.optimizer, size)
+        self._engine, self._optimizer, _, _ = deepspeed.initialize(
+            model=_TrainedModule(model, config.moe, marker),
+            optimizer=self._adam,
+            config=deepspeed_config.build(config, topology.data_parallel_size),
+            dist_init_required=False,
+        )
+        deepspeed_internals.create_adam_state(self._adam)
+        self.model = model
+
+    def train_step(self, micro_batches: Sequence[Mapping[str, Any]], tokens_after: int) -> StepResult:
+        """One optimizer update.
+
+        Args:
+            micro_batches: this rank's share of the global batch; every rank passes the same number. Each has
+                ``tokens``, ``labels`` and ``loss_mask`` of shape [B, S] and ``sample_index``, the number of its first sample.
+            tokens_after: consumed tokens of the run once this batch is done; decides the learning rate.
+        """
+        lr = learning_rate(self._config.optimizer, tokens_after, self._decay_tokens)
+        for group in self._adam.param_groups:
+            group["lr"] = lr
+        self._engine.train()
+        sums: LossSums | None = None
+        for number, batch in enumerate(micro_batches, start=1):
+            self._engine.set_gradient_accumulation_boundary(number == len(micro_batches))
+            torch.manual_seed(micro_batch_seed(self._config.training.seed, int(batch["sample_index"])))
+            loss, new = self._engine(self._to_device(batch))
+            self._engine.backward(loss / len(micro_batches), scale_wrt_gas=False)
+            sums = new if sums is None else sums + new
+        if sums is None:
+            raise ValueError("a step needs at least one micro-batch; got none")
+        self._engine.step()
+        return StepResult(sums, float(self._optimizer._global_grad_norm), lr, bool(self._optimizer.overflow))
+
+    @torch.no_grad()
+    def eval_step(self, batch: Mapping[str, Any]) -> LossSums:
+        """Losses of one micro-batch in evaluation mode; nothing changes and nothing is random."""
+        self._engine.eval()
+        return self._engine.module(self._to_device(batch))[1]
+
+    def _to_device(self, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        return {
+            key: batch[key].to(self._topology.device, non_blocking=True) for key in ("tokens", "labels", "loss_mask")
+        }
+
+    # ------------------------------------------------------------------------------------------------- state
+
+    def _global_shape(self, name: str) -> tuple[int, ...]:
+        shape = self._shapes[name]
+        return (shape[0] * self._topology.expert_parallel_size, *shape[1:]) if name in self._experts else shape
+
+    def _boxes(self, name: str, start: int, flat: torch.Tensor) -> list[Box]:
+        """Cut ``flat``, which lies at ``start`` of this rank's flattened parameter, into boxes of the global tensor."""
+        shape = self._shapes[name]
+        first_row = shape[0] * self._topology.expert_parallel_rank if name in self._experts else 0
+        boxes = []
+        for offsets, sizes, at in flat_boxes(shape, start, flat.numel()):
+            count = torch.Size(sizes).numel()
+            offsets = (offsets[0] + first_row, *offsets[1:])
+            boxes.append(Box(offsets, flat.narrow(0, at, count).view(sizes)))
+        return boxes
+
+    def _fragments(self):
+        return self._internals.fragments(self.model, self._adam)
+
+    def saved_tensors(self) -> list[ShardedTensor]:
+        """This rank's share of the fp32 weights and Adam moments, as views: nothing is copied or communicated."""
+        entries = []
+        for name, _, fragment in self._fragments():
+            if fragment is None:
+                continue
+            parts = ((MODEL, fragment.master), (EXP_AVG, fragment.exp_avg), (EXP_AVG_SQ, fragment.exp_avg_sq))
+            for prefix, flat in parts:
+                boxes = self._boxes(name, fragment.start, flat)
+                entries.append(ShardedTensor(prefix + name, self._global_shape(name), torch.float32, boxes))
+        return entries
+
+    @contextlib.contextmanager
+    def loading(self):
+        """Yields the tensors to load into; on leaving without an error the loaded weights are taken over.
+
+        Weights are read in full (each rank computes with all of its parameters), moments only as far as this rank
+        keeps them.
+        """
+        entries, weights = [], {}
+        for name, parameter, fragment in self._fragments():
+            weights[name] = torch.empty(parameter.shape, dtype=torch.float32)
+            whole = self._boxes(name, 0, weights[name].view(-1))
+            entries.append(ShardedTensor(MODEL + name, self._global_shape(name), torch.float32, whole))
+            if fragment is None:
+                continue
+            for prefix, flat in ((EXP_AVG, fragment.exp_avg), (EXP_AVG_SQ, fragment.exp_avg_sq)):
+                boxes = self._boxes(name, fragment.start, flat)
+                entries.append(ShardedTensor(prefix + name, self._global_shape(name), torch.float32, boxes))
+        yield entries
+        with torch.no_grad():
+            for name, parameter, fragment in self._fragments():
+                parameter.copy_(weights[name])
+                if fragment is not None:
+                    fragment.master.copy_(weights[name].view(-1).narrow(0, fragment.start, fragment.numel))
+
+    def scalar_state(self) -> dict[str, Any]:
+        """What the optimizer keeps besides tensors, JSON-able."""
+        flat = self._adam.param_groups[0]["params"][0]
+        state: dict[str, Any] = {"adam_step": int(self._adam.state[flat]["step"])}
+        if self._config.optimizer.precision == "fp16":
+            scaler = self._optimizer.loss_scaler
+            state["loss_scaler"] = {k: v for k, v in vars(scaler).items() if isinstance(v, int | float | bool)}
+        return state
+
+    def load_scalar_state(self, state: Mapping[str, Any]) -> None:
+        """Take over what :meth:`scalar_state` gave."""
+        for entry in self._adam.state.values():
+            entry["step"].fill_(state["adam_step"])
+        if self._config.optimizer.precision == "fp16" and "loss_scaler" in state:
+            vars(self._optimizer.loss_scaler).update(state["loss_scaler"])

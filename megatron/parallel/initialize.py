@@ -1,0 +1,117 @@
+"""Start torch.distributed and build the process groups of a run."""
+
+import dataclasses
+import datetime
+import warnings
+
+import torch
+import torch.distributed as dist
+
+from megatron.config import ParallelConfig
+from megatron.parallel.groups import ExpertGroup
+from megatron.parallel.launch import Launch
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """The process groups of this rank.
+
+    Every process is a data-parallel rank. ``moe_expert_parallel_size`` neighbouring ranks share the experts between them;
+    ranks at the same place of such groups hold the same experts (expert-data-parallel).
+    """
+
+    launch: Launch
+    device: torch.device
+    expert_parallel_size: int
+    expert_parallel_rank: int
+    expert_parallel_group: dist.ProcessGroup | None
+    control_group: dist.ProcessGroup  # gloo: flags and file-system agreements, never on the GPU's queue
+
+    @property
+    def data_parallel_rank(self) -> int:
+        """Which share of each batch this rank works on."""
+        return self.launch.rank
+
+    @property
+    def data_parallel_size(self) -> int:
+        """How many ranks share a batch."""
+        return self.launch.world_size
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank speaks for the run."""
+        return self.launch.rank == 0
+
+    def expert_group(self, num_experts: int) -> ExpertGroup:
+        """The group over which a layer of ``num_experts`` experts is spread."""
+        if num_experts % self.expert_parallel_size:
+            raise ValueError(
+                f"{num_experts} experts cannot be spread evenly over {self.expert_parallel_size} processes"
+            )
+        return ExpertGroup(self.expert_parallel_size, self.expert_parallel_rank, self.expert_parallel_group)
+
+    def agree_max(self, value: int) -> int:
+        """The largest of every rank's ``value``."""
+        if self.launch.world_size == 1:
+            return value
+        tensor = torch.tensor(value)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.control_group)
+        return int(tensor)
+
+
+def choose_device(requested: str | None, local_rank: int) -> torch.device:
+    """The device of this rank: ``cuda:LOCAL_RANK``, or the CPU where there is no GPU or ``cpu`` is asked for."""
+    if requested == "cpu" or (requested is None and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ValueError("--device cuda was asked for, but torch finds no GPU; check the driver or use --device cpu")
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise ValueError(
+            f"process {local_rank} of this node has no GPU of its own: {count} visible; start {count} processes a node"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def initialize(config: ParallelConfig, launch: Launch, device: torch.device) -> Topology:
+    """Join all processes and build the groups. ``config`` must have been validated for ``launch.world_size``."""
+    timeout = datetime.timedelta(minutes=config.distributed_timeout_minutes)
+    backend = config.distributed_backend or ("nccl" if device.type == "cuda" else "gloo")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if launch.world_size == 1 and launch.master_port == 0:
+        store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True, wait_for_workers=False)
+        launch = dataclasses.replace(launch, master_port=store.port)
+        launch.export()
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+    else:
+        launch.export()
+        dist.init_process_group(backend, rank=launch.rank, world_size=launch.world_size, timeout=timeout)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+        from megatron.core import parallel_state
+
+    parallel_state.initialize_model_parallel(
+        expert_model_parallel_size=config.moe_expert_parallel_size,
+        distributed_timeout_minutes=max(1, int(config.distributed_timeout_minutes)),
+        create_gloo_process_groups=False,
+    )
+    size = config.moe_expert_parallel_size
+    return Topology(
+        launch=launch,
+        device=device,
+        expert_parallel_size=size,
+        expert_parallel_rank=parallel_state.get_expert_model_parallel_rank(),
+        expert_parallel_group=parallel_state.get_expert_model_parallel_group() if size > 1 else None,
+        control_group=dist.new_group(backend="gloo", timeout=timeout),
+    )
+
+
+def shut_down() -> None:
+    """Leave the process groups, so that the process ends without a warning."""
+    if not dist.is_initialized():
+        return
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()

@@ -1,0 +1,1 @@
+"""The training loop, validation, metrics, logs and signals."""

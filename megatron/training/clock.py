@@ -1,0 +1,60 @@
+"""The clock of a run: consumed samples, and everything that follows from them."""
+
+import dataclasses
+
+from megatron.config import TrainingConfig
+
+
+def global_batch_size(config: TrainingConfig, consumed_samples: int) -> int:
+    """Sequences of the update that starts after ``consumed_samples``.
+
+    With a ramp-up START INCREMENT SAMPLES the batch grows from START to the full size in steps of INCREMENT, each held
+    for the same number of samples (as in Megatron-LM).
+    """
+    full = config.global_batch_size
+    if config.rampup_batch_size is None:
+        return full
+    start, increment, samples = config.rampup_batch_size
+    if consumed_samples >= samples or start >= full:
+        return full
+    stages = (full - start) // increment
+    return min(start + increment * (consumed_samples * stages // samples), full)
+
+
+@dataclasses.dataclass
+class Clock:
+    """How far a run has come. ``samples`` decides; the rest is counted for people and for the optimizer."""
+
+    seq_length: int
+    samples: int = 0
+    steps: int = 0  # updates, skipped ones included
+    skipped: int = 0  # updates skipped for a non-finite gradient
+
+    @property
+    def tokens(self) -> int:
+        """Consumed tokens."""
+        return self.samples * self.seq_length
+
+    def crosses(self, next_samples: int, interval: int, batch: int) -> bool:
+        """Whether going to ``next_samples`` passes a multiple of ``interval`` full batches of ``batch`` sequences.
+
+        Intervals are given in updates but measured in samples, so that a run with a batch ramp-up validates and saves
+        at the same tokens as one without.
+        """
+        return interval > 0 and self.samples // (interval * batch) != next_samples // (interval * batch)
+
+    def state(self) -> dict[str, int]:
+        """JSON-able state."""
+        return dataclasses.asdict(self)
+
+
+def total_samples(config: TrainingConfig, seq_length: int) -> int:
+    """Samples of the whole run: as many whole batches as it takes to reach ``--train-tokens``."""
+    samples = 0
+    wanted = -(-(config.train_tokens or 0) // seq_length)
+    ramp_end = config.rampup_batch_size[2] if config.rampup_batch_size else 0
+    while samples < min(ramp_end, wanted):
+        samples += global_batch_size(config, samples)
+    if samples < wanted:
+        samples += -(-(wanted - samples) // config.global_batch_size) * config.global_batch_size
+    return samples

@@ -1,0 +1,112 @@
+"""From a configuration to a finished run."""
+
+import dataclasses
+import sys
+
+import torch
+
+from megatron.checkpoint import CheckpointError, latest, load, read_meta
+from megatron.config import RunConfig
+from megatron.config.flags import to_dict
+from megatron.config.validation import validate
+from megatron.data.gpt_dataset import build_datasets
+from megatron.data.tokenizer import Tokenizer, build_tokenizer
+from megatron.engine import deepspeed_config
+from megatron.engine.engine import Engine
+from megatron.model.gpt import GPTModel
+from megatron.parallel.initialize import Topology, choose_device, initialize, shut_down
+from megatron.parallel.launch import Launch
+from megatron.planning.parameters import count_parameters
+from megatron.training.clock import Clock, total_samples
+from megatron.training.report import Report
+from megatron.training.resume import check, clock_from
+from megatron.training.trainer import Trainer, TrainingDiverged
+
+
+def pretrain(config: RunConfig) -> int:
+    """Train as ``config`` says. Returns the exit status; what the user can mend is printed, not raised."""
+    launch = Launch.from_environment()
+    try:
+        validate(config, launch.world_size)
+        deepspeed_config.build(config, launch.world_size)
+        device = choose_device(config.training.device, launch.local_rank)
+    except ValueError as error:  # the same on every rank
+        if launch.rank == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    try:
+        _run(config, initialize(config.parallel, launch, device))
+    except (ValueError, OSError, TrainingDiverged, CheckpointError) as error:
+        # The process groups are left as they are: other ranks may be inside a collective, and the starter ends them.
+        print(f"error on rank {launch.rank}: {error}", file=sys.stderr, flush=True)
+        return 1
+    shut_down()
+    return 0
+
+
+def _run(config: RunConfig, topology: Topology) -> None:
+    tokenizer = build_tokenizer(config.data)
+    vocab_size = config.model.padded_vocab_size(tokenizer.vocab_size)
+    samples = total_samples(config.training, config.model.seq_length)
+    valid_samples = config.training.eval_iters * config.training.global_batch_size
+    train_data, valid_data, _ = build_datasets(config, tokenizer, (samples, valid_samples, 0))
+
+    source = None if config.checkpoint.load is None else latest(config.checkpoint.load)
+    meta = None if source is None else read_meta(source)
+    warnings = [] if meta is None else check(meta, config, vocab_size, tokenizer)
+
+    model = GPTModel(
+        config.model,
+        config.moe,
+        vocab_size,
+        topology.expert_group,
+        seed=config.training.seed,
+        checkpoint_activations=config.training.checkpoint_activations,
+    )
+    engine = Engine(model, config, topology)
+    clock = Clock(config.model.seq_length)
+    if meta is not None:
+        with engine.loading() as tensors:
+            load(source, tensors, group=topology.control_group)
+        engine.load_scalar_state(meta["optimizer"])
+        clock = clock_from(meta)
+
+    name = config.logging.run_name or "gpt"
+    report = Report(config.logging, name, config.checkpoint.save, topology.is_first)
+    try:
+        _announce(report, config, topology, tokenizer, clock, vocab_size, name, resumed=meta is not None)
+        if topology.is_first:
+            for warning in warnings:
+                print(f"warning: this run differs from the checkpoint's: {warning}", flush=True)
+        Trainer(config, topology, engine, tokenizer, (train_data, valid_data), clock, report, vocab_size).run()
+    finally:
+        report.close()
+
+
+def _announce(
+    report: Report,
+    config: RunConfig,
+    topology: Topology,
+    tokenizer: Tokenizer,
+    clock: Clock,
+    vocab_size: int,
+    name: str,
+    resumed: bool,
+) -> None:
+    count = count_parameters(config.model, config.moe, vocab_size)
+    report.write(
+        "run",
+        step=clock.steps,
+        tokens=clock.tokens,
+        train_tokens=total_samples(config.training, config.model.seq_length) * config.model.seq_length,
+        name=name,
+        parameters=count.total,
+        active_parameters=count.active,
+        vocab_size=tokenizer.vocab_size,
+        world_size=topology.launch.world_size,
+        expert_parallel=topology.expert_parallel_size,
+        device=torch.cuda.get_device_name(topology.device) if topology.device.type == "cuda" else "cpu",
+        precision=config.optimizer.precision,
+        resumed_at_tokens=clock.tokens if resumed else None,
+        config=to_dict(dataclasses.replace(config)),
+    )

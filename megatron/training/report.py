@@ -1,0 +1,219 @@
+"""Where the figures of a run go: the console, a JSON-lines file, TensorBoard, Weights & Biases."""
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron.config import LoggingConfig
+
+
+class Writer(Protocol):
+    """Takes one record at a time."""
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Write a record; ``record["kind"]`` is run, train, valid, save or stop."""
+
+    def close(self) -> None:
+        """Flush and close."""
+
+
+def human(count: float) -> str:
+    """``2400000`` as ``2.4M``."""
+    for factor, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= factor:
+            return f"{count / factor:.3g}{letter}"
+    return f"{count:.3g}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as ``2d03h``, ``1h05m``, ``4m10s`` or ``9s``."""
+    seconds = int(seconds)
+    if seconds >= 86400:
+        return f"{seconds // 86400}d{seconds % 86400 // 3600:02d}h"
+    if seconds >= 3600:
+        return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
+    return f"{seconds // 60}m{seconds % 60:02d}s" if seconds >= 60 else f"{seconds}s"
+
+
+class Console:
+    """One line a record for people."""
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Print the record's line at once."""
+        line = getattr(self, f"_{record['kind']}")(record)
+        print(line, flush=True)
+
+    def close(self) -> None:
+        """Nothing is held back."""
+        sys.stdout.flush()
+
+    @staticmethod
+    def _progress(record: dict[str, Any]) -> str:
+        return f"step {record['step']:>6} | {human(record['tokens'])}/{human(record['train_tokens'])} tokens"
+
+    def _run(self, record: dict[str, Any]) -> str:
+        start = "starting" if record["resumed_at_tokens"] is None else f"resuming at {human(record['tokens'])} tokens"
+        return (
+            f"{record['name']}: {human(record['parameters'])} parameters, {human(record['active_parameters'])} active a "
+            f"token; {record['world_size']} process(es) on {record['device']}, expert parallel {record['expert_parallel']}, "
+            f"{record['precision']}; {start}"
+        )
+
+    def _train(self, record: dict[str, Any]) -> str:
+        parts = [self._progress(record)]
+        if record["loss"] is None:
+            parts.append("loss not finite")
+        else:
+            parts.append(f"loss {record['loss']:.4f}")
+            if "experts" in record:
+                parts.append(f"aux {record['aux_loss']:.3f}")
+        parts.append(f"grad {record['grad_norm']:.3f} | lr {record['lr']:.2e}")
+        parts.append(f"{human(record['tokens_per_second'])} tok/s | {record['tflops_per_device']:.3g} TFLOP/s")
+        if record["mfu"] is not None:
+            parts.append(f"MFU {record['mfu']:.1%}")
+        parts.append(f"{record['memory_gb']:.1f} GB")
+        if "experts" in record:
+            experts = record["experts"]
+            parts.append(
+                f"experts max/mean {max(experts['load']):.2f} drop {max(experts['dropped']):.1%} dead {sum(experts['dead'])}"
+            )
+        if record["skipped"]:
+            parts.append(f"skipped {record['skipped']}")
+        parts.append(f"eta {duration(record['eta_seconds'])}")
+        return " | ".join(parts)
+
+    def _valid(self, record: dict[str, Any]) -> str:
+        return (
+            f"{self._progress(record)} | validation loss {record['loss']:.4f} | perplexity {record['perplexity']:.2f}"
+        )
+
+    def _save(self, record: dict[str, Any]) -> str:
+        how = "in the background" if record["background"] else f"in {record['seconds']:.1f} s"
+        return f"{self._progress(record)} | saved {record['folder']} {how}"
+
+    def _stop(self, record: dict[str, Any]) -> str:
+        return f"{self._progress(record)} | stopped: {record['reason']}"
+
+
+class JsonLines:
+    """One JSON object a line; plots and tools read it."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append the record and flush. Numbers that are not finite become null: they are no JSON."""
+        self._file.write(json.dumps(_finite(record)) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+def scalars(record: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a train or valid record as ``train/loss``, ``train/experts/load/layer1`` and so on."""
+    flat: dict[str, float] = {}
+
+    def walk(prefix: str, value: Any) -> None:
+        if isinstance(value, bool) or value is None:
+            return
+        if isinstance(value, int | float):
+            flat[prefix] = float(value)
+        elif isinstance(value, dict):
+            for key, item in value.items():
+                walk(f"{prefix}/{key}", item)
+        elif isinstance(value, list):
+            for number, item in enumerate(value):
+                walk(f"{prefix}/moe{number}", item)
+
+    if record["kind"] in ("train", "valid"):
+        walk(record["kind"], {k: v for k, v in record.items() if k not in ("kind", "tokens", "train_tokens")})
+    return flat
+
+
+class TensorBoard:
+    """Scalars over consumed tokens."""
+
+    def __init__(self, folder: str) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(folder)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Add the record's numbers at its tokens."""
+        for name, value in scalars(record).items():
+            self._writer.add_scalar(name, value, record["tokens"])
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """Scalars over consumed tokens, on Weights & Biases."""
+
+    def __init__(self, project: str, name: str) -> None:
+        try:
+            import wandb
+        except ImportError:
+            raise ValueError("--wandb-project needs Weights & Biases; run: pip install 'megatron-moe[wandb]'") from None
+        self._run = wandb.init(project=project, name=name, resume="allow")
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Log the record's numbers; a run record becomes the run's configuration."""
+        if record["kind"] == "run":
+            self._run.config.update(record["config"], allow_val_change=True)
+        elif values := scalars(record):
+            self._run.log(values | {"tokens": record["tokens"]})
+
+    def close(self) -> None:
+        """Finish the run."""
+        self._run.finish()
+
+
+class Report:
+    """Sends records to all writers of a run, from the first rank only, and knows how long the run will still take."""
+
+    def __init__(self, config: LoggingConfig, name: str, save: str | None, is_first: bool) -> None:
+        self._writers: list[Writer] = []
+        self._started: tuple[float, int] | None = None
+        if not is_first:
+            return
+        self._writers.append(Console())
+        if config.log_file or save:
+            self._writers.append(JsonLines(Path(config.log_file or Path(save or ".") / "metrics.jsonl")))
+        if config.tensorboard_dir:
+            self._writers.append(TensorBoard(config.tensorboard_dir))
+        if config.wandb_project:
+            self._writers.append(WeightsAndBiases(config.wandb_project, name))
+
+    def write(self, kind: str, *, step: int, tokens: int, train_tokens: int, **values: Any) -> None:
+        """Write one record of ``kind`` at ``tokens`` consumed tokens of ``train_tokens``."""
+        record = {"kind": kind, "step": step, "tokens": tokens, "train_tokens": train_tokens, **values}
+        if kind == "run":
+            self._started = (time.perf_counter(), tokens)
+        if kind == "train" and self._started:
+            since, first = self._started
+            record["eta_seconds"] = (time.perf_counter() - since) / max(tokens - first, 1) * (train_tokens - tokens)
+        for writer in self._writers:
+            writer.write(record)
+
+    def close(self) -> None:
+        """Close every writer."""
+        for writer in self._writers:
+            writer.close()

@@ -1,0 +1,163 @@
+"""The training loop."""
+
+import dataclasses
+import itertools
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron.checkpoint import AsyncSaver, save
+from megatron.config import RunConfig
+from megatron.data.gpt_dataset import batches
+from megatron.data.tokenizer import Tokenizer
+from megatron.engine.engine import Engine, StepResult
+from megatron.parallel.initialize import Topology
+from megatron.planning.flops import model_flops_per_token, peak_tflops
+from megatron.training.clock import Clock, global_batch_size, total_samples
+from megatron.training.evaluation import evaluate
+from megatron.training.metrics import StepWindow
+from megatron.training.report import Report
+from megatron.training.resume import describe
+from megatron.training.signals import StopRequest
+
+
+class TrainingDiverged(RuntimeError):
+    """Too many updates in a row had a loss or gradient that is not finite."""
+
+
+class Trainer:
+    """Trains from where ``clock`` stands to the end of the run, or until it is asked to stop."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        topology: Topology,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        datasets: tuple[Any, Any],
+        clock: Clock,
+        report: Report,
+        vocab_size: int,
+    ) -> None:
+        self.config, self.topology, self.engine, self.clock, self.report = config, topology, engine, clock, report
+        self._tokenizer, self._vocab_size = tokenizer, vocab_size
+        self._train_data, self._valid_data = datasets
+        self._total = total_samples(config.training, config.model.seq_length)
+        self._saver = AsyncSaver(topology.control_group) if config.checkpoint.async_save else None
+        self._last_saved: Path | None = None
+        self._skipped_in_a_row = 0
+        self._window = StepWindow(
+            model_flops_per_token(config.model, config.moe, vocab_size),
+            config.logging.peak_tflops or peak_tflops(_device_name(topology), config.optimizer.precision),
+            topology.data_parallel_size,
+        )
+
+    def run(self) -> None:
+        """Train. Returns after the last update, or after a checkpoint when asked to stop early."""
+        stop = StopRequest(self.topology, self.config.checkpoint.exit_duration_in_mins)
+        try:
+            self._loop(stop)
+            if self._saver:
+                self._saver.wait()
+        finally:
+            stop.restore()
+
+    def _loop(self, stop: StopRequest) -> None:
+        limit, seq = self.config.checkpoint.exit_tokens, self.config.model.seq_length
+        end = self._total if limit is None else min(self._total, math.ceil(limit / seq))
+        data = self._micro_batches(self._train_data, self.clock.samples, self.config.data.num_workers)
+        batch = self.config.training.global_batch_size
+        reason = None
+        while self.clock.samples < end and reason is None:
+            size = global_batch_size(self.config.training, self.clock.samples)
+            now = self.clock.samples + size
+            result = self.engine.train_step(list(itertools.islice(data, self._share(size))), now * seq)
+            validate = self.clock.crosses(now, self.config.training.eval_interval, batch)
+            keep = self.clock.crosses(now, self.config.checkpoint.save_interval, batch)
+            self.clock.samples = now
+            self.clock.steps += 1
+            self._watch(result, size)
+            done = now >= end
+            if done or self.clock.steps % self.config.logging.log_interval == 0:
+                self._log("train", **self._window.take())
+            if (validate and self.config.training.eval_interval) or now >= self._total:
+                self._validate()
+            reason = stop.agreed()
+            if keep or done or reason:
+                self._save(in_background=not (done or reason))
+        if reason or self.clock.samples < self._total:
+            self._log("stop", reason=reason or f"--exit-tokens {limit}")
+
+    def _share(self, size: int) -> int:
+        """Micro-batches of this rank in a global batch of ``size`` sequences."""
+        return size // (self.config.training.micro_batch_size * self.topology.data_parallel_size)
+
+    def _micro_batches(self, dataset: Any, consumed_samples: int, workers: int) -> Iterator[dict[str, Any]]:
+        config = dataclasses.replace(self.config, data=dataclasses.replace(self.config.data, num_workers=workers))
+        rank, size = self.topology.data_parallel_rank, self.topology.data_parallel_size
+        return iter(batches(dataset, config, rank, size, consumed_samples))
+
+    def _watch(self, result: StepResult, size: int) -> None:
+        self._window.add(result, size * self.config.model.seq_length)
+        if not result.skipped:
+            self._skipped_in_a_row = 0
+            return
+        self.clock.skipped += 1
+        self._skipped_in_a_row += 1
+        most = self.config.training.max_skipped_updates
+        # fp16 finds its loss scale by overflowing; only at the smallest scale is a skipped update a failure
+        if self._skipped_in_a_row > most:
+            raise TrainingDiverged(
+                f"{self._skipped_in_a_row} updates in a row had a loss or gradient that is not finite "
+                f"(--max-skipped-updates {most}), at {self.clock.tokens} tokens. "
+                f"Last good checkpoint: {self._last_saved or self.config.checkpoint.load or 'none'}. "
+                "Resume from it with a lower --lr or a longer --lr-warmup-tokens, or look at the data of these steps"
+            )
+
+    def _validate(self) -> None:
+        if self._valid_data is None:
+            return
+        start = time.perf_counter()
+        share = self.config.training.eval_iters * self._share(self.config.training.global_batch_size)
+        record = evaluate(self.engine, itertools.islice(self._micro_batches(self._valid_data, 0, 0), share))
+        self._log("valid", **record)
+        self._window.pause(time.perf_counter() - start)
+
+    def _save(self, in_background: bool) -> None:
+        folder = self.config.checkpoint.save
+        if folder is None:
+            return
+        start = time.perf_counter()
+        world_size = self.topology.launch.world_size
+        meta = describe(
+            self.config, self.clock, self._vocab_size, self._tokenizer, self.engine.scalar_state(), world_size
+        )
+        if self._saver:
+            self._saver.wait()
+        write = self._saver.save if self._saver and in_background else save
+        self._last_saved = write(
+            folder,
+            self.clock.steps,
+            self.engine.saved_tensors(),
+            meta,
+            group=self.topology.control_group,
+            keep_last=self.config.checkpoint.keep_last,
+        )
+        seconds = time.perf_counter() - start
+        self._window.pause(seconds)
+        background = bool(self._saver) and in_background
+        self._log("save", folder=str(self._last_saved), seconds=seconds, background=background)
+
+    def _log(self, kind: str, **values: Any) -> None:
+        train_tokens = self._total * self.config.model.seq_length
+        self.report.write(kind, step=self.clock.steps, tokens=self.clock.tokens, train_tokens=train_tokens, **values)
+
+
+def _device_name(topology: Topology) -> str:
+    if topology.device.type != "cuda":
+        return "cpu"
+    import torch
+
+    return torch.cuda.get_device_name(topology.device)
