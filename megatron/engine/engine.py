@@ -118,7 +118,8 @@ class Engine:
 
         Args:
             micro_batches: this rank's share of the global batch; every rank passes the same number. Each has
-                ``tokens``, ``labels`` and ``loss_mask`` of shape [B, S] and ``sample_index``, the number of its first sample.
+                ``tokens``, ``labels`` and ``loss_mask`` of shape [B, S] and ``sample_index``, the number of its first
+                sample in the run.
             tokens_after: consumed tokens of the run once this batch is done; decides the learning rate.
         """
         lr = learning_rate(self._config.optimizer, tokens_after, self._decay_tokens)

@@ -16,8 +16,8 @@ from megatron.parallel.launch import Launch
 class Topology:
     """The process groups of this rank.
 
-    Every process is a data-parallel rank. ``moe_expert_parallel_size`` neighbouring ranks share the experts between them;
-    ranks at the same place of such groups hold the same experts (expert-data-parallel).
+    Every process is a data-parallel rank. ``moe_expert_parallel_size`` neighbouring ranks share the experts between
+    them; ranks at the same place of such groups hold the same experts (expert-data-parallel).
     """
 
     launch: Launch

@@ -27,9 +27,9 @@ class Launch:
     def from_environment(cls, env: Mapping[str, str] | None = None) -> "Launch":
         """Find out who started this process.
 
-        torchrun and the deepspeed launcher set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. Under srun the
-        same follows from SLURM's variables: the first host of the step is the meeting point, and the port follows from
-        the job's number so that two jobs on one node do not meet. Anything else is a single process.
+        torchrun and the deepspeed launcher set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. Under srun
+        the same follows from SLURM's variables: the first host of the step is the meeting point, and the port follows
+        from the job's number so that two jobs on one node do not meet. Anything else is a single process.
 
         Raises:
             LaunchError: RANK without its companions, or a host list that cannot be read.

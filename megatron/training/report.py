@@ -57,9 +57,9 @@ class Console:
     def _run(self, record: dict[str, Any]) -> str:
         start = "starting" if record["resumed_at_tokens"] is None else f"resuming at {human(record['tokens'])} tokens"
         return (
-            f"{record['name']}: {human(record['parameters'])} parameters, {human(record['active_parameters'])} active a "
-            f"token; {record['world_size']} process(es) on {record['device']}, expert parallel {record['expert_parallel']}, "
-            f"{record['precision']}; {start}"
+            f"{record['name']}: {human(record['parameters'])} parameters, {human(record['active_parameters'])} active a token; "
+            f"{record['world_size']} process(es) on {record['device']}, "
+            f"expert parallel {record['expert_parallel']}, {record['precision']}; {start}"
         )
 
     def _train(self, record: dict[str, Any]) -> str:
@@ -76,10 +76,8 @@ class Console:
             parts.append(f"MFU {record['mfu']:.1%}")
         parts.append(f"{record['memory_gb']:.1f} GB")
         if "experts" in record:
-            experts = record["experts"]
-            parts.append(
-                f"experts max/mean {max(experts['load']):.2f} drop {max(experts['dropped']):.1%} dead {sum(experts['dead'])}"
-            )
+            load, dropped, dead = (record["experts"][key] for key in ("load", "dropped", "dead"))
+            parts.append(f"experts max/mean {max(load):.2f} drop {max(dropped):.1%} dead {sum(dead)}")
         if record["skipped"]:
             parts.append(f"skipped {record['skipped']}")
         parts.append(f"eta {duration(record['eta_seconds'])}")

@@ -10,7 +10,7 @@ HANDLED = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Remembers that SIGTERM or SIGUSR1 arrived, or that the time is up; :meth:`agreed` makes it common to all ranks."""
+    """Remembers that SIGTERM or SIGUSR1 came or that time is up; :meth:`agreed` makes it common to all ranks."""
 
     def __init__(self, topology: Topology, minutes: float | None = None) -> None:
         self._topology = topology
