@@ -57,8 +57,8 @@ class Console:
     def _run(self, record: dict[str, Any]) -> str:
         start = "starting" if record["resumed_at_tokens"] is None else f"resuming at {human(record['tokens'])} tokens"
         return (
-            f"{record['name']}: {human(record['parameters'])} parameters, {human(record['active_parameters'])} active a token; "
-            f"{record['world_size']} process(es) on {record['device']}, "
+            f"{record['name']}: {human(record['parameters'])} parameters, "
+            f"{human(record['active_parameters'])} active a token; {record['world_size']} process(es) on {record['device']}, "
             f"expert parallel {record['expert_parallel']}, {record['precision']}; {start}"
         )
 
