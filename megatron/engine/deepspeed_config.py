@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.config import RunConfig
-from megatron.config.validation import ConfigError
+from megatron.config.errors import ConfigError
 
 # What the flags decide already; a user's file may repeat it, not change it.
 _OURS_ALONE = {
@@ -87,7 +87,7 @@ def merge(ours: dict[str, Any], theirs: dict[str, Any], config: RunConfig, where
                 f"add --{precision}"
             )
     if problems:
-        raise ConfigError(problems)
+        raise ConfigError(*problems)
     return merged
 
 
@@ -104,7 +104,7 @@ def build(config: RunConfig, data_parallel_size: int) -> dict[str, Any]:
     try:
         theirs = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
-        raise ConfigError([f"--deepspeed_config {path}: {error}; give a readable JSON file"]) from None
+        raise ConfigError(f"--deepspeed_config {path}: {error}; give a readable JSON file") from None
     if not isinstance(theirs, dict):
-        raise ConfigError([f"--deepspeed_config {path}: expected a JSON object, got {type(theirs).__name__}"])
+        raise ConfigError(f"--deepspeed_config {path}: expected a JSON object, got {type(theirs).__name__}")
     return merge(ours, theirs, config, str(path))

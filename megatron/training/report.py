@@ -58,8 +58,8 @@ class Console:
         start = "starting" if record["resumed_at_tokens"] is None else f"resuming at {human(record['tokens'])} tokens"
         return (
             f"{record['name']}: {human(record['parameters'])} parameters, "
-            f"{human(record['active_parameters'])} active a token; {record['world_size']} process(es) on {record['device']}, "
-            f"expert parallel {record['expert_parallel']}, {record['precision']}; {start}"
+            f"{human(record['active_parameters'])} active a token; "
+            f"{record['world_size']} process(es) on {record['device']}, expert parallel {record['expert_parallel']}, {record['precision']}; {start}"
         )
 
     def _train(self, record: dict[str, Any]) -> str:
