@@ -59,7 +59,8 @@ class Console:
         return (
             f"{record['name']}: {human(record['parameters'])} parameters, "
             f"{human(record['active_parameters'])} active a token; "
-            f"{record['world_size']} process(es) on {record['device']}, expert parallel {record['expert_parallel']}, {record['precision']}; {start}"
+            f"{record['world_size']} process(es) on {record['device']}, "
+            f"expert parallel {record['expert_parallel']}, {record['precision']}; {start}"
         )
 
     def _train(self, record: dict[str, Any]) -> str:
