@@ -75,11 +75,11 @@ def choose_device(requested: str | None, local_rank: int) -> torch.device:
 
 def initialize(config: ParallelConfig, launch: Launch, device: torch.device) -> Topology:
     """Join all processes and build the groups. ``config`` must have been validated for ``launch.world_size``."""
-    timeout = datetime.timedelta(minutes=config.distributed_timeout_minutes)
+    timeout = _timeout(config)
     backend = config.distributed_backend or ("nccl" if device.type == "cuda" else "gloo")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if launch.world_size == 1 and launch.master_port == 0:
+    if launch.starter == "python" and launch.master_port == 0:  # one process: any free port will do
         store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True, wait_for_workers=False)
         launch = dataclasses.replace(launch, master_port=store.port)
         launch.export()
@@ -87,6 +87,11 @@ def initialize(config: ParallelConfig, launch: Launch, device: torch.device) -> 
     else:
         launch.export()
         dist.init_process_group(backend, rank=launch.rank, world_size=launch.world_size, timeout=timeout)
+    return build_groups(config, launch, device)
+
+
+def build_groups(config: ParallelConfig, launch: Launch, device: torch.device) -> Topology:
+    """Build the groups of processes that have met already."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
         from megatron.core import parallel_state
@@ -103,15 +108,23 @@ def initialize(config: ParallelConfig, launch: Launch, device: torch.device) -> 
         expert_parallel_size=size,
         expert_parallel_rank=parallel_state.get_expert_model_parallel_rank(),
         expert_parallel_group=parallel_state.get_expert_model_parallel_group() if size > 1 else None,
-        control_group=dist.new_group(backend="gloo", timeout=timeout),
+        control_group=dist.new_group(backend="gloo", timeout=_timeout(config)),
     )
+
+
+def _timeout(config: ParallelConfig) -> datetime.timedelta:
+    return datetime.timedelta(minutes=config.distributed_timeout_minutes)
+
+
+def forget_groups() -> None:
+    """Drop the groups of :func:`build_groups`, so that others can be built in this process."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
 
 
 def shut_down() -> None:
     """Leave the process groups, so that the process ends without a warning."""
-    if not dist.is_initialized():
-        return
-    from megatron.core import parallel_state
-
-    parallel_state.destroy_model_parallel()
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        forget_groups()
+        dist.destroy_process_group()

@@ -1,0 +1,158 @@
+"""The trainer as users start it: trains, stops, is killed, resumes, in several layouts."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import tiny_run
+import torch
+
+pytestmark = pytest.mark.distributed
+MOE = {"num_experts": 4, "moe_expert_parallel_size": 2}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    tiny_run.make_tokenizer(folder)
+    tiny_run.make_dataset(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(corpus, tmp_path_factory) -> Path:
+    """A finished MoE run, 2 processes, expert parallel 2."""
+    save = tmp_path_factory.mktemp("uninterrupted")
+    done = tiny_run.train(2, tiny_run.flags(corpus, save=save, **MOE))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return save
+
+
+def start(processes: int, arguments: list[str]) -> subprocess.Popen:
+    return subprocess.Popen(
+        tiny_run.command(processes, arguments),
+        env=tiny_run.environment(),
+        cwd=tiny_run.ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for(text: str, process: subprocess.Popen) -> str:
+    """Read the output up to a line that contains ``text``."""
+    seen = ""
+    for line in process.stdout:
+        seen += line
+        if text in line:
+            return seen
+    raise AssertionError(f"{text!r} never came; the output was:\n{seen}")
+
+
+def test_a_run_learns_logs_validates_and_saves(uninterrupted):
+    losses = [record["loss"] for record in tiny_run.records(uninterrupted, "train")]
+    assert len(losses) == 8
+    assert losses[-1] < losses[0] - 0.5
+    assert tiny_run.records(uninterrupted, "train")[0]["lr"] > 0
+    valid = tiny_run.records(uninterrupted, "valid")
+    assert [record["step"] for record in valid] == [4, 8]
+    assert valid[-1]["loss"] < valid[0]["loss"]
+    experts = tiny_run.records(uninterrupted, "train")[-1]["experts"]
+    assert len(experts["load"]) == 1
+    assert 1 <= experts["load"][0] <= 4
+    assert (uninterrupted / "latest").read_text().strip() == "step_00000008"
+
+
+def test_killed_without_warning_and_resumed_ends_bit_for_bit_the_same(corpus, uninterrupted, tmp_path):
+    arguments = tiny_run.flags(corpus, save=tmp_path, load=tmp_path, **MOE)
+    process = start(2, arguments)
+    wait_for("step      5", process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait(timeout=30)
+    again = tiny_run.train(2, arguments)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert tiny_run.records(tmp_path, "run")[-1]["resumed_at_tokens"] in (3 * 16 * 32, 6 * 16 * 32)
+    assert tiny_run.curve(tmp_path) == tiny_run.curve(uninterrupted)
+    assert tiny_run.records(tmp_path, "valid")[-1]["loss"] == tiny_run.records(uninterrupted, "valid")[-1]["loss"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_and_ends_the_run(corpus, uninterrupted, tmp_path, number):
+    arguments = tiny_run.flags(corpus, save=tmp_path, load=tmp_path, save_interval=0, train_tokens="1M", **MOE)
+    process = start(2, arguments)
+    wait_for("step      2", process)
+    for pid in children(process.pid):
+        os.kill(pid, number)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 0, output
+    assert f"stopped: {number.name}" in output
+    assert len(list(tmp_path.glob("step_*"))) == 1
+
+
+def children(pid: int) -> list[int]:
+    """The trainer processes under a torchrun."""
+    found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=True)
+    return [int(word) for word in found.stdout.split()]
+
+
+@pytest.mark.parametrize(("processes", "expert_parallel"), [(1, 1), (4, 4), (4, 1)])
+def test_other_layouts_resume_the_same_run(corpus, uninterrupted, tmp_path, processes, expert_parallel):
+    arguments = tiny_run.flags(
+        corpus, save=tmp_path, load=uninterrupted / "step_00000003", num_experts=4,
+        moe_expert_parallel_size=expert_parallel,
+    )  # fmt: skip
+    done = tiny_run.train(processes, arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    expected = {tokens: value for tokens, value in tiny_run.curve(uninterrupted).items() if tokens > 3 * 16 * 32}
+    found = tiny_run.curve(tmp_path)
+    assert found.keys() == expected.keys()
+    for tokens, value in expected.items():
+        torch.testing.assert_close(torch.tensor(found[tokens]), torch.tensor(value), rtol=1e-5, atol=1e-5)
+
+
+def test_asynchronous_saving_ramp_up_and_exit_tokens(corpus, tmp_path):
+    arguments = tiny_run.flags(
+        corpus, save=tmp_path, load=tmp_path, async_save=True, keep_last=2, rampup_batch_size=(4, 4, 48),
+        save_interval=1, **MOE,
+    )  # fmt: skip
+    first = tiny_run.train(2, [*arguments, "--exit-tokens", "2000"])
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert "stopped: --exit-tokens" in first.stdout
+    second = tiny_run.train(2, arguments)
+    assert second.returncode == 0, second.stdout + second.stderr
+    tokens = sorted(tiny_run.curve(tmp_path))
+    assert tokens[:4] == [128, 256, 384, 512]
+    assert tokens[-1] - tokens[-2] == 16 * 32
+    assert len(list(tmp_path.glob("step_*"))) == 2
+
+
+def test_mistakes_are_told_before_training(corpus, uninterrupted, tmp_path):
+    cases = {
+        "5 experts": ({"num_experts": 5, "moe_expert_parallel_size": 2}, "5"),
+        "another model": ({"load": uninterrupted, "num_experts": 4, "hidden_size": 64}, "--hidden-size"),
+        "user config": ({"deepspeed_config": tmp_path / "ds.json"}, "gradient_clipping"),
+    }
+    (tmp_path / "ds.json").write_text(json.dumps({"gradient_clipping": 0.1, "zero_optimization": {"stage": 1}}))
+    for name, (changes, message) in cases.items():
+        arguments = tiny_run.flags(corpus, save=tmp_path / "save", **changes)
+        arguments = [word.replace("--deepspeed-config", "--deepspeed_config") for word in arguments]
+        done = tiny_run.train(1, arguments)
+        assert done.returncode != 0, name
+        assert message in done.stderr, done.stderr
+        assert 'Traceback (most recent call last):\n  File "' + str(tiny_run.ROOT) not in done.stderr, name
+
+
+def test_a_loss_that_stays_not_finite_ends_the_run_and_names_the_last_checkpoint(corpus, tmp_path):
+    arguments = tiny_run.flags(
+        corpus, save=tmp_path, lr=1e30, lr_warmup_tokens=0, clip_grad=0, max_skipped_updates=2, train_tokens="1M"
+    )
+    began = time.monotonic()
+    done = tiny_run.train(1, arguments)
+    assert done.returncode != 0
+    assert "3 updates in a row" in done.stderr
+    assert time.monotonic() - began < 120
