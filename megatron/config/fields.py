@@ -6,6 +6,7 @@ and the documentation are generated from these descriptions, so an option is wri
 
 import dataclasses
 from collections.abc import Callable
+from decimal import Decimal, InvalidOperation
 from typing import Any
 
 _SUFFIXES = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
@@ -43,13 +44,14 @@ def parse_count(text: str) -> int:
     Raises:
         ValueError: the text is no number or not a whole one.
     """
-    stripped = str(text).strip().replace("_", "")
+    stripped = str(text).strip()
     factor = _SUFFIXES.get(stripped[-1:].upper(), 1)
-    digits = stripped[:-1] if factor > 1 else stripped
     try:
-        value = float(digits) * factor if not digits.isdigit() else int(digits) * factor
-    except ValueError:
-        raise ValueError(f"{text!r} is not a count; write a whole number such as 2400000, 375M or 300B") from None
+        value = Decimal(stripped[:-1] if factor > 1 else stripped) * factor
+    except InvalidOperation:
+        value = Decimal("nan")
+    if not value.is_finite():
+        raise ValueError(f"got {text!r}; expected a count: a whole number such as 2400000, 375M or 300B")
     if value != int(value):
-        raise ValueError(f"{text!r} is {value}, not a whole number")
+        raise ValueError(f"got {text!r}, which is {value.normalize()}; expected a whole number")
     return int(value)

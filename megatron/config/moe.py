@@ -7,7 +7,7 @@ from megatron.config.fields import option
 
 @dataclasses.dataclass
 class MoEConfig:
-    """Mixture of Experts. ``num_experts == (1,)`` is the dense model."""
+    """Mixtures of experts; with ``num_experts`` 1 the model is dense."""
 
     num_experts: tuple[int, ...] = option(
         (1,), "Experts of an MoE layer: one number for all, or one per MoE layer; 1 is the dense model.", nargs="+"
