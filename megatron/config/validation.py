@@ -1,0 +1,326 @@
+"""Everything that can be wrong with a run's configuration, found before the first step.
+
+Three layers: values by themselves (types and ranges, from tables), numbers that must fit each other and the number of
+processes (the rules), and files that must exist. A rule runs only if the values it reads are right by themselves, and
+all problems are reported at once. Each names what was got, the rule with its numbers, and the nearest valid choice.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+
+from megatron.config.errors import ConfigError
+from megatron.config.files import file_problems
+from megatron.config.options import OPTIONS, Option, flatten
+from megatron.config.run import RunConfig
+
+__all__ = ["ConfigError", "validate", "validate_files", "validate_numbers"]
+
+Rule = Callable[[RunConfig, int], Iterator[str]]
+
+# (the rule in words, its test, the fix, the fields it holds for; of a tuple, for each element)
+_RANGES: tuple[tuple[str, Callable[[float], bool], str, str], ...] = (
+    ("at least 1", lambda x: x >= 1, "use 1 or more", """
+        num_layers hidden_size num_attention_heads ffn_hidden_size seq_length max_position_embeddings
+        make_vocab_size_divisible_by num_experts expert_interval topk moe_expert_parallel_size lr_decay_tokens
+        loss_scale_window hysteresis train_tokens micro_batch_size global_batch_size rampup_batch_size eval_iters
+        max_skipped_updates exit_tokens log_interval"""),
+    ("at least 0", lambda x: x >= 0, "use 0 or more", """
+        min_lr lr_warmup_tokens weight_decay clip_grad loss_scale initial_loss_scale_power moe_loss_coeff
+        moe_z_loss_coeff moe_min_capacity num_workers eval_interval save_interval keep_last"""),
+    ("above 0", lambda x: x > 0, "use a positive number", """
+        lr adam_eps init_method_std layernorm_epsilon min_loss_scale moe_train_capacity_factor
+        moe_eval_capacity_factor distributed_timeout_minutes exit_duration_in_mins peak_tflops"""),
+    ("at least 0 and below 1", lambda x: 0 <= x < 1, "use a fraction", """
+        hidden_dropout attention_dropout adam_beta1 adam_beta2"""),
+    ("from 0 to 4294967295", lambda x: 0 <= x < 2**32, "use a seed of 32 bits", "seed"),
+)  # fmt: skip
+
+_RULES: list[tuple[frozenset[str], Rule]] = []
+
+
+def validate(config: RunConfig, world_size: int) -> None:
+    """Check a configuration for a run of ``world_size`` processes.
+
+    Raises:
+        ConfigError: at least one problem; all of them are listed, one line each.
+    """
+    _raise([*_number_problems(config, world_size), *file_problems(config)])
+
+
+def validate_numbers(config: RunConfig, world_size: int) -> None:
+    """Like :func:`validate`, without looking at files."""
+    _raise(_number_problems(config, world_size))
+
+
+def validate_files(config: RunConfig) -> None:
+    """Check that the files which the configuration names exist and that it names those which a run needs."""
+    _raise(file_problems(config))
+
+
+def _raise(problems: Iterable[str]) -> None:
+    problems = list(problems)
+    if problems:
+        raise ConfigError(*problems)
+
+
+def _number_problems(config: RunConfig, world_size: int) -> Iterator[str]:
+    if world_size < 1:
+        yield f"got {world_size} processes; a run needs at least 1"
+        return
+    wrong = set()
+    for name, value in flatten(config).items():
+        for problem in _value_problems(OPTIONS[name], value):
+            wrong.add(name)
+            yield problem
+    for fields, rule in _RULES:
+        if not fields & wrong:
+            yield from rule(config, world_size)
+
+
+def _value_problems(option: Option, value: object) -> Iterator[str]:
+    """A value by itself: its type, choices and range."""
+    try:
+        if option.from_value(value) != value:
+            raise ConfigError(f"got {value!r}; expected {'a tuple' if option.many else option.kind.__name__}")
+    except ConfigError as error:
+        yield f"{option.flag}: {error}"
+        return
+    if value is None:
+        return
+    for words, test, fix, fields in _RANGES:
+        if option.name in fields.split() and not all(test(x) for x in (value if option.many else (value,))):
+            unset = " or leave it out" if option.optional else ""
+            default = f", such as the default {_words(option.default)}" if option.default is not None else ""
+            yield f"{option.flag} {_words(value)} must be {words}; {fix}{default}{unset}"
+
+
+def _rule(*fields: str) -> Callable[[Rule], Rule]:
+    """Adds a rule over these fields."""
+
+    def add(rule: Rule) -> Rule:
+        _RULES.append((frozenset(fields), rule))
+        return rule
+
+    return add
+
+
+def _words(value: object) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _divisors(number: int) -> list[int]:
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})
+
+
+def _around(value: float, valid: Iterable[int]) -> str:
+    """The nearest members of ``valid`` below and above ``value``, in words."""
+    valid = sorted(valid)
+    below, above = [x for x in valid if x <= value][-1:], [x for x in valid if x >= value][:1]
+    return " or ".join(str(x) for x in sorted({*below, *above}))
+
+
+def _multiples(value: int, step: int) -> list[int]:
+    """The multiples of ``step`` just below and above ``value``; without 0."""
+    below = value // step * step
+    return [x for x in (below, below + step) if x > 0]
+
+
+@_rule("hidden_size", "num_attention_heads")
+def _heads(config: RunConfig, world_size: int) -> Iterator[str]:
+    hidden, heads = config.model.hidden_size, config.model.num_attention_heads
+    if hidden % heads:
+        yield (
+            f"--num-attention-heads {heads} must divide --hidden-size {hidden} ({hidden} = {hidden // heads} x {heads}"
+            f" + {hidden % heads}); use {_around(heads, _divisors(hidden))} heads"
+        )
+
+
+@_rule("seq_length", "max_position_embeddings")
+def _positions(config: RunConfig, world_size: int) -> Iterator[str]:
+    length, rows = config.model.seq_length, config.model.position_rows
+    if length > rows:
+        yield (
+            f"--seq-length {length} must not exceed --max-position-embeddings {rows}; use --seq-length {rows}"
+            f" or --max-position-embeddings {length}"
+        )
+
+
+@_rule("num_layers", "num_experts", "expert_interval")
+def _moe_layers(config: RunConfig, world_size: int) -> Iterator[str]:
+    layers, interval, given = config.model.num_layers, config.moe.expert_interval, len(config.moe.num_experts)
+    if not config.moe.enabled:
+        return
+    if interval > layers:
+        yield (
+            f"--expert-interval {interval} must be from 1 to --num-layers {layers}, or no layer has experts;"
+            f" use --expert-interval {min(2, layers)}"
+        )
+    elif given not in (1, layers // interval):
+        yield (
+            f"--num-experts lists {given} numbers; {layers} layers with --expert-interval {interval} have {layers} //"
+            f" {interval} = {layers // interval} MoE layers; give one number for all of them or {layers // interval}"
+        )
+
+
+@_rule("num_experts", "topk")
+def _topk(config: RunConfig, world_size: int) -> Iterator[str]:
+    topk, fewest = config.moe.topk, min(_expert_counts(config), default=config.moe.topk)
+    if topk > fewest:
+        yield f"--topk {topk} must not exceed the {fewest} experts of a layer; use --topk {fewest}"
+
+
+@_rule("num_experts", "moe_expert_parallel_size")
+def _expert_parallel(config: RunConfig, world_size: int) -> Iterator[str]:
+    size, counts = config.parallel.moe_expert_parallel_size, _expert_counts(config)
+    if not counts:
+        return
+    flag = f"--moe-expert-parallel-size {size}"
+    fix = f"use {_around(size, _divisors(math.gcd(world_size, *counts)))}"
+    if size > world_size:
+        yield f"{flag} must not exceed the number of processes, {world_size}; {fix}, or start {size} processes"
+    elif world_size % size:
+        yield f"{flag} must divide the number of processes, {world_size} ({_remainder(world_size, size)}); {fix}"
+    for count in counts:
+        if count % size:
+            yield f"{flag} must divide the {count} experts of a layer ({_remainder(count, size)}); {fix}"
+
+
+def _expert_counts(config: RunConfig) -> list[int]:
+    return sorted({count for count in config.moe.num_experts if count > 1})
+
+
+def _remainder(number: int, by: int) -> str:
+    return f"{number} = {number // by} x {by} + {number % by}"
+
+
+@_rule("micro_batch_size", "global_batch_size")
+def _batch(config: RunConfig, world_size: int) -> Iterator[str]:
+    micro, batch = config.training.micro_batch_size, config.training.global_batch_size
+    step = micro * world_size
+    if batch % step:
+        fix = f"--global-batch-size {_around(batch, _multiples(batch, step))}"
+        if batch % world_size == 0:
+            fix += f", or --micro-batch-size {_around(micro, _divisors(batch // world_size))}"
+        yield (
+            f"--global-batch-size {batch} must be a multiple of --micro-batch-size {micro} x {world_size} processes"
+            f" = {step} ({_remainder(batch, step)}); use {fix}"
+        )
+
+
+@_rule("micro_batch_size", "global_batch_size", "rampup_batch_size")
+def _rampup(config: RunConfig, world_size: int) -> Iterator[str]:
+    ramp, batch = config.training.rampup_batch_size, config.training.global_batch_size
+    step = config.training.micro_batch_size * world_size
+    if ramp is None:
+        return
+    flag = f"--rampup-batch-size {_words(ramp)}"
+    if len(ramp) != 3:
+        yield f"{flag} has {len(ramp)} numbers; expected 3, START INCREMENT SAMPLES, such as {step} {step} 100000"
+        return
+    start, increment, samples = ramp
+    fix = f"use {_nearest_ramp(start, increment, samples, batch, step)}"
+    unit = f"--micro-batch-size {config.training.micro_batch_size} x {world_size} processes = {step}"
+    uneven = [(name, value) for name, value in (("START", start), ("INCREMENT", increment)) if value % step]
+    for name, value in uneven:
+        yield f"{flag}: {name} {value} must be a multiple of {unit} ({_remainder(value, step)}); {fix}"
+    if start > batch:
+        yield f"{flag}: START {start} must not exceed --global-batch-size {batch}; {fix}"
+    elif (batch - start) % increment and not uneven:
+        yield (
+            f"{flag}: INCREMENT {increment} must divide --global-batch-size {batch} - START {start} = {batch - start}"
+            f" ({_remainder(batch - start, increment)}); {fix}"
+        )
+
+
+def _nearest_ramp(start: int, increment: int, samples: int, batch: int, step: int) -> str:
+    """The flag with the valid START nearest to that given and then the nearest valid INCREMENT."""
+    starts = [x for x in _multiples(start, step) if x < batch] or _multiples(batch - 1, step)[:1]
+    start = min(starts, key=lambda x: abs(x - start))
+    if batch % step or start >= batch:
+        return "--rampup-batch-size none" + (f", or first a multiple of {step} as global batch" if batch % step else "")
+    increments = [step * d for d in _divisors((batch - start) // step)]
+    increment = min(increments, key=lambda x: abs(x - increment))
+    return f"--rampup-batch-size {start} {increment} {samples}, or none"
+
+
+@_rule("train_tokens", "global_batch_size", "seq_length")
+def _train_tokens(config: RunConfig, world_size: int) -> Iterator[str]:
+    tokens, batch, length = config.training.train_tokens, config.training.global_batch_size, config.model.seq_length
+    if tokens is None:
+        yield "--train-tokens is missing: nothing says how long to train; add, for example, --train-tokens 300B"
+    elif tokens < batch * length:
+        yield (
+            f"--train-tokens {tokens} must be at least one update, --global-batch-size {batch} x --seq-length {length}"
+            f" = {batch * length}; use --train-tokens {batch * length} or a smaller batch"
+        )
+
+
+@_rule("lr", "min_lr")
+def _rates(config: RunConfig, world_size: int) -> Iterator[str]:
+    lr, min_lr = config.optimizer.lr, config.optimizer.min_lr
+    if min_lr > lr:
+        yield f"--min-lr {min_lr} must not exceed --lr {lr}; use --min-lr {lr / 10:.3g} (a tenth), or a higher --lr"
+
+
+@_rule("lr_warmup_tokens", "lr_decay_tokens", "train_tokens")
+def _warmup(config: RunConfig, world_size: int) -> Iterator[str]:
+    warmup, decay, train = (
+        config.optimizer.lr_warmup_tokens,
+        config.optimizer.lr_decay_tokens,
+        config.training.train_tokens,
+    )
+    ends = [(decay, "--lr-decay-tokens"), (train, "--train-tokens")]
+    end, flag = min((pair for pair in ends if pair[0] is not None), default=(None, ""))
+    if end is not None and warmup >= end:
+        yield (
+            f"--lr-warmup-tokens {warmup} must be below {flag} {end}, or --lr is never reached; use"
+            f" --lr-warmup-tokens {end // 100} (1%), or keep the schedule long and stop early with --exit-tokens"
+        )
+
+
+@_rule("precision", "min_loss_scale", "initial_loss_scale_power", "loss_scale")
+def _loss_scale(config: RunConfig, world_size: int) -> Iterator[str]:
+    opt = config.optimizer
+    if opt.precision == "fp16" and opt.loss_scale == 0 and opt.min_loss_scale > 2**opt.initial_loss_scale_power:
+        yield (
+            f"--min-loss-scale {opt.min_loss_scale} must not exceed the first loss scale, 2 to the power"
+            f" --initial-loss-scale-power {opt.initial_loss_scale_power} = {2**opt.initial_loss_scale_power};"
+            f" use --initial-loss-scale-power {math.ceil(math.log2(opt.min_loss_scale))} or more"
+        )
+
+
+@_rule("device", "distributed_backend")
+def _backend(config: RunConfig, world_size: int) -> Iterator[str]:
+    if config.training.device == "cpu" and config.parallel.distributed_backend == "nccl":
+        yield "--distributed-backend nccl must have GPUs, and --device is cpu; use --distributed-backend gloo"
+
+
+@_rule("split", "eval_interval")
+def _split(config: RunConfig, world_size: int) -> Iterator[str]:
+    split, interval = config.data.split, config.training.eval_interval
+    try:
+        shares = [float(share) for share in split.split(",")]
+    except ValueError:
+        shares = []
+    if len(shares) != 3 or not all(0 <= share < math.inf for share in shares) or shares[0] <= 0:
+        yield (
+            f"--split {split!r} must be three numbers with commas between them, for training (above 0), validation and"
+            f" test (0 or more); use 98,2,0"
+        )
+    elif shares[1] == 0 and interval > 0:
+        yield (
+            f"--split {split!r} leaves no documents for the validation every --eval-interval {interval} updates; use"
+            f" 98,2,0, or --eval-interval 0 to never validate"
+        )
+
+
+@_rule("save", "async_save", "keep_last")
+def _save(config: RunConfig, world_size: int) -> Iterator[str]:
+    if config.checkpoint.save is None:
+        for flag, given in (
+            ("--async-save", config.checkpoint.async_save),
+            ("--keep-last", config.checkpoint.keep_last),
+        ):
+            if given:
+                yield f"{flag} must have a folder to save in, and --save is not given; add --save DIR or drop {flag}"
