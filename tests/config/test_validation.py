@@ -1,0 +1,329 @@
+"""Each rule: what it accepts, and a message with the numbers and a fix."""
+
+import dataclasses
+import re
+
+import pytest
+
+from megatron.config import ModelConfig, RunConfig
+from megatron.config.flags import parse_args
+from megatron.config.options import OPTIONS, build
+from megatron.config.validation import _RANGES, ConfigError, validate, validate_files, validate_numbers
+
+GOOD = {"num_layers": 4, "hidden_size": 64, "num_attention_heads": 4, "seq_length": 32, "train_tokens": 10**6}
+GOOD |= {"micro_batch_size": 2, "global_batch_size": 16}
+MOE = {"num_experts": (8,), "moe_expert_parallel_size": 2}
+
+
+def problems(values: dict, world_size: int = 4) -> tuple[str, ...]:
+    try:
+        validate_numbers(build(GOOD | values), world_size)
+    except ConfigError as error:
+        return error.problems
+    return ()
+
+
+@pytest.mark.parametrize(
+    ("values", "world_size"),
+    [
+        ({}, 1),
+        ({}, 8),
+        (MOE, 4),
+        (MOE | {"num_experts": (8, 1)}, 2),
+        (MOE | {"num_experts": (8, 4), "topk": 4}, 4),
+        (MOE | {"expert_interval": 4}, 2),
+        (MOE | {"expert_interval": 1, "num_experts": (2, 4, 8, 16)}, 2),
+        ({"moe_expert_parallel_size": 64}, 1),  # without experts there is nothing to divide
+        ({"rampup_batch_size": (8, 8, 1000)}, 4),
+        ({"rampup_batch_size": (16, 8, 1000)}, 4),
+        ({"max_position_embeddings": 64}, 4),
+        ({"train_tokens": 16 * 32}, 4),
+        ({"split": "1,0,0", "eval_interval": 0}, 4),
+        ({"split": "0.9, 0.05, 0.05"}, 4),
+        ({"lr": 1, "min_lr": 1}, 4),
+        ({"save_interval": 5}, 4),
+        ({"async_save": True, "keep_last": 2, "save": "checkpoints"}, 4),
+        ({"min_loss_scale": 2.0**20}, 4),  # only of fp16
+    ],
+)
+def test_valid(values, world_size):
+    assert problems(values, world_size) == ()
+
+
+@pytest.mark.parametrize(
+    ("values", "world_size", "message"),
+    [
+        (
+            {"num_attention_heads": 5}, 4,
+            "--num-attention-heads 5 must divide --hidden-size 64 (64 = 12 x 5 + 4); use 4 or 8 heads",
+        ),
+        (
+            {"max_position_embeddings": 16}, 4,
+            "--seq-length 32 must not exceed --max-position-embeddings 16; use --seq-length 16"
+            " or --max-position-embeddings 32",
+        ),
+        (
+            MOE | {"expert_interval": 5}, 4,
+            "--expert-interval 5 must be from 1 to --num-layers 4, or no layer has experts; use --expert-interval 2",
+        ),
+        (
+            MOE | {"num_experts": (8, 8, 8)}, 4,
+            "--num-experts lists 3 numbers; 4 layers with --expert-interval 2 have 4 // 2 = 2 MoE layers; give one"
+            " number for all of them or 2",
+        ),
+        (
+            MOE | {"num_experts": (8, 4), "topk": 5}, 4,
+            "--topk 5 must not exceed the 4 experts of a layer; use --topk 4",
+        ),
+        (
+            MOE | {"moe_expert_parallel_size": 8}, 4,
+            "--moe-expert-parallel-size 8 must not exceed the number of processes, 4; use 4, or start 8 processes",
+        ),
+        (
+            MOE | {"num_experts": (6,), "moe_expert_parallel_size": 4}, 8,
+            "--moe-expert-parallel-size 4 must divide the 6 experts of a layer (6 = 1 x 4 + 2); use 2",
+        ),
+        (
+            MOE | {"num_experts": (12,), "moe_expert_parallel_size": 3}, 4,
+            "--moe-expert-parallel-size 3 must divide the number of processes, 4 (4 = 1 x 3 + 1); use 2 or 4",
+        ),
+        (
+            {"global_batch_size": 20}, 4,
+            "--global-batch-size 20 must be a multiple of --micro-batch-size 2 x 4 processes = 8 (20 = 2 x 8 + 4); use"
+            " --global-batch-size 16 or 24, or --micro-batch-size 1 or 5",
+        ),
+        (
+            {"global_batch_size": 3}, 4,
+            "--global-batch-size 3 must be a multiple of --micro-batch-size 2 x 4 processes = 8 (3 = 0 x 8 + 3); use"
+            " --global-batch-size 8",
+        ),
+        (
+            {"rampup_batch_size": (8, 8)}, 4,
+            "--rampup-batch-size 8 8 has 2 numbers; expected 3, START INCREMENT SAMPLES, such as 8 8 100000",
+        ),
+        (
+            {"rampup_batch_size": (5, 8, 100), "global_batch_size": 32}, 4,
+            "--rampup-batch-size 5 8 100: START 5 must be a multiple of --micro-batch-size 2 x 4 processes = 8"
+            " (5 = 0 x 8 + 5); use --rampup-batch-size 8 8 100, or none",
+        ),
+        (
+            {"rampup_batch_size": (8, 12, 100), "global_batch_size": 32}, 4,
+            "--rampup-batch-size 8 12 100: INCREMENT 12 must be a multiple of --micro-batch-size 2 x 4 processes = 8"
+            " (12 = 1 x 8 + 4); use --rampup-batch-size 8 8 100, or none",
+        ),
+        (
+            {"rampup_batch_size": (8, 16, 100), "global_batch_size": 32}, 4,
+            "--rampup-batch-size 8 16 100: INCREMENT 16 must divide --global-batch-size 32 - START 8 = 24"
+            " (24 = 1 x 16 + 8); use --rampup-batch-size 8 8 100, or none",
+        ),
+        (
+            {"rampup_batch_size": (24, 8, 100)}, 4,
+            "--rampup-batch-size 24 8 100: START 24 must not exceed --global-batch-size 16; use --rampup-batch-size"
+            " 8 8 100, or none",
+        ),
+        (
+            {"rampup_batch_size": (24, 8, 100), "global_batch_size": 8}, 4,
+            "--rampup-batch-size 24 8 100: START 24 must not exceed --global-batch-size 8; use --rampup-batch-size"
+            " none",
+        ),
+        (
+            {"train_tokens": None}, 4,
+            "--train-tokens is missing: nothing says how long to train; add, for example, --train-tokens 300B",
+        ),
+        (
+            {"train_tokens": 511}, 4,
+            "--train-tokens 511 must be at least one update, --global-batch-size 16 x --seq-length 32 = 512;"
+            " use --train-tokens 512 or a smaller batch",
+        ),
+        (
+            {"lr": 1e-4, "min_lr": 2e-4}, 4,
+            "--min-lr 0.0002 must not exceed --lr 0.0001; use --min-lr 1e-05 (a tenth), or a higher --lr",
+        ),
+        (
+            {"lr_warmup_tokens": 1000, "lr_decay_tokens": 1000}, 4,
+            "--lr-warmup-tokens 1000 must be below --lr-decay-tokens 1000, or --lr is never reached;"
+            " use --lr-warmup-tokens 10 (1%), or keep the schedule long and stop early with --exit-tokens",
+        ),
+        (
+            {"lr_warmup_tokens": 2 * 10**6, "lr_decay_tokens": 3 * 10**6}, 4,
+            "--lr-warmup-tokens 2000000 must be below --train-tokens 1000000, or --lr is never reached;"
+            " use --lr-warmup-tokens 10000 (1%), or keep the schedule long and stop early with --exit-tokens",
+        ),
+        (
+            {"precision": "fp16", "initial_loss_scale_power": 3, "min_loss_scale": 10.0}, 4,
+            "--min-loss-scale 10.0 must not exceed the first loss scale, 2 to the power --initial-loss-scale-power 3 ="
+            " 8; use --initial-loss-scale-power 4 or more",
+        ),
+        (
+            {"device": "cpu", "distributed_backend": "nccl"}, 4,
+            "--distributed-backend nccl must have GPUs, and --device is cpu; use --distributed-backend gloo",
+        ),
+        (
+            {"split": "98,2"}, 4,
+            "--split '98,2' must be three numbers with commas between them, for training (above 0), validation and"
+            " test (0 or more); use 98,2,0",
+        ),
+        (
+            {"split": "98,0,2"}, 4,
+            "--split '98,0,2' leaves no documents for the validation every --eval-interval 100 updates; use 98,2,0, or"
+            " --eval-interval 0 to never validate",
+        ),
+        (
+            {"async_save": True}, 4,
+            "--async-save must have a folder to save in, and --save is not given; add --save DIR or drop --async-save",
+        ),
+        (
+            {"keep_last": 3}, 4,
+            "--keep-last must have a folder to save in, and --save is not given; add --save DIR or drop --keep-last",
+        ),
+        ({}, 0, "got 0 processes; a run needs at least 1"),
+        (
+            {"hidden_dropout": 1.0}, 4,
+            "--hidden-dropout 1.0 must be at least 0 and below 1; use a fraction, such as the default 0.1",
+        ),
+        (
+            {"moe_eval_capacity_factor": 0.0}, 4,
+            "--moe-eval-capacity-factor 0.0 must be above 0; use a positive number or leave it out",
+        ),
+        ({"num_experts": (8, 0)}, 4, "--num-experts 8 0 must be at least 1; use 1 or more, such as the default 1"),
+        ({"lr": "fast"}, 4, "--lr: got 'fast'; expected a number"),
+        ({"num_layers": "4"}, 4, "--num-layers: got '4'; expected int"),
+        ({"num_experts": [8]}, 4, "--num-experts: got [8]; expected a tuple"),
+        ({"lr": float("nan")}, 4, "--lr: got nan; expected a finite number"),
+    ],
+)  # fmt: skip
+def test_message_names_the_numbers_the_rule_and_the_fix(values, world_size, message):
+    assert problems(values, world_size) == (message,)
+
+
+@pytest.mark.parametrize("split", ["", "98;2;0", "0,50,50", "-1,1,1", "inf,1,1", "a,b,c", "1,2,3,4"])
+def test_wrong_splits(split):
+    (problem,) = problems({"split": split})
+    assert problem.startswith(f"--split {split!r} must be three numbers")
+
+
+def test_every_number_has_a_range():
+    ranged = [name for *_, fields in _RANGES for name in fields.split()]
+    assert sorted(ranged) == sorted(name for name, option in OPTIONS.items() if option.kind in (int, float))
+
+
+@pytest.mark.parametrize("name", [name for *_, fields in _RANGES for name in fields.split()])
+def test_negative_numbers_are_found_once_and_alone(name):
+    option = OPTIONS[name]
+    value = (option.kind(-1),) * 3 if option.many else option.kind(-1)
+    extra = {"save": "checkpoints"} if name == "keep_last" else {}
+    (problem,) = problems({name: value} | extra)
+    assert re.match(rf"{option.flag} [-1.0 ]+ must be ", problem)
+
+
+def test_all_problems_are_reported_in_one_error():
+    config = build(GOOD | MOE | {"num_attention_heads": 5, "topk": 9, "lr": -1.0})
+    with pytest.raises(ConfigError) as caught:
+        validate(config, 3)
+    text = str(caught.value)
+    for part in ("--num-attention-heads 5", "--topk 9", "--lr -1.0", "processes, 3", "--data-path", "--vocab-file"):
+        assert part in text
+    assert text.startswith(f"{len(caught.value.problems)} problems in the configuration:\n  - ")
+    assert text.count("\n") == len(caught.value.problems)
+
+
+@pytest.mark.parametrize("start", [1, 8, 30, 64, 200, 512])
+@pytest.mark.parametrize("increment", [1, 30, 96, 700])
+@pytest.mark.parametrize(("micro", "world_size"), [(2, 64), (4, 8), (1, 3), (8, 64)])
+def test_suggested_rampup_is_valid(start, increment, micro, world_size):
+    values = {"global_batch_size": 1536, "micro_batch_size": micro, "rampup_batch_size": (start, increment, 1000)}
+    for problem in problems(values, world_size):
+        advice = re.search(r"use --rampup-batch-size (\d+) (\d+) (\d+), or none", problem)
+        values["rampup_batch_size"] = tuple(map(int, advice.groups()))
+        assert problems(values, world_size) == ()
+
+
+def test_a_preset_on_fewer_processes_says_what_to_do():
+    config = parse_args(["--model", "350M+MoE-128"])
+    with pytest.raises(ConfigError, match="64 must not exceed the number of processes, 8; use 8,"):
+        validate_numbers(config, 8)
+
+
+@pytest.fixture
+def data(tmp_path):
+    for name in ("web.bin", "web.idx", "code_text_document.bin", "code_text_document.idx", "half.idx"):
+        (tmp_path / name).touch()
+    for name in ("vocab.json", "merges.txt", "t.model", "ds.json"):
+        (tmp_path / name).touch()
+    return tmp_path
+
+
+def file_problems(folder, **values) -> tuple[str, ...]:
+    """Problems with data fields whose names of files are relative to ``folder``."""
+    base = {"vocab_file": f"{folder}/vocab.json", "merge_file": f"{folder}/merges.txt", "data_path": (f"{folder}/web",)}
+    try:
+        validate_files(build(base | values))
+    except ConfigError as error:
+        return tuple(problem.replace(f"{folder}/", "") for problem in error.problems)
+    return ()
+
+
+def test_valid_files(data):
+    assert file_problems(data) == ()
+    assert file_problems(data, data_path=("0.5", f"{data}/web", "2", f"{data}/code_text_document")) == ()
+    assert file_problems(data, tokenizer_type="HFTokenizer", tokenizer_model=f"{data}/t.model", vocab_file=None) == ()
+    assert file_problems(data, deepspeed_config=f"{data}/ds.json") == ()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "--data-path is missing; give a PREFIX of tools/preprocess_data.py, or a blend 0.7 PREFIX1 0.3 PREFIX2"),
+        (("@none",), "--data-path none: no file none.idx or none.bin; write the dataset with tools/preprocess_data.py"),
+        (("@half",), "--data-path half: no file half.bin; write the dataset with tools/preprocess_data.py"),
+        (("@code",), "--data-path code: no file code.idx or code.bin; use code_text_document"),
+        (
+            ("@web.idx",),
+            "--data-path web.idx: no file web.idx.idx or web.idx.bin; give the prefix without its ending: web",
+        ),
+        (("-1", "@web"), "--data-path: the weight '-1' must be a positive number; write 0.7 PREFIX1 0.3 PREFIX2"),
+        (
+            ("x", "@web", "y"),
+            "--data-path has 3 words; a blend has a weight before each prefix, an even number of words: 0.7 x 0.3 web",
+        ),
+    ],
+)
+def test_data_path_messages(words, message, data):
+    data_path = tuple(f"{data}/{word[1:]}" if word.startswith("@") else word for word in words)
+    assert file_problems(data, data_path=data_path) == (message,)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"vocab_file": None},
+            "--tokenizer-type GPT2BPETokenizer needs --vocab-file, which is missing; add --vocab-file FILE or take"
+            " another tokenizer",
+        ),
+        (
+            {"merge_file": "/no/m.txt"},
+            "--merge-file /no/m.txt: no such file; give the file that the dataset was tokenized with",
+        ),
+        (
+            {"tokenizer_type": "SentencePieceTokenizer"},
+            "--tokenizer-type SentencePieceTokenizer needs --tokenizer-model, which is missing; add --tokenizer-model"
+            " FILE or take another tokenizer",
+        ),
+        (
+            {"deepspeed_config": "/no/ds.json"},
+            "--deepspeed_config /no/ds.json: no such file; give a DeepSpeed JSON file or drop the flag",
+        ),
+    ],
+)
+def test_file_messages(values, message, data):
+    assert file_problems(data, **values) == (message,)
+
+
+def test_numbers_are_checked_without_files():
+    config = RunConfig(model=ModelConfig(**{name: GOOD[name] for name in ("num_layers", "hidden_size", "seq_length")}))
+    config.model = dataclasses.replace(config.model, num_attention_heads=4)
+    config.training = dataclasses.replace(config.training, train_tokens=10**6)
+    validate_numbers(config, 1)
+    with pytest.raises(ConfigError, match="--data-path is missing"):
+        validate(config, 1)
