@@ -1,0 +1,58 @@
+"""Causal self-attention with many heads.
+
+Letters: B batch, S sequence (of new tokens), M keys (cached and new), N heads, D head size, H hidden = N * D.
+"""
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class KeyValueCache(Protocol):
+    """What the model needs of a cache; ``megatron.inference.kv_cache`` has the real one."""
+
+    def begin(self, count: int) -> torch.Tensor:
+        """Make room for ``count`` new tokens of each sequence; returns their positions, int64 [B, count]."""
+
+    def append(
+        self, layer: int, k_BNSD: torch.Tensor, v_BNSD: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Store a layer's new keys and values.
+
+        Returns:
+            k_BNMD, v_BNMD: cached and new ones; and the mask, bool [B, 1, S, M], True where a new token may look, or
+            None when nothing was cached before, so that plain causal attention is right.
+        """
+
+
+class SelfAttention(nn.Module):
+    """softmax(Q K^T / sqrt(D)) V over the tokens up to each one's own, in N heads.
+
+    ``qkv.weight`` is [3H, H] with the rows of Q first, then K, then V, and inside each the rows of head 0, head 1, ...:
+    row ``part * H + n * D + d``. A tensor-parallel shard takes the rows of its heads out of each of the three parts.
+    Hugging Face's GPT-2 orders the columns of ``c_attn.weight`` [H, 3H] alike, so the two are transposes of each other.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, dropout: float, layer: int) -> None:
+        super().__init__()
+        if hidden_size % num_heads:
+            raise ValueError(f"hidden_size {hidden_size} does not divide by num_attention_heads {num_heads}")
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.layer = layer
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.dense = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x_BSH: torch.Tensor, cache: KeyValueCache | None = None) -> torch.Tensor:
+        """Attend from each token of ``x_BSH`` to itself and those before it, cached ones included; [B, S, H]."""
+        B, S, H = x_BSH.shape
+        qkv = self.qkv(x_BSH).view(B, S, 3, self.num_heads, H // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, N, S, D)
+        mask = None
+        if cache is not None:
+            k, v, mask = cache.append(self.layer, k, v)  # (B, N, M, D)
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None)
+        return self.dense(y.transpose(1, 2).reshape(B, S, H))  # (B, N, S, D) -> (B, S, H)

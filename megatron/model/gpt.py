@@ -1,0 +1,121 @@
+"""GPT as published: learned positions, pre-LayerNorm, GELU, biases, tied embeddings; dense or with experts.
+
+Letters: B batch, S sequence, H hidden, V vocabulary (padded), E experts.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from megatron.config import ModelConfig, MoEConfig
+from megatron.model.attention import KeyValueCache
+from megatron.model.embedding import Embedding
+from megatron.model.initialization import initialize
+from megatron.model.layer import Routing, TransformerLayer
+from megatron.model.loss import cross_entropy
+from megatron.parallel.groups import ExpertGroup
+
+
+class ModelLoss(NamedTuple):
+    """Losses of one micro-batch; none is scaled by a coefficient."""
+
+    lm_loss: torch.Tensor  # fp32 scalar, mean over unmasked tokens
+    aux_loss: torch.Tensor  # fp32 scalar, load balancing, summed over MoE layers
+    z_loss: torch.Tensor  # fp32 scalar, router z-loss, summed over MoE layers
+    counts: list[torch.Tensor]  # one int64 [E] for each MoE layer: tokens routed to each expert, before dropping
+    dropped: torch.Tensor  # int64 [MoE layers]: assignments that found no room
+
+
+class GPTModel(nn.Module):
+    """A GPT over token ids.
+
+    Args:
+        model: its shape.
+        moe: which feed-forward layers are experts, and how tokens get there.
+        vocab_size: rows of the token table, padding included.
+        expert_group: the processes that share the experts of a layer, by its number of experts; alone by default.
+        seed: initial values depend on this and on each parameter's name only.
+        checkpoint_activations: keep only each layer's input for the backward pass and compute the rest again.
+
+    On ``torch.device("meta")`` it has shapes but no memory, for counting.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        moe: MoEConfig,
+        vocab_size: int,
+        expert_group: Callable[[int], ExpertGroup] | None = None,
+        *,
+        seed: int = 0,
+        checkpoint_activations: bool = False,
+    ) -> None:
+        super().__init__()
+        alone = ExpertGroup(size=1, rank=0, group=None)
+        self.config = model
+        self.vocab_size = vocab_size
+        self.checkpoint_activations = checkpoint_activations
+        self.embedding = Embedding(vocab_size, model.position_rows, model.hidden_size, model.hidden_dropout)
+        self.layers = nn.ModuleList()
+        for layer in range(model.num_layers):
+            group = expert_group(moe.experts_of_layer(layer)) if expert_group and moe.is_moe_layer(layer) else alone
+            self.layers.append(TransformerLayer(model, moe, layer, group, seed))
+        self.final_layernorm = nn.LayerNorm(model.hidden_size, eps=model.layernorm_epsilon)
+        initialize(self, model.init_method_std, model.num_layers, seed)
+
+    def forward(
+        self,
+        tokens_BS: torch.Tensor,
+        labels_BS: torch.Tensor | None = None,
+        loss_mask_BS: torch.Tensor | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> torch.Tensor | ModelLoss:
+        """Logits of the next token after each one, or the losses when there are labels.
+
+        Args:
+            tokens_BS: int64 ids below the padded vocabulary size.
+            labels_BS: int64, the token that follows each one.
+            loss_mask_BS: 1 where a token counts, 0 where not; all count by default.
+            cache: earlier keys and values of the same sequences; ``tokens_BS`` go on where it ends, and are added.
+
+        Returns:
+            ModelLoss with labels, otherwise logits [B, S, V] in the model's number format.
+
+        Raises:
+            ValueError: the sequence is longer than the position table, or the shapes do not fit together.
+        """
+        x_BSH, routed = self.hidden_states(tokens_BS, cache)
+        logits_BSV = self.head(x_BSH)
+        if labels_BS is None:
+            return logits_BSV
+        zero = x_BSH.new_zeros((), dtype=torch.float32)
+        return ModelLoss(
+            lm_loss=cross_entropy(logits_BSV, labels_BS, loss_mask_BS),
+            aux_loss=sum((layer.aux_loss for layer in routed), start=zero),
+            z_loss=sum((layer.z_loss for layer in routed), start=zero),
+            counts=[layer.counts_E for layer in routed],
+            dropped=torch.stack([layer.dropped for layer in routed])
+            if routed
+            else zero.new_zeros(0, dtype=torch.int64),
+        )
+
+    def hidden_states(
+        self, tokens_BS: torch.Tensor, cache: KeyValueCache | None = None
+    ) -> tuple[torch.Tensor, list[Routing]]:
+        """What the head reads, [B, S, H] after the last layer norm, and the routing of each MoE layer."""
+        x_BSH = self.embedding(tokens_BS, None if cache is None else cache.begin(tokens_BS.size(1)))
+        recompute = self.checkpoint_activations and self.training and cache is None and torch.is_grad_enabled()
+        routed: list[Routing] = []
+        for layer in self.layers:
+            x_BSH, routing = checkpoint(layer, x_BSH, use_reentrant=False) if recompute else layer(x_BSH, cache)
+            if routing is not None:
+                routed.append(routing)
+        return self.final_layernorm(x_BSH), routed
+
+    def head(self, x_BSH: torch.Tensor) -> torch.Tensor:
+        """Logits [B, S, V]: the product with the token table."""
+        return F.linear(x_BSH, self.embedding.word_embeddings.weight)

@@ -1,0 +1,42 @@
+"""Initial values of the model's parameters, the same on any device and in any parallel layout."""
+
+import hashlib
+import math
+
+import torch
+from torch import nn
+
+from megatron.moe.layer import MoELayer
+
+# Weights that write into the residual stream. L layers add 2 L such outputs, so each is scaled by 1/sqrt(2 L) to keep
+# the stream's variance independent of depth (Radford et al. 2019, section 2.3).
+RESIDUAL_OUTPUTS = ("attention.dense.weight", "mlp.fc2.weight")
+
+
+def parameter_generator(seed: int, name: str) -> torch.Generator:
+    """The random generator of one parameter: it depends on the run's seed and the parameter's name, on nothing else."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+@torch.no_grad()
+def initialize(model: nn.Module, std: float, num_layers: int, seed: int) -> None:
+    """Set every parameter outside MoE layers, which set their own at construction.
+
+    Weights are normal(0, std), those that write into the residual stream normal(0, std / sqrt(2 num_layers)); biases
+    are 0; layer norms scale by 1. Values are drawn on the CPU in fp32, so that they are the same on every device.
+    Parameters on the meta device stay as they are.
+    """
+    experts = tuple(name + "." for name, module in model.named_modules() if isinstance(module, MoELayer))
+    norms = {name + ".weight" for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)}
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta or name.startswith(experts):
+            continue
+        if name.endswith(".bias"):
+            parameter.zero_()
+        elif name in norms:
+            parameter.fill_(1.0)
+        else:
+            scale = std / math.sqrt(2 * num_layers) if name.endswith(RESIDUAL_OUTPUTS) else std
+            values = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
+            parameter.copy_(values.normal_(0.0, scale, generator=parameter_generator(seed, name)))
