@@ -1,0 +1,46 @@
+import pytest
+import torch
+
+from megatron.engine.engine import LossSums, StepResult
+from megatron.training.metrics import StepWindow, expert_balance, mean_losses
+
+
+def sums(lm: float, counts: list[int], dropped: int) -> LossSums:
+    return LossSums(torch.tensor([lm, 1.0, 0.0, 1.0]), [torch.tensor(counts)], torch.tensor([dropped]))
+
+
+def test_losses_are_means_over_micro_batches():
+    assert mean_losses(sums(2.0, [1], 0) + sums(4.0, [1], 0))["loss"] == 3.0
+
+
+def test_balance_counts_load_drops_and_dead_experts():
+    balance = expert_balance(sums(1.0, [6, 2, 0, 0], 4))
+    assert balance == {"load": [3.0], "dropped": [0.5], "dead": [2]}
+
+
+def test_a_dense_model_has_no_balance():
+    assert expert_balance(LossSums(torch.ones(4), [], torch.zeros(0))) == {}
+
+
+def test_a_window_averages_updates_and_leaves_skipped_ones_out():
+    window = StepWindow(flops_per_token=1e9, peak_tflops=None, devices=1)
+    assert window.take() is None
+    window.add(StepResult(sums(2.0, [1, 1], 0), 0.5, 1e-3, skipped=False), tokens=100)
+    window.add(StepResult(sums(float("nan"), [1, 1], 0), float("inf"), 1e-3, skipped=True), tokens=100)
+    record = window.take()
+    assert record["loss"] == 2.0
+    assert record["skipped"] == 1
+    assert record["mfu"] is None
+    assert window.take() is None
+
+
+def test_pauses_do_not_count_as_training_time(monkeypatch):
+    clock = iter([0.0, 10.0, 10.0])
+    monkeypatch.setattr("megatron.training.metrics.time.perf_counter", lambda: next(clock))
+    window = StepWindow(flops_per_token=1e12, peak_tflops=100.0, devices=2)
+    window.add(StepResult(sums(2.0, [1], 0), 0.5, 1e-3, skipped=False), tokens=50)
+    window.pause(5.0)
+    record = window.take()
+    assert record["tokens_per_second"] == pytest.approx(10.0)
+    assert record["tflops_per_device"] == pytest.approx(5.0)
+    assert record["mfu"] == pytest.approx(0.05)

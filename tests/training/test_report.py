@@ -1,0 +1,121 @@
+import json
+
+import pytest
+
+from megatron.config import LoggingConfig
+from megatron.training.report import Report, duration, human, scalars
+
+TRAIN = {
+    "loss": 5.0,
+    "aux_loss": 1.1,
+    "z_loss": 0.0,
+    "experts": {"load": [1.5, 2.0], "dropped": [0.1, 0.25], "dead": [0, 3]},
+    "grad_norm": 0.5,
+    "lr": 1e-3,
+    "skipped": 1,
+    "seconds_per_step": 0.5,
+    "tokens_per_second": 12_345.0,
+    "tflops_per_device": 1.5,
+    "mfu": 0.421,
+    "memory_gb": 3.2,
+}
+RUN = {
+    "name": "moe",
+    "parameters": 13_000_000_000,
+    "active_parameters": 350_000_000,
+    "vocab_size": 50257,
+    "world_size": 64,
+    "expert_parallel": 64,
+    "device": "GPU",
+    "precision": "bf16",
+    "resumed_at_tokens": None,
+    "config": {},
+}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(9.9, "9s"), (250, "4m10s"), (3900, "1h05m"), (2 * 86400 + 3 * 3600, "2d03h")]
+)
+def test_durations(seconds, text):
+    assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(("count", "text"), [(999, "999"), (2_400_000, "2.4M"), (3e11, "300B"), (12_345, "12.3k")])
+def test_counts(count, text):
+    assert human(count) == text
+
+
+def test_one_line_says_all_that_matters(capsys):
+    report = Report(LoggingConfig(), "moe", None, is_first=True)
+    report.write("run", step=0, tokens=0, train_tokens=1000, **RUN)
+    report.write("train", step=10, tokens=250, train_tokens=1000, **TRAIN)
+    lines = capsys.readouterr().out.splitlines()
+    assert "13B parameters, 350M active" in lines[0]
+    for figure in (
+        "loss 5.0000",
+        "12.3k tok/s",
+        "MFU 42.1%",
+        "max/mean 2.00",
+        "drop 25.0%",
+        "dead 3",
+        "skipped 1",
+        "eta",
+    ):
+        assert figure in lines[1]
+
+
+def test_only_the_first_rank_writes(capsys, tmp_path):
+    report = Report(LoggingConfig(), "moe", str(tmp_path), is_first=False)
+    report.write("run", step=0, tokens=0, train_tokens=1000, **RUN)
+    report.close()
+    assert capsys.readouterr().out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_json_lines_are_json_even_when_a_norm_is_not_finite(tmp_path):
+    report = Report(LoggingConfig(), "moe", str(tmp_path), is_first=True)
+    report.write("run", step=0, tokens=0, train_tokens=1000, **RUN)
+    report.write("train", step=1, tokens=100, train_tokens=1000, **(TRAIN | {"loss": None, "grad_norm": float("inf")}))
+    report.close()
+
+    def refuse(text):
+        raise AssertionError(f"{text} is no JSON")
+
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    run, train = (json.loads(line, parse_constant=refuse) for line in lines)
+    assert run["kind"] == "run"
+    assert train["grad_norm"] is None
+
+
+def test_eta_is_what_is_left_at_the_speed_so_far(tmp_path, monkeypatch):
+    clock = iter([100.0, 110.0])
+    monkeypatch.setattr("megatron.training.report.time.perf_counter", lambda: next(clock))
+    report = Report(LoggingConfig(), "moe", str(tmp_path), is_first=True)
+    report.write("run", step=5, tokens=500, train_tokens=1000, **RUN)
+    report.write("train", step=6, tokens=600, train_tokens=1000, **TRAIN)
+    record = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert record["eta_seconds"] == pytest.approx(40.0)
+
+
+def test_tensorboard_names(tmp_path):
+    found = scalars({"kind": "train", "step": 1, "tokens": 5, "train_tokens": 9, **TRAIN})
+    assert found["train/loss"] == 5.0
+    assert found["train/experts/load/moe1"] == 2.0
+    assert scalars({"kind": "save", "step": 1, "tokens": 5, "seconds": 1.0}) == {}
+
+
+def test_tensorboard_files_hold_the_numbers_over_tokens(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    report = Report(LoggingConfig(tensorboard_dir=str(tmp_path)), "moe", None, is_first=True)
+    report.write("valid", step=3, tokens=300, train_tokens=1000, loss=4.0, perplexity=54.6)
+    report.close()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("valid/loss")] == [(300, 4.0)]
+
+
+def test_a_missing_extra_is_named(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+    with pytest.raises(ValueError, match=r"\[wandb\]"):
+        Report(LoggingConfig(wandb_project="p"), "moe", None, is_first=True)
