@@ -30,12 +30,15 @@ def pretrain(config: RunConfig) -> int:
         validate(config, launch.world_size)
         deepspeed_config.build(config, launch.world_size)
         device = choose_device(config.training.device, launch.local_rank)
+        # expert parallelism means nothing to a dense model, so that --num-experts alone tells the two apart
+        degree = config.parallel.moe_expert_parallel_size if config.moe.enabled else 1
+        parallel = dataclasses.replace(config.parallel, moe_expert_parallel_size=degree)
     except ValueError as error:  # the same on every rank
         if launch.rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     try:
-        _run(config, initialize(config.parallel, launch, device))
+        _run(config, initialize(parallel, launch, device))
     except (ValueError, OSError, TrainingDiverged, CheckpointError) as error:
         # The process groups are left as they are: other ranks may be inside a collective, and the starter ends them.
         print(f"error on rank {launch.rank}: {error}", file=sys.stderr, flush=True)
@@ -49,6 +52,8 @@ def _run(config: RunConfig, topology: Topology) -> None:
     vocab_size = config.model.padded_vocab_size(tokenizer.vocab_size)
     samples = total_samples(config.training, config.model.seq_length)
     valid_samples = config.training.eval_iters * config.training.global_batch_size
+    if config.training.eval_interval == 0:
+        valid_samples = 0
     train_data, valid_data, _ = build_datasets(config, tokenizer, (samples, valid_samples, 0))
 
     source = None if config.checkpoint.load is None else latest(config.checkpoint.load)
@@ -108,5 +113,5 @@ def _announce(
         device=torch.cuda.get_device_name(topology.device) if topology.device.type == "cuda" else "cpu",
         precision=config.optimizer.precision,
         resumed_at_tokens=clock.tokens if resumed else None,
-        config=to_dict(dataclasses.replace(config)),
+        config=to_dict(config),
     )

@@ -82,7 +82,7 @@ class Trainer:
             done = now >= end
             if done or self.clock.steps % self.config.logging.log_interval == 0:
                 self._log("train", **self._window.take())
-            if (validate and self.config.training.eval_interval) or now >= self._total:
+            if validate or now >= self._total:
                 self._validate()
             reason = stop.agreed()
             if keep or done or reason:

@@ -1,0 +1,1 @@
+"""Mixture of Experts: router -> dispatch -> experts -> combine. Plain torch, the reference for faster kernels."""
