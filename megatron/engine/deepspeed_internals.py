@@ -7,11 +7,21 @@ changes any of it.
 import dataclasses
 from collections.abc import Iterator
 
+import deepspeed.ops
 import torch
 from deepspeed.moe.layer import MoE
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from deepspeed.utils import groups
 from torch import nn
+
+# On CPUs DeepSpeed compiles this operator when it starts. Nothing here calls it, and there may be no compiler.
+SHARED_MEMORY_OP = "deepspeed_shm_comm"
+
+
+def start() -> None:
+    """Let DeepSpeed know the processes that torch.distributed has brought together, without compiling anything."""
+    deepspeed.ops.__compatible_ops__[SHARED_MEMORY_OP] = False
+    deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
 
 
 class ExpertMarker(MoE):

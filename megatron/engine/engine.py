@@ -97,7 +97,7 @@ class Engine:
         self._experts = {name for name, p in model.named_parameters() if getattr(p, "is_expert", False)}
         size = topology.expert_parallel_size
         marker = None
-        deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
+        deepspeed_internals.start()
         if config.moe.enabled:
             deepspeed_internals.forget_expert_groups()
             deepspeed_internals.create_expert_groups(size)
