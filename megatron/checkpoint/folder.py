@@ -1,0 +1,322 @@
+"""The folder of a run's checkpoints: what lies where, what counts as complete, and how a new one takes its place.
+
+    SAVE/latest                    the name of the newest checkpoint
+    SAVE/step_00000100/
+        data-00000.safetensors     tensors, one file a rank that had something to write
+        index.json                 every tensor: data type, global shape, its boxes and their files
+        meta.json                  what else the run wants to remember
+        manifest.json              size and SHA-256 of every other file; written last
+    SAVE/.step_00000200.tmp/       being written, or left over by a crash: never loaded
+    SAVE/.step_00000100.replaced/  an older save of the same step, for the moment in which the newer one takes its name
+    SAVE/.step_00000100.deleted/   being deleted
+
+A checkpoint appears under its own name complete or not at all, because renaming a folder is atomic; a crash at any
+moment leaves at least the previous one loadable.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron.checkpoint.errors import CheckpointError
+
+MANIFEST, META, INDEX, LATEST = "manifest.json", "meta.json", "index.json", "latest"
+FORMAT = 1
+
+_NAME = re.compile(r"step_\d{8,}")
+_REPLACED = re.compile(r"\.(step_\d{8,})\.replaced")
+_LITTER = re.compile(r"\.step_\d{8,}\.(tmp|deleted)")
+
+
+@dataclasses.dataclass(frozen=True)
+class FileRecord:
+    """What the manifest knows of a file."""
+
+    size: int  # bytes
+    sha256: str  # hexadecimal
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """The last file of a checkpoint to be written; its presence says that the others are there."""
+
+    step: int
+    saved_at: float  # seconds since 1970
+    files: dict[str, FileRecord]
+
+
+def step_name(step: int) -> str:
+    """The name of the folder of one checkpoint."""
+    return f"step_{step:08d}"
+
+
+# ------------------------------------------------------------------------------------------------- reading
+
+
+def read_manifest(checkpoint: Path) -> Manifest:
+    """Raises:
+    CheckpointError: there is none, or it is damaged.
+    """
+    path = checkpoint / MANIFEST
+    try:
+        content = json.loads(path.read_bytes())
+        if content["format"] != FORMAT:
+            raise CheckpointError(f"{path} is of format {content['format']}; this version reads format {FORMAT}")
+        if content.pop("sha256") != _digest(content):
+            raise CheckpointError(f"{path} is damaged: its contents do not match its own checksum")
+        files = {name: FileRecord(**record) for name, record in content["files"].items()}
+        return Manifest(content["step"], content["saved_at"], files)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing: {checkpoint} is not a complete checkpoint") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}") from None
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether the folder has a readable manifest. Does not look at the data."""
+    try:
+        read_manifest(checkpoint)
+    except CheckpointError:
+        return False
+    return True
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints in a run's folder, the most recently saved first."""
+    found = []
+    for path in folder.iterdir() if folder.is_dir() else ():
+        replaced = _REPLACED.fullmatch(path.name)
+        if not (_NAME.fullmatch(path.name) or replaced) or (replaced and is_complete(folder / replaced[1])):
+            continue
+        with contextlib.suppress(CheckpointError):
+            manifest = read_manifest(path)
+            found.append((manifest.saved_at, manifest.step, path))
+    return [path for _, _, path in sorted(found, reverse=True)]
+
+
+def latest(folder: str | os.PathLike) -> Path | None:
+    """The checkpoint to go on from: the one marked latest, or the most recently saved complete one with a warning.
+
+    Args:
+        folder: a run's folder, or one checkpoint's own folder (which is then the answer).
+
+    Returns:
+        The checkpoint's folder; None if ``folder`` does not exist or no checkpoint was ever completed in it.
+
+    Raises:
+        CheckpointError: there are checkpoints, but not one is complete; or ``folder`` bears a checkpoint's name and is
+            not one.
+    """
+    folder = Path(folder)
+    if is_complete(folder):
+        return folder
+    if _NAME.fullmatch(folder.name) or (folder / INDEX).exists():
+        try:
+            read_manifest(folder)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}. {remedy(folder)}") from None
+    marked = _marked(folder)
+    if marked is not None and is_complete(folder / marked):
+        return folder / marked
+    complete = complete_checkpoints(folder)
+    if complete:
+        said = "is missing" if marked is None else f"names {marked}, which is not complete"
+        warnings.warn(f"{folder / LATEST} {said}; using {complete[0]}, the newest complete checkpoint", stacklevel=2)
+        return complete[0]
+    remains = sorted(p.name for p in folder.iterdir() if _NAME.fullmatch(p.name)) if folder.is_dir() else []
+    if marked is not None or remains:
+        raise CheckpointError(
+            f"no complete checkpoint in {folder}: {LATEST} says {marked or 'nothing'}, and of the folders "
+            f"{remains} none has an intact {MANIFEST}. Restore one of them, or give another folder"
+        )
+    return None
+
+
+def _marked(folder: Path) -> str | None:
+    try:
+        name = (folder / LATEST).read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return name if _NAME.fullmatch(name) else repr(name)
+
+
+def damage(checkpoint: Path, name: str, record: FileRecord) -> str | None:
+    """What is wrong with a file of a checkpoint, in words; None if it is as it was written."""
+    try:
+        size = (checkpoint / name).stat().st_size
+        if size != record.size:
+            return f"{name} has {size} bytes instead of {record.size}"
+        if hash_file(checkpoint / name) != record.sha256:
+            return f"{name} has another SHA-256 than when it was written (its contents changed)"
+    except FileNotFoundError:
+        return f"{name} is missing"
+    except OSError as error:
+        return f"{name} cannot be read: {error}"
+    return None
+
+
+def remedy(checkpoint: Path) -> str:
+    """What to load instead of a damaged checkpoint."""
+    others = [path for path in complete_checkpoints(checkpoint.parent) if path.name != checkpoint.name]
+    if others:
+        return f"Load {others[0]} instead" + (f" (older ones: {[p.name for p in others[1:4]]})" if others[1:] else "")
+    return f"There is no other complete checkpoint in {checkpoint.parent}; restore the files from a copy"
+
+
+@contextlib.contextmanager
+def in_use(checkpoint: Path) -> Iterator[None]:
+    """While this is open, no save (of this or another process) deletes the checkpoint as too old."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # a file system without locks; or nothing there, which others will tell
+            file = stack.enter_context(open(checkpoint / MANIFEST, "rb"))
+            fcntl.flock(file, fcntl.LOCK_SH)
+        yield
+
+
+def _is_in_use(checkpoint: Path) -> bool:
+    try:
+        with open(checkpoint / MANIFEST, "r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(1 << 20))
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+    return digest.hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------- writing
+
+
+def temporary_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint of ``step`` is written until it is complete."""
+    return folder / f".{step_name(step)}.tmp"
+
+
+def begin(folder: Path, step: int) -> Path:
+    """Make the folder to write a checkpoint into, after removing what crashed saves left over."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in list(folder.iterdir()):
+        if replaced := _REPLACED.fullmatch(path.name):
+            name = folder / replaced[1]
+            if is_complete(name):
+                _delete(path)
+            else:  # the crash came before the newer save of the same step took the name
+                if name.exists():
+                    _delete(name)
+                path.rename(name)
+        elif _LITTER.fullmatch(path.name):
+            shutil.rmtree(path)
+    temporary = temporary_path(folder, step)
+    temporary.mkdir()
+    return temporary
+
+
+def abandon(folder: Path, step: int) -> None:
+    """Give back the disk space of a save that failed."""
+    shutil.rmtree(temporary_path(folder, step), ignore_errors=True)
+
+
+def commit(folder: Path, step: int, files: Mapping[str, FileRecord]) -> Path:
+    """Turn the folder made by :func:`begin` into the checkpoint of ``step`` and mark it latest.
+
+    Args:
+        files: every file in it; all are on disk already.
+    """
+    temporary, final = temporary_path(folder, step), folder / step_name(step)
+    content: dict[str, Any] = {
+        "format": FORMAT,
+        "step": step,
+        "saved_at": time.time(),
+        "files": {name: dataclasses.asdict(files[name]) for name in sorted(files)},
+    }
+    content["sha256"] = _digest(content)
+    write_file(temporary / MANIFEST, json.dumps(content, indent=1).encode())
+    sync_folder(temporary)
+    replaced = folder / f".{final.name}.replaced"
+    if final.exists():
+        final.rename(replaced)
+    temporary.rename(final)
+    sync_folder(folder)
+    mark = folder / f".{LATEST}.tmp"
+    write_file(mark, f"{final.name}\n".encode())
+    mark.replace(folder / LATEST)
+    sync_folder(folder)
+    if replaced.exists():
+        _delete_or_warn(replaced)
+    return final
+
+
+def delete_older(folder: Path, keep_last: int) -> None:
+    """Delete all but the ``keep_last`` most recently saved checkpoints (0: keep all), never one that is marked latest
+    or being loaded. What cannot be deleted is a warning."""
+    if keep_last <= 0:
+        return
+    marked = _marked(folder)
+    for path in complete_checkpoints(folder)[keep_last:]:
+        if path.name == marked or _is_in_use(path):
+            continue
+        _delete_or_warn(path)
+
+
+def write_file(path: Path, data: bytes) -> FileRecord:
+    """Write a file so that it survives a power failure."""
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return FileRecord(len(data), hashlib.sha256(data).hexdigest())
+
+
+def sync_folder(path: Path) -> None:
+    """Make the names in a folder survive a power failure."""
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that has no such thing
+            raise
+    finally:
+        os.close(handle)
+
+
+def _delete(path: Path) -> None:
+    """Delete a checkpoint; renamed first, so that half of one never bears a checkpoint's name."""
+    doomed = path.with_name(f".{path.name.removeprefix('.').removesuffix('.replaced')}.deleted")
+    if doomed.exists():
+        shutil.rmtree(doomed)
+    path.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def _delete_or_warn(path: Path) -> None:
+    try:
+        _delete(path)
+    except OSError as error:  # the new checkpoint is safe all the same
+        warnings.warn(f"cannot delete the old checkpoint {path}: {error}", stacklevel=2)
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
