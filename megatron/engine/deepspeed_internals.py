@@ -5,13 +5,16 @@ changes any of it.
 """
 
 import dataclasses
+import logging
+import warnings
 from collections.abc import Iterator
 
 import deepspeed.ops
 import torch
 from deepspeed.moe.layer import MoE
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
-from deepspeed.utils import groups
+from deepspeed.runtime import bf16_optimizer
+from deepspeed.utils import groups, logger
 from torch import nn
 
 # On CPUs DeepSpeed compiles this operator when it starts. Nothing here calls it, and there may be no compiler.
@@ -19,7 +22,13 @@ SHARED_MEMORY_OP = "deepspeed_shm_comm"
 
 
 def start() -> None:
-    """Let DeepSpeed know the processes that torch.distributed has brought together, without compiling anything."""
+    """Let DeepSpeed know the processes that torch.distributed has brought together.
+
+    Nothing is compiled, and what DeepSpeed says about its own progress is not printed.
+    """
+    logger.setLevel(logging.WARNING)
+    bf16_optimizer.see_memory_usage = lambda *args, **kwargs: None
+    warnings.filterwarnings("ignore", message=r".*(all_gather_into_tensor|reduce_scatter_tensor).* is deprecated")
     deepspeed.ops.__compatible_ops__[SHARED_MEMORY_OP] = False
     deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
 

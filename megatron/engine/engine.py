@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import logging
 import os
 import random
 from collections.abc import Mapping, Sequence
@@ -83,12 +82,10 @@ class Engine:
     def __init__(self, model: GPTModel, config: RunConfig, topology: Topology) -> None:
         os.environ.setdefault("DS_ACCELERATOR", topology.device.type)
         import deepspeed
-        from deepspeed.utils import logger as deepspeed_logger
 
         from megatron.engine import deepspeed_config, deepspeed_internals
         from megatron.engine.optimizer import build_adam
 
-        deepspeed_logger.setLevel(logging.WARNING)
         self._internals = deepspeed_internals
         self._config = config
         self._topology = topology

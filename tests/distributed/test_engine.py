@@ -163,12 +163,12 @@ def test_any_number_of_processes_trains_as_plain_torch(size):
 
 
 @pytest.mark.distributed
-def test_bf16_fp16_and_activation_checkpointing():
-    runs = [config(MOE, 2, "bf16"), config(MOE, 2, "fp16"), config(MOE, 2, checkpoint_activations=True)]
-    bf16, fp16, recomputed = run_distributed(train, 2, runs)[0]
+def test_bf16_and_activation_checkpointing():
+    runs = [config(MOE, 2, "bf16"), config(MOE, 2, checkpoint_activations=True)]
+    bf16, recomputed = run_distributed(train, 2, runs)[0]
     expected, weights = reference(MOE)
     losses = torch.tensor([loss for loss, _ in expected])
-    for (history, _), tolerance in ((bf16, 5e-2), (fp16, 1e-2), (recomputed, 1e-5)):
+    for (history, _), tolerance in ((bf16, 5e-2), (recomputed, 1e-5)):
         found = torch.tensor([loss for loss, _ in history])
         torch.testing.assert_close(found, losses, rtol=tolerance, atol=tolerance)
     for key, value in weights.items():
