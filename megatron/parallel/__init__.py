@@ -1,0 +1,1 @@
+"""Processes: who starts them, which groups they form, and what they exchange."""
