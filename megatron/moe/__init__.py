@@ -1,0 +1,6 @@
+"""Mixture of experts: router -> dispatch -> experts -> combine, in plain torch."""
+
+from megatron.moe.layer import MoELayer, MoEOutput
+from megatron.moe.plan import RoutingPlan
+
+__all__ = ["MoELayer", "MoEOutput", "RoutingPlan"]

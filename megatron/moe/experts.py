@@ -1,0 +1,73 @@
+"""The experts of one layer that live on this rank: stacked feed-forwards.
+
+Letters: E experts, L experts on this rank, H hidden, F FFN hidden, C rows of each expert, R rows of all.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from megatron.moe.initialization import fill_normal, named_generator
+from megatron.parallel.groups import ExpertGroup
+
+
+class Experts(nn.Module):
+    """L feed-forwards gelu(x @ w1 + b1) @ w2 + b2, with GELU in its tanh form as in GPT-2.
+
+    Parameters are stacked: ``w1`` [L, H, F], ``b1`` [L, F], ``w2`` [L, F, H], ``b2`` [L, H]. Row i is expert
+    ``expert_group.rank * L + i`` of the layer. Each carries ``is_expert = True`` and ``num_experts = E``, so that the
+    optimizer and checkpoints know them.
+
+    Raises:
+        ValueError: E is not a multiple of the size of ``expert_group``.
+    """
+
+    def __init__(self, hidden_size: int, ffn_size: int, num_experts: int, expert_group: ExpertGroup) -> None:
+        super().__init__()
+        if num_experts % expert_group.size:
+            raise ValueError(
+                f"{num_experts} experts cannot be spread evenly over {expert_group.size} processes: "
+                f"{num_experts} / {expert_group.size} is not whole; choose an expert-parallel size that divides it"
+            )
+        L = num_experts // expert_group.size
+        self.first_expert = expert_group.rank * L
+        self.w1 = nn.Parameter(torch.empty(L, hidden_size, ffn_size))
+        self.b1 = nn.Parameter(torch.empty(L, ffn_size))
+        self.w2 = nn.Parameter(torch.empty(L, ffn_size, hidden_size))
+        self.b2 = nn.Parameter(torch.empty(L, hidden_size))
+        for parameter in self.parameters():
+            parameter.is_expert = True
+            parameter.num_experts = num_experts
+
+    @torch.no_grad()
+    def initialize(self, w1_std: float, w2_std: float, seed: int, layer: int) -> None:
+        """Draw each expert's weights from a generator of its own; biases are 0.
+
+        The generator follows from (seed, layer, expert number in the layer), so experts differ from each other and do
+        not depend on how many processes share them. Values are drawn on the CPU in fp32, the same for every device.
+        """
+        self.b1.zero_()
+        self.b2.zero_()
+        for row, (w1_HF, w2_FH) in enumerate(zip(self.w1, self.w2, strict=True)):
+            generator = named_generator(seed, layer, f"expert {self.first_expert + row}")
+            fill_normal(w1_HF, w1_std, generator)
+            fill_normal(w2_FH, w2_std, generator)
+
+    def forward(self, x_LCH: torch.Tensor) -> torch.Tensor:
+        """Answers [L, C, H] to equally many rows for each expert."""
+        h_LCF = F.gelu(torch.baddbmm(self.b1[:, None], x_LCH, self.w1), approximate="tanh")
+        return torch.baddbmm(self.b2[:, None], h_LCF, self.w2)
+
+    def forward_sorted(self, x_RH: torch.Tensor, rows_per_expert: Sequence[int]) -> torch.Tensor:
+        """Answers [R, H] to rows sorted by expert, of which expert i has ``rows_per_expert[i]``."""
+        weights = list(zip(self.w1, self.b1, self.w2, self.b2, strict=True))
+        # Without any row, one empty product keeps the parameters in the graph: their gradients are then 0, not None.
+        busy = [i for i, rows in enumerate(rows_per_expert) if rows] or [0]
+        answers = []
+        for i, x_CH in zip(busy, x_RH.split([rows_per_expert[i] for i in busy]), strict=True):
+            w1_HF, b1_F, w2_FH, b2_H = weights[i]
+            h_CF = F.gelu(torch.addmm(b1_F, x_CH, w1_HF), approximate="tanh")
+            answers.append(torch.addmm(b2_H, h_CF, w2_FH))
+        return torch.cat(answers)

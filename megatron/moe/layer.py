@@ -1,0 +1,109 @@
+"""The mixture-of-experts layer: router -> dispatch -> experts -> combine.
+
+Letters: T tokens on this rank, H hidden, E experts, L experts on this rank.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from megatron.config import ModelConfig, MoEConfig
+from megatron.moe.dispatch import CapacityExchange, DroplessExchange
+from megatron.moe.experts import Experts
+from megatron.moe.initialization import fill_normal, named_generator
+from megatron.moe.mlp import MLP
+from megatron.moe.plan import RoutingPlan
+from megatron.moe.router import Router
+from megatron.parallel.groups import ExpertGroup
+
+ALONE = ExpertGroup(size=1, rank=0, group=None)
+
+
+class MoEOutput(NamedTuple):
+    """What an MoE layer computes from one micro-batch. The losses are not scaled by their coefficients."""
+
+    y: torch.Tensor  # [..., H] as the input; without the transformer's residual, so a dropped token's row is 0
+    aux_loss: torch.Tensor  # scalar, fp32 (float64 for float64 input), load balancing
+    z_loss: torch.Tensor  # scalar likewise, router z-loss
+    counts_E: torch.Tensor  # int64, this rank's tokens routed to each expert, before dropping
+    dropped: torch.Tensor  # int64 scalar, this rank's assignments that found no room
+
+
+class MoELayer(nn.Module):
+    """Feed-forward in which each token passes through ``moe.topk`` of ``num_experts`` experts.
+
+    In training every expert has a buffer of fixed size and tokens beyond it are dropped, unless
+    ``moe.moe_token_dropping`` is off. In evaluation nothing is dropped, unless ``moe.moe_eval_capacity_factor`` is set,
+    and nothing is random. Any number of tokens will do, one or none included. What makes routing random in training
+    (see :class:`megatron.moe.router.Router`) draws from torch's default generator of the device.
+
+    The residual form (``moe.mlp_type`` "residual"; Rajbhandari et al. 2022, section 4.1) adds a dense feed-forward:
+    y = experts(x) * c_0 + mlp(x) * c_1 with c = softmax(coefficient(x)).
+
+    Args:
+        model: gives the widths and the scale of initial values.
+        moe: how tokens are routed.
+        num_experts: E of this layer.
+        expert_group: the processes that share the experts. In capacity mode all must pass in equally many tokens.
+        seed: initial values follow from this, ``layer`` and each expert's number.
+        layer: number of this layer in the model, from 0.
+
+    Raises:
+        ValueError: the processes do not divide the experts, or ``moe.topk`` is not between 1 and E.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        moe: MoEConfig,
+        num_experts: int,
+        expert_group: ExpertGroup = ALONE,
+        *,
+        seed: int = 0,
+        layer: int = 0,
+    ) -> None:
+        super().__init__()
+        self.expert_group = expert_group
+        self.router = Router(model.hidden_size, num_experts, moe)
+        self.experts = Experts(model.hidden_size, model.ffn_size, num_experts, expert_group)
+        self.mlp: MLP | None = None
+        if moe.mlp_type == "residual":
+            self.mlp = MLP(model.hidden_size, model.ffn_size)
+            self.coefficient = nn.Linear(model.hidden_size, 2)
+        if not self.router.weight.is_meta:
+            self._initialize(model, seed, layer)
+
+    def forward(self, x: torch.Tensor) -> MoEOutput:
+        """Map [..., H] to [..., H]. With several processes, all of the group must call this together."""
+        x_TH = x.reshape(-1, x.size(-1))
+        plan, aux_loss, z_loss = self.router(x_TH)
+        y = self._experts(x_TH, plan).view(x.shape)
+        if self.mlp is not None:
+            c = self.coefficient(x).softmax(-1)
+            y = y * c[..., :1] + self.mlp(x) * c[..., 1:]
+        return MoEOutput(y, aux_loss, z_loss, plan.counts_E, plan.dropped)
+
+    def _experts(self, x_TH: torch.Tensor, plan: RoutingPlan) -> torch.Tensor:
+        if plan.capacity is not None:
+            exchange = CapacityExchange(plan, self.expert_group)
+            return exchange.combine(self.experts(exchange.dispatch(x_TH)))
+        exchange = DroplessExchange(plan, self.expert_group)
+        return exchange.combine(self.experts.forward_sorted(exchange.dispatch(x_TH), exchange.rows_per_expert))
+
+    @torch.no_grad()
+    def _initialize(self, model: ModelConfig, seed: int, layer: int) -> None:
+        """Weights are normal(0, std), into the residual stream normal(0, std / sqrt(2 layers)); biases are 0."""
+        std = model.init_method_std
+        output_std = std / math.sqrt(2 * model.num_layers)
+        self.experts.initialize(std, output_std, seed, layer)
+        fill_normal(self.router.weight, std, named_generator(seed, layer, "router"))
+        if self.mlp is not None:
+            for name, linear, scale in (
+                ("mlp.fc1", self.mlp.fc1, std),
+                ("mlp.fc2", self.mlp.fc2, output_std),
+                ("coefficient", self.coefficient, std),
+            ):
+                fill_normal(linear.weight, scale, named_generator(seed, layer, name))
+                linear.bias.zero_()
