@@ -1,1 +1,6 @@
-"""Mixture of Experts: router -> dispatch -> experts -> combine. Plain torch, the reference for faster kernels."""
+"""Mixture of experts: router -> dispatch -> experts -> combine, in plain torch."""
+
+from megatron.moe.layer import MoELayer, MoEOutput
+from megatron.moe.plan import RoutingPlan
+
+__all__ = ["MoELayer", "MoEOutput", "RoutingPlan"]

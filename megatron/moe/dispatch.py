@@ -1,86 +1,100 @@
-"""Tokens to experts and back.
+"""Bring tokens to their experts and the answers back, as a routing plan says.
 
-Letters: T tokens on this rank, K experts a token, H hidden, E experts, L experts on this rank, C capacity, R rows of
-all experts' buffers.
+With the experts spread over several processes, one all-to-all takes the tokens there and another brings the answers
+back. Two forms with the same two steps, ``dispatch`` and ``combine``:
 
-With a capacity every shape is known beforehand: R = E * C, the all-to-all has equal splits, and nothing asks the
-device. Without one the buffers are as long as they need to be, and the processes tell each other how long.
+* :class:`CapacityExchange`: every expert has a buffer of C rows. Shapes depend on sizes only, never on where tokens
+  go, so the host need not wait for the device. All processes of the group must hold equally many tokens.
+* :class:`DroplessExchange`: rows sorted by expert, as many as there are. The host reads the counts (it waits once).
+
+Every index operation writes each row that counts exactly once, forward and backward, so the results are deterministic.
+
+Letters: T tokens on this rank, H hidden, K experts of each token, E experts, L experts on this rank, C capacity,
+G processes of the group, R rows on this rank after the exchange, N = T * K assignments.
 """
 
 import torch
-import torch.distributed as dist
 
-from megatron.moe.experts import Experts
 from megatron.moe.plan import RoutingPlan
 from megatron.parallel.collectives import all_to_all
 from megatron.parallel.groups import ExpertGroup
 
 
-class _TakeRows(torch.autograd.Function):
-    """out[r] = x[source[r]], zeros where source is -1.
+class CapacityExchange:
+    """Exchange of one micro-batch in buffers of ``plan.capacity`` rows for each expert."""
 
-    ``uses_NM`` tells the same backwards: the rows of ``out`` in which row n of x is used, padded with -1. With it the
-    gradient is a sum of rows too, in a fixed order, instead of additions that race each other.
+    def __init__(self, plan: RoutingPlan, expert_group: ExpertGroup) -> None:
+        self._plan = plan
+        self._group = expert_group
+        self._row_N = plan.buffer_row_TK().flatten()
+
+    def dispatch(self, x_TH: torch.Tensor) -> torch.Tensor:
+        """The rows for this rank's experts, [L, G * C, H]; a row that nothing was sent to is 0."""
+        E, C, H, G = self._plan.counts_E.numel(), self._plan.capacity, x_TH.size(1), self._group.size
+        rows = x_TH.new_zeros(E * C + 1, H)  # the last one is where dropped assignments go
+        buffer_ECH = rows.index_copy(0, self._row_N, _repeat(x_TH, self._plan))[:-1].view(E, C, H)
+        if G == 1:
+            return buffer_ECH
+        received_ECH = all_to_all(buffer_ECH, self._group.group)  # from each process its rows for our L experts
+        return received_ECH.view(G, E // G, C, H).transpose(0, 1).reshape(E // G, G * C, H)
+
+    def combine(self, y_LRH: torch.Tensor) -> torch.Tensor:
+        """The output of each token, [T, H]: its experts' answers times their gates; 0 for dropped assignments."""
+        E, C, H, G = self._plan.counts_E.numel(), self._plan.capacity, y_LRH.size(-1), self._group.size
+        if G > 1:
+            y_ECH = y_LRH.view(E // G, G, C, H).transpose(0, 1).reshape(E, C, H)
+            y_LRH = all_to_all(y_ECH, self._group.group)
+        rows = torch.cat([y_LRH.reshape(E * C, H), y_LRH.new_zeros(1, H)])
+        return _weighted_sum(rows.index_select(0, self._row_N), self._plan)
+
+
+class DroplessExchange:
+    """Exchange of one micro-batch in exactly as many rows as there are assignments.
+
+    ``rows_per_expert`` tells how many of the dispatched rows belong to each of this rank's L experts.
     """
 
-    @staticmethod
-    def forward(ctx, x_NH: torch.Tensor, source_R: torch.Tensor, uses_NM: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(uses_NM)
-        return _rows_or_zero(x_NH, source_R)
+    def __init__(self, plan: RoutingPlan, expert_group: ExpertGroup) -> None:
+        self._plan = plan
+        self._group = expert_group
+        self._row_N = plan.sorted_row_TK().flatten()
+        if expert_group.size == 1:
+            self.rows_per_expert: list[int] = plan.counts_E.tolist()
+            return
+        sent_GL = plan.counts_E.view(expert_group.size, -1)
+        received_GL = all_to_all(sent_GL, expert_group.group)
+        host = torch.stack([sent_GL, received_GL]).cpu()
+        self._sent, self._received = host.sum(-1).tolist()
+        self.rows_per_expert = host[1].sum(0).tolist()
+        # Rows arrive sorted by (process, expert). Sorting them by expert keeps the order of processes.
+        expert_L = torch.arange(sent_GL.size(1)).repeat(expert_group.size)
+        arrived_R = expert_L.repeat_interleave(host[1].flatten())
+        self._by_expert_R = arrived_R.argsort(stable=True).to(plan.counts_E.device)
+        self._by_process_R = self._by_expert_R.argsort()
 
-    @staticmethod
-    def backward(ctx, grad_RH: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        (uses_NM,) = ctx.saved_tensors
-        grad_NH = _rows_or_zero(grad_RH, uses_NM[:, 0])
-        for column in uses_NM.unbind(1)[1:]:
-            grad_NH = grad_NH + _rows_or_zero(grad_RH, column)
-        return grad_NH, None, None
+    def dispatch(self, x_TH: torch.Tensor) -> torch.Tensor:
+        """The rows for this rank's experts, [R, H], sorted by expert."""
+        x_NH = _repeat(x_TH, self._plan)
+        x_NH = torch.empty_like(x_NH).index_copy(0, self._row_N, x_NH)
+        if self._group.size == 1:
+            return x_NH
+        x_RH = all_to_all(x_NH, self._group.group, self._received, self._sent)
+        return x_RH.index_select(0, self._by_expert_R)
 
-
-def _rows_or_zero(x_NH: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    return x_NH[index.clamp(min=0)].masked_fill_((index < 0)[:, None], 0)
-
-
-def run_experts(x_TH: torch.Tensor, plan: RoutingPlan, experts: Experts, group: ExpertGroup) -> torch.Tensor:
-    """Send each token to its experts, and sum their outputs weighted by the gates; [T, H].
-
-    Dropped assignments add nothing.
-    """
-    T, K = plan.expert_TK.shape
-    row_TK = plan.row_TK
-    rows = T * K if plan.capacity is None else len(plan.counts_E) * plan.capacity
-    # the assignment in each row; one row more takes the dropped ones
-    assignment_R = torch.full((rows + 1,), -1, dtype=torch.int64, device=x_TH.device)
-    number_TK = torch.arange(T * K, device=x_TH.device)
-    assignment_R = assignment_R.scatter(0, row_TK.flatten() % (rows + 1), number_TK)[:-1]
-
-    sent_RH = _TakeRows.apply(x_TH, assignment_R.div(K, rounding_mode="floor"), row_TK)
-    compute = _dropless if plan.capacity is None else _with_capacity
-    received_RH = compute(sent_RH, plan, experts, group)
-    output_TKH = _TakeRows.apply(received_RH, row_TK.flatten(), assignment_R[:, None]).view(T, K, -1)
-    return (output_TKH * plan.gate_TK.to(x_TH.dtype)[..., None]).sum(dim=1)
+    def combine(self, y_RH: torch.Tensor) -> torch.Tensor:
+        """The output of each token, [T, H]: its experts' answers times their gates."""
+        if self._group.size > 1:
+            y_RH = y_RH.index_select(0, self._by_process_R)
+            y_RH = all_to_all(y_RH, self._group.group, self._sent, self._received)
+        return _weighted_sum(y_RH.index_select(0, self._row_N), self._plan)
 
 
-def _with_capacity(x_RH: torch.Tensor, plan: RoutingPlan, experts: Experts, group: ExpertGroup) -> torch.Tensor:
-    L, C, H = experts.num_local, plan.capacity, x_RH.size(-1)
-    x = all_to_all(x_RH, group.group).view(group.size, L, C, H)  # from each process, the tokens for our experts
-    y = experts(x.transpose(0, 1).reshape(L, group.size * C, H))
-    y = y.view(L, group.size, C, H).transpose(0, 1).reshape(-1, H)
-    return all_to_all(y, group.group)
+def _repeat(x_TH: torch.Tensor, plan: RoutingPlan) -> torch.Tensor:
+    """[N, H]: each token once for each of its experts."""
+    return x_TH[:, None].expand(-1, plan.expert_TK.size(1), -1).reshape(-1, x_TH.size(1))
 
 
-def _dropless(x_RH: torch.Tensor, plan: RoutingPlan, experts: Experts, group: ExpertGroup) -> torch.Tensor:
-    if group.group is None:
-        return experts.grouped(x_RH, plan.counts_E.tolist())
-    sent_PL = plan.counts_E.view(group.size, experts.num_local)
-    received_PL = torch.empty_like(sent_PL)
-    dist.all_to_all_single(received_PL, sent_PL.contiguous(), group=group.group)
-    sent, received = sent_PL.sum(1).tolist(), received_PL.sum(1).tolist()
-    x = all_to_all(x_RH, group.group, received, sent)
-    # rows come by process, then expert; experts want theirs together
-    local = torch.arange(experts.num_local, device=x.device).repeat(group.size)
-    by_expert = local.repeat_interleave(received_PL.flatten()).argsort(stable=True)
-    by_process = torch.empty_like(by_expert).scatter_(0, by_expert, torch.arange(len(by_expert), device=x.device))
-    y = experts.grouped(_TakeRows.apply(x, by_expert, by_process[:, None]), received_PL.sum(0).tolist())
-    y = _TakeRows.apply(y, by_process, by_expert[:, None])
-    return all_to_all(y, group.group, sent, received)
+def _weighted_sum(y_NH: torch.Tensor, plan: RoutingPlan) -> torch.Tensor:
+    """[T, H]: sum over a token's experts of gate * answer, in the gates' format, returned in that of the answers."""
+    y_TKH = y_NH.view(*plan.gate_TK.shape, y_NH.size(-1))
+    return (y_TKH * plan.gate_TK[..., None]).sum(1).to(y_NH.dtype)

@@ -1,63 +1,73 @@
-"""The experts of one rank, stacked.
+"""The experts of one layer that live on this rank: stacked feed-forwards.
 
-Letters: E experts, L experts on this rank, H hidden, F FFN hidden, N tokens of each expert, R rows of all experts.
+Letters: E experts, L experts on this rank, H hidden, F FFN hidden, C rows of each expert, R rows of all.
 """
 
-import hashlib
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from megatron.moe.initialization import fill_normal, named_generator
 from megatron.parallel.groups import ExpertGroup
 
 
 class Experts(nn.Module):
-    """L feed-forwards of one shape: gelu(x w1 + b1) w2 + b2, with GELU in its tanh form.
+    """L feed-forwards gelu(x @ w1 + b1) @ w2 + b2, with GELU in its tanh form as in GPT-2.
 
-    The parameters carry ``is_expert`` for the engine, which reduces their gradients over fewer processes than others.
+    Parameters are stacked: ``w1`` [L, H, F], ``b1`` [L, F], ``w2`` [L, F, H], ``b2`` [L, H]. Row i is expert
+    ``expert_group.rank * L + i`` of the layer. Each carries ``is_expert = True`` and ``num_experts = E``, so that the
+    optimizer and checkpoints know them.
+
+    Raises:
+        ValueError: E is not a multiple of the size of ``expert_group``.
     """
 
-    def __init__(self, hidden_size: int, ffn_size: int, num_experts: int, group: ExpertGroup) -> None:
+    def __init__(self, hidden_size: int, ffn_size: int, num_experts: int, expert_group: ExpertGroup) -> None:
         super().__init__()
-        if num_experts % group.size:
-            raise ValueError(f"{num_experts} experts do not divide evenly over {group.size} processes")
-        self.num_experts, self.num_local = num_experts, num_experts // group.size
-        self.first = group.rank * self.num_local
-        L = self.num_local
+        if num_experts % expert_group.size:
+            raise ValueError(
+                f"{num_experts} experts cannot be spread evenly over {expert_group.size} processes: "
+                f"{num_experts} / {expert_group.size} is not whole; choose an expert-parallel size that divides it"
+            )
+        L = num_experts // expert_group.size
+        self.first_expert = expert_group.rank * L
         self.w1 = nn.Parameter(torch.empty(L, hidden_size, ffn_size))
         self.b1 = nn.Parameter(torch.empty(L, ffn_size))
         self.w2 = nn.Parameter(torch.empty(L, ffn_size, hidden_size))
         self.b2 = nn.Parameter(torch.empty(L, hidden_size))
         for parameter in self.parameters():
             parameter.is_expert = True
+            parameter.num_experts = num_experts
 
     @torch.no_grad()
-    def initialize(self, std: float, output_std: float, seed: int, layer: int) -> None:
-        """Draw each expert's weights by itself; they depend on the seed, the layer and the expert's number alone."""
+    def initialize(self, w1_std: float, w2_std: float, seed: int, layer: int) -> None:
+        """Draw each expert's weights from a generator of its own; biases are 0.
+
+        The generator follows from (seed, layer, expert number in the layer), so experts differ from each other and do
+        not depend on how many processes share them. Values are drawn on the CPU in fp32, the same for every device.
+        """
         self.b1.zero_()
         self.b2.zero_()
-        for local in range(self.num_local):
-            generator = expert_generator(seed, layer, self.first + local)
-            for weight, scale in ((self.w1, std), (self.w2, output_std)):
-                values = torch.empty(weight.shape[1:], dtype=torch.float32)
-                weight[local].copy_(values.normal_(0.0, scale, generator=generator))
+        for row, (w1_HF, w2_FH) in enumerate(zip(self.w1, self.w2, strict=True)):
+            generator = named_generator(seed, layer, f"expert {self.first_expert + row}")
+            fill_normal(w1_HF, w1_std, generator)
+            fill_normal(w2_FH, w2_std, generator)
 
-    def forward(self, x_LNH: torch.Tensor) -> torch.Tensor:
-        """Each expert on N rows of its own; [L, N, H]."""
-        h_LNF = F.gelu(torch.baddbmm(self.b1[:, None], x_LNH, self.w1), approximate="tanh")
-        return torch.baddbmm(self.b2[:, None], h_LNF, self.w2)
+    def forward(self, x_LCH: torch.Tensor) -> torch.Tensor:
+        """Answers [L, C, H] to equally many rows for each expert."""
+        h_LCF = F.gelu(torch.baddbmm(self.b1[:, None], x_LCH, self.w1), approximate="tanh")
+        return torch.baddbmm(self.b2[:, None], h_LCF, self.w2)
 
-    def grouped(self, x_RH: torch.Tensor, counts: list[int]) -> torch.Tensor:
-        """Expert l on ``counts[l]`` rows, which follow those of the expert before; [R, H]."""
-        outputs = []
-        for local, x_NH in enumerate(x_RH.split(counts)):
-            h_NF = F.gelu(torch.addmm(self.b1[local], x_NH, self.w1[local]), approximate="tanh")
-            outputs.append(torch.addmm(self.b2[local], h_NF, self.w2[local]))
-        return torch.cat(outputs)
-
-
-def expert_generator(seed: int, layer: int, expert: int | str) -> torch.Generator:
-    """The random generator of one part of an MoE layer: an expert's number, or a name."""
-    digest = hashlib.sha256(f"{seed}/moe/{layer}/{expert}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    def forward_sorted(self, x_RH: torch.Tensor, rows_per_expert: Sequence[int]) -> torch.Tensor:
+        """Answers [R, H] to rows sorted by expert, of which expert i has ``rows_per_expert[i]``."""
+        weights = list(zip(self.w1, self.b1, self.w2, self.b2, strict=True))
+        # Without any row, one empty product keeps the parameters in the graph: their gradients are then 0, not None.
+        busy = [i for i, rows in enumerate(rows_per_expert) if rows] or [0]
+        answers = []
+        for i, x_CH in zip(busy, x_RH.split([rows_per_expert[i] for i in busy]), strict=True):
+            w1_HF, b1_F, w2_FH, b2_H = weights[i]
+            h_CF = F.gelu(torch.addmm(b1_F, x_CH, w1_HF), approximate="tanh")
+            answers.append(torch.addmm(b2_H, h_CF, w2_FH))
+        return torch.cat(answers)

@@ -1,6 +1,6 @@
-"""A feed-forward layer that is a mixture of experts.
+"""The mixture-of-experts layer: router -> dispatch -> experts -> combine.
 
-Letters: T tokens on this rank, H hidden, E experts.
+Letters: T tokens on this rank, H hidden, E experts, L experts on this rank.
 """
 
 import math
@@ -10,36 +10,48 @@ import torch
 from torch import nn
 
 from megatron.config import ModelConfig, MoEConfig
-from megatron.moe.dispatch import run_experts
-from megatron.moe.experts import Experts, expert_generator
+from megatron.moe.dispatch import CapacityExchange, DroplessExchange
+from megatron.moe.experts import Experts
+from megatron.moe.initialization import fill_normal, named_generator
 from megatron.moe.mlp import MLP
+from megatron.moe.plan import RoutingPlan
 from megatron.moe.router import Router
 from megatron.parallel.groups import ExpertGroup
 
+ALONE = ExpertGroup(size=1, rank=0, group=None)
+
 
 class MoEOutput(NamedTuple):
-    """Output of the layer and what the trainer wants to know."""
+    """What an MoE layer computes from one micro-batch. The losses are not scaled by their coefficients."""
 
-    y: torch.Tensor  # as the input, without the residual connection
-    aux_loss: torch.Tensor  # fp32 scalar, load balancing, unscaled
-    z_loss: torch.Tensor  # fp32 scalar, unscaled
-    counts_E: torch.Tensor  # int64, this rank's assignments of each expert, dropped ones included
-    dropped: torch.Tensor  # int64 scalar, this rank's assignments that found no slot
+    y: torch.Tensor  # [..., H] as the input; without the transformer's residual, so a dropped token's row is 0
+    aux_loss: torch.Tensor  # scalar, fp32 (float64 for float64 input), load balancing
+    z_loss: torch.Tensor  # scalar likewise, router z-loss
+    counts_E: torch.Tensor  # int64, this rank's tokens routed to each expert, before dropping
+    dropped: torch.Tensor  # int64 scalar, this rank's assignments that found no room
 
 
 class MoELayer(nn.Module):
-    """Router and experts; with ``mlp_type`` "residual" a dense feed-forward beside them, mixed in by a learned weight.
+    """Feed-forward in which each token passes through ``moe.topk`` of ``num_experts`` experts.
 
-    Capacity and random choices count the tokens of one forward pass on this rank, that is of one micro-batch.
-    Residual MoE: y = c_0 * experts(x) + c_1 * mlp(x), c = softmax(W x + b) (arXiv 2201.05596, section 4.1).
+    In training every expert has a buffer of fixed size and tokens beyond it are dropped, unless
+    ``moe.moe_token_dropping`` is off. In evaluation nothing is dropped, unless ``moe.moe_eval_capacity_factor`` is set,
+    and nothing is random. Any number of tokens will do, one or none included. What makes routing random in training
+    (see :class:`megatron.moe.router.Router`) draws from torch's default generator of the device.
+
+    The residual form (``moe.mlp_type`` "residual"; Rajbhandari et al. 2022, section 4.1) adds a dense feed-forward:
+    y = experts(x) * c_0 + mlp(x) * c_1 with c = softmax(coefficient(x)).
 
     Args:
-        model: sizes and initial standard deviation.
-        moe: routing.
-        num_experts: E of this layer, over all processes.
-        expert_group: the processes that share them.
-        seed: initial values depend on this, on ``layer`` and on the expert's number, not on the processes.
-        layer: number of the layer in the model.
+        model: gives the widths and the scale of initial values.
+        moe: how tokens are routed.
+        num_experts: E of this layer.
+        expert_group: the processes that share the experts. In capacity mode all must pass in equally many tokens.
+        seed: initial values follow from this, ``layer`` and each expert's number.
+        layer: number of this layer in the model, from 0.
+
+    Raises:
+        ValueError: the processes do not divide the experts, or ``moe.topk`` is not between 1 and E.
     """
 
     def __init__(
@@ -47,7 +59,7 @@ class MoELayer(nn.Module):
         model: ModelConfig,
         moe: MoEConfig,
         num_experts: int,
-        expert_group: ExpertGroup = ExpertGroup(),  # noqa: B008 (immutable)
+        expert_group: ExpertGroup = ALONE,
         *,
         seed: int = 0,
         layer: int = 0,
@@ -56,32 +68,42 @@ class MoELayer(nn.Module):
         self.expert_group = expert_group
         self.router = Router(model.hidden_size, num_experts, moe)
         self.experts = Experts(model.hidden_size, model.ffn_size, num_experts, expert_group)
-        residual = moe.mlp_type == "residual"
-        self.mlp = MLP(model.hidden_size, model.ffn_size) if residual else None
-        self.coefficient = nn.Linear(model.hidden_size, 2) if residual else None
+        self.mlp: MLP | None = None
+        if moe.mlp_type == "residual":
+            self.mlp = MLP(model.hidden_size, model.ffn_size)
+            self.coefficient = nn.Linear(model.hidden_size, 2)
         if not self.router.weight.is_meta:
             self._initialize(model, seed, layer)
 
-    @torch.no_grad()
-    def _initialize(self, model: ModelConfig, seed: int, layer: int) -> None:
-        std, output_std = model.init_method_std, model.init_method_std / math.sqrt(2 * model.num_layers)
-        self.experts.initialize(std, output_std, seed, layer)
-        for name, parameter in self.named_parameters():
-            if name.startswith("experts."):
-                continue
-            if name.endswith(".bias"):
-                parameter.zero_()
-                continue
-            scale = output_std if name == "mlp.fc2.weight" else std
-            values = torch.empty(parameter.shape, dtype=torch.float32)
-            parameter.copy_(values.normal_(0.0, scale, generator=expert_generator(seed, layer, name)))
-
     def forward(self, x: torch.Tensor) -> MoEOutput:
-        """Apply the layer to ``x`` [..., H]."""
+        """Map [..., H] to [..., H]. With several processes, all of the group must call this together."""
         x_TH = x.reshape(-1, x.size(-1))
         plan, aux_loss, z_loss = self.router(x_TH)
-        y_TH = run_experts(x_TH, plan, self.experts, self.expert_group)
-        if self.mlp is not None and self.coefficient is not None:
-            c_T2 = self.coefficient(x_TH).softmax(dim=-1)
-            y_TH = y_TH * c_T2[:, :1] + self.mlp(x_TH) * c_T2[:, 1:]
-        return MoEOutput(y_TH.view_as(x), aux_loss, z_loss, plan.counts_E, plan.dropped)
+        y = self._experts(x_TH, plan).view(x.shape)
+        if self.mlp is not None:
+            c = self.coefficient(x).softmax(-1)
+            y = y * c[..., :1] + self.mlp(x) * c[..., 1:]
+        return MoEOutput(y, aux_loss, z_loss, plan.counts_E, plan.dropped)
+
+    def _experts(self, x_TH: torch.Tensor, plan: RoutingPlan) -> torch.Tensor:
+        if plan.capacity is not None:
+            exchange = CapacityExchange(plan, self.expert_group)
+            return exchange.combine(self.experts(exchange.dispatch(x_TH)))
+        exchange = DroplessExchange(plan, self.expert_group)
+        return exchange.combine(self.experts.forward_sorted(exchange.dispatch(x_TH), exchange.rows_per_expert))
+
+    @torch.no_grad()
+    def _initialize(self, model: ModelConfig, seed: int, layer: int) -> None:
+        """Weights are normal(0, std), into the residual stream normal(0, std / sqrt(2 layers)); biases are 0."""
+        std = model.init_method_std
+        output_std = std / math.sqrt(2 * model.num_layers)
+        self.experts.initialize(std, output_std, seed, layer)
+        fill_normal(self.router.weight, std, named_generator(seed, layer, "router"))
+        if self.mlp is not None:
+            for name, linear, scale in (
+                ("mlp.fc1", self.mlp.fc1, std),
+                ("mlp.fc2", self.mlp.fc2, output_std),
+                ("coefficient", self.coefficient, std),
+            ):
+                fill_normal(linear.weight, scale, named_generator(seed, layer, name))
+                linear.bias.zero_()

@@ -1,24 +1,32 @@
-"""Losses of the router.
+"""Losses that keep a router healthy. Both come unscaled; the trainer multiplies them by its coefficients.
 
-Letters: T tokens of one micro-batch on this rank, E experts.
-
-Both are means over the tokens of one micro-batch on one process, and a run averages them over its micro-batches. So
-they do not depend on how micro-batches are spread over processes, as long as --micro-batch-size stays the same.
+Letters: T tokens on this rank, E experts, K choices of each token that count.
 """
 
 import torch
 
+from megatron.moe.plan import count_experts
 
-def load_balancing_loss(probability_TE: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
-    """E * sum over experts of mean(p_e) * f_e, 1 at perfect balance.
 
-    ``f_e`` is expert e's share of the counted assignments, dropped ones included; gradient flows through the
-    probabilities alone. Source: GShard (arXiv 2006.16668), section 2.2; Switch Transformer (arXiv 2101.03961), eq. 4.
+def load_balancing_loss(gate_TE: torch.Tensor, expert_TK: torch.Tensor) -> torch.Tensor:
+    """E * sum over experts of (mean gate) * (share of assignments): 1 when both are even, up to E when one takes all.
+
+    The Switch and GShard form (Fedus et al. 2021, eq. 4; Lepikhin et al. 2020, algorithm 1). Gradients flow through the
+    mean gate only; the share counts assignments before any is dropped. Both means are over the tokens of one
+    micro-batch on one rank.
+
+    Args:
+        gate_TE: probabilities without noise.
+        expert_TK: int64, the chosen experts.
+
+    Returns:
+        A scalar in the number format of ``gate_TE``; 0 without tokens.
     """
-    share_E = counts_E.to(probability_TE.dtype) / counts_E.sum()
-    return probability_TE.size(1) * (probability_TE.mean(0) * share_E).sum()
+    T, E = gate_TE.shape
+    share_E = count_experts(expert_TK, E).to(gate_TE.dtype) / max(expert_TK.numel(), 1)
+    return E * torch.sum(gate_TE.sum(0) / max(T, 1) * share_E)
 
 
 def z_loss(logits_TE: torch.Tensor) -> torch.Tensor:
-    """Mean over tokens of logsumexp(logits)^2; keeps logits small. Source: ST-MoE (arXiv 2202.08906), eq. 5."""
-    return torch.logsumexp(logits_TE, dim=-1).square().mean()
+    """mean over tokens of logsumexp(logits)^2, which keeps logits small (Zoph et al. 2022, eq. 5); 0 without tokens."""
+    return logits_TE.logsumexp(-1).square().sum() / max(logits_TE.size(0), 1)

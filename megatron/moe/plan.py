@@ -1,77 +1,79 @@
-"""The routing plan: all that dispatch and combine need to know of the router's decision.
+"""The routing plan: all that router, dispatch and combine tell each other.
 
-Letters: T tokens on this rank, K experts a token, E experts, C capacity.
+Letters: T tokens on this rank, K experts of each token, E experts, N = T * K assignments.
 """
 
 import dataclasses
+import math
+from fractions import Fraction
 
 import torch
 
 
 @dataclasses.dataclass(frozen=True)
 class RoutingPlan:
-    """Which expert processes which token, in which slot of its buffer, and with which weight.
+    """Where each token goes and what the answer counts for.
 
-    Nothing here is as large as [T, E].
+    An assignment is one (token, choice) pair. Its expert is ``expert_TK``, its row in that expert's buffer ``slot_TK``,
+    and its weight in the token's output ``gate_TK``. No two assignments share an expert and a slot. With a capacity,
+    an assignment whose slot is ``capacity`` or more has no room: it is dropped, and its gate is 0. Without one
+    (dropless), the slots of an expert that gets n assignments are 0 ... n - 1, and none is dropped.
+
+    No [T, E] mask is kept: dispatch and combine are index operations on T * K rows.
     """
 
-    expert_TK: torch.Tensor  # int64, the experts of each token
-    gate_TK: torch.Tensor  # fp32, weight of each expert's output; 0 where the assignment was dropped
-    slot_TK: torch.Tensor  # int64, place among all assignments of the expert; dropped where not below the capacity
-    counts_E: torch.Tensor  # int64, assignments of each expert, dropped ones included
-    capacity: int | None  # slots of each expert; None: as many as it takes
-
-    @property
-    def kept_TK(self) -> torch.Tensor:
-        """Bool: the assignments that found a slot."""
-        if self.capacity is None:
-            return torch.ones_like(self.slot_TK, dtype=torch.bool)
-        return self.slot_TK < self.capacity
+    expert_TK: torch.Tensor  # int64
+    gate_TK: torch.Tensor  # fp32 or wider; the only field that gradients flow through
+    slot_TK: torch.Tensor  # int64
+    counts_E: torch.Tensor  # int64, assignments to each expert, before dropping
+    capacity: int | None  # rows of each expert's buffer; None: as many as needed
 
     @property
     def dropped(self) -> torch.Tensor:
-        """Int64 scalar: assignments that found no slot."""
-        return (~self.kept_TK).sum()
+        """Assignments that found no room, an int64 scalar."""
+        if self.capacity is None:
+            return self.counts_E.new_zeros(())
+        return (self.counts_E - self.capacity).clamp(min=0).sum()
 
-    @property
-    def row_TK(self) -> torch.Tensor:
-        """Row of each assignment in the experts' buffers laid one after another; -1 where it was dropped.
+    def buffer_row_TK(self) -> torch.Tensor:
+        """Row of each assignment in the [E * capacity] rows of all buffers; the dropped ones get row E * capacity."""
+        rows = self.counts_E.numel() * self.capacity
+        return torch.where(self.slot_TK < self.capacity, self.expert_TK * self.capacity + self.slot_TK, rows)
 
-        Each buffer has ``capacity`` rows, or without a capacity just as many as the expert has assignments.
-        """
-        if self.capacity is not None:
-            return torch.where(self.kept_TK, self.expert_TK * self.capacity + self.slot_TK, -1)
+    def sorted_row_TK(self) -> torch.Tensor:
+        """Row of each assignment when all are sorted by expert (dropless): a permutation of 0 ... N - 1."""
         first_E = self.counts_E.cumsum(0) - self.counts_E
         return first_E[self.expert_TK] + self.slot_TK
 
 
-def expert_capacity(tokens: int, num_experts: int, topk: int, factor: float, least: int) -> int:
-    """Slots of each expert: max(ceil(tokens / experts * factor * topk), least), but never more than ``tokens``.
+def expert_capacity(num_tokens: int, num_experts: int, topk: int, factor: float, min_capacity: int) -> int:
+    """Rows of an expert's buffer: max(ceil(T / E * factor * K), min_capacity).
 
-    The same as DeepSpeed's, except for the last part: an expert cannot get a token twice.
+    The product is exact for ``factor`` as it is written in decimal. (DeepSpeed computes it in fp32, and so gives one
+    row more for some sizes whose product is whole: 121 rather than 120 for 100 tokens, 2 experts and a factor of 2.4.)
     """
-    wanted = -(-tokens * topk * factor // num_experts)
-    return min(max(int(wanted), least), tokens)
+    return max(math.ceil(Fraction(num_tokens * topk, num_experts) * Fraction(str(factor))), min_capacity)
 
 
-def count_assignments(expert_TK: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """Assignments of each expert, int64 [E], without asking the device (``bincount`` would)."""
-    zeros = torch.zeros(num_experts, dtype=torch.int64, device=expert_TK.device)
-    return zeros.scatter_add_(0, expert_TK.flatten(), torch.ones_like(expert_TK.flatten()))
+def count_experts(expert_TK: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """Assignments to each expert, int64 [E]. (``torch.bincount`` would wait for the GPU.)"""
+    flat_N = expert_TK.flatten()
+    return flat_N.new_zeros(num_experts).scatter_add_(0, flat_N, torch.ones_like(flat_N))
 
 
-def assign_slots(expert_TK: torch.Tensor, counts_E: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """Give each assignment its place among those of its expert.
+def slots(expert_N: torch.Tensor, counts_E: torch.Tensor, priority_N: torch.Tensor | None = None) -> torch.Tensor:
+    """Place of each assignment among those to the same expert, int64 [N], counted from 0.
 
-    Args:
-        expert_TK: the experts of each token.
-        counts_E: assignments of each expert.
-        order: the T * K assignments (number t * K + k) from the first to be placed to the last.
+    The lowest ``priority_N`` comes first; equal ones, or all without priorities, in the order given.
 
-    Returns:
-        int64 [T, K], from 0 for the first of each expert.
+    Two stable sorts, by priority and then by expert, bring the assignments of an expert together in order of priority;
+    an assignment's place is then its distance from the expert's first.
     """
-    expert_sorted, by_expert = torch.sort(expert_TK.flatten()[order], stable=True)
+    if priority_N is None:
+        order_N = expert_N.argsort(stable=True)
+    else:
+        order_N = priority_N.argsort(stable=True)
+        order_N = order_N[expert_N[order_N].argsort(stable=True)]
     first_E = counts_E.cumsum(0) - counts_E
-    place = torch.arange(len(order), device=order.device) - first_E[expert_sorted]
-    return torch.empty_like(place).scatter_(0, order[by_expert], place).view_as(expert_TK)
+    place_N = torch.arange(expert_N.numel(), device=expert_N.device) - first_E[expert_N[order_N]]
+    return torch.empty_like(order_N).scatter_(0, order_N, place_N)

@@ -1,7 +1,9 @@
-"""The router: which experts process a token, and how much each counts.
+"""The router: which experts process a token, with what weight, and who is left out of a full expert.
 
-Letters: T tokens on this rank, H hidden, E experts, K experts a token.
+Letters: T tokens on this rank, H hidden, E experts, K experts of each token.
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -9,82 +11,112 @@ from torch import nn
 
 from megatron.config import MoEConfig
 from megatron.moe.losses import load_balancing_loss, z_loss
-from megatron.moe.plan import RoutingPlan, assign_slots, count_assignments, expert_capacity
+from megatron.moe.plan import RoutingPlan, count_experts, expert_capacity, slots
 
-JITTER = 0.01
+JITTER = 1e-2
+
+
+class Routing(NamedTuple):
+    """The plan of one micro-batch, and the router's losses (scalars in the gates' number format, unscaled)."""
+
+    plan: RoutingPlan
+    aux_loss: torch.Tensor
+    z_loss: torch.Tensor
 
 
 class Router(nn.Module):
-    """Scores tokens against experts with one matrix, picks the best, and places them in the experts' buffers.
+    """Top-k gating as in Switch (top-1), GShard (top-2) and DeepSpeed (top-k).
 
-    Scores, probabilities and gates are fp32 (or wider) whatever the model's number format is.
+    Logits are x @ weight^T and gates their softmax, in fp32 (float64 for float64 input) whatever the weight's format.
+    A token goes to its K highest logits. Its gate is the softmax probability itself for top-1; for K > 1 the
+    probabilities of the choices that were kept, divided by their sum.
 
-    What over-full experts keep is decided as in DeepSpeed: with one expert a token, a uniformly random choice (random
-    token selection) or the first tokens; with two, first choices before second choices, and among each the same; with
-    more, the highest probabilities.
+    An expert takes ``capacity`` tokens. When more choose it:
+
+    * top-1 and top-2: it keeps first choices before second ones; among equals a uniformly random set in training with
+      ``moe_rts`` (random token selection), otherwise the first tokens.
+    * K > 2: it keeps the tokens with the highest gates.
+
+    Noise, in training only: ``Jitter`` multiplies the router's input by U(1 - 0.01, 1 + 0.01). ``RSample`` adds
+    Gumbel noise to the logits for the choice, which draws K experts from the softmax without replacement; gates, aux
+    loss and z-loss use the logits without it.
+
+    The load-balancing loss counts all choices, except that for top-2 it counts the first ones only (GShard).
+
+    Capacity, random selection and both losses are defined over the tokens of one micro-batch, which are those that this
+    rank passes in. They do not depend on how many ranks share the experts or the batch: for a given micro-batch size
+    every layout computes the same.
     """
 
     def __init__(self, hidden_size: int, num_experts: int, moe: MoEConfig) -> None:
         super().__init__()
-        self.num_experts, self.moe = num_experts, moe
+        if not 1 <= moe.topk <= num_experts:
+            raise ValueError(f"--topk {moe.topk} of {num_experts} experts; give a number from 1 to {num_experts}")
+        if moe.moe_noise_policy not in (None, "Jitter", "RSample"):
+            raise ValueError(f"unknown noise policy {moe.moe_noise_policy!r}; give Jitter, RSample or None")
+        self.num_experts = num_experts
+        self.topk = moe.topk
+        self.noise_policy = moe.moe_noise_policy
+        self.random_selection = moe.moe_rts
+        self.min_capacity = moe.moe_min_capacity
+        self.train_factor = moe.moe_train_capacity_factor if moe.moe_token_dropping else None
+        self.eval_factor = moe.moe_eval_capacity_factor
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
 
-    def forward(self, x_TH: torch.Tensor) -> tuple[RoutingPlan, torch.Tensor, torch.Tensor]:
-        """Returns the plan, the load-balancing loss and the z-loss (unscaled scalars)."""
-        wide = torch.promote_types(x_TH.dtype, torch.float32)
-        scored_TH = x_TH.to(wide)
-        if self.training and self.moe.moe_noise_policy == "Jitter":
-            scored_TH = scored_TH * torch.empty_like(scored_TH).uniform_(1 - JITTER, 1 + JITTER)
-        logits_TE = F.linear(scored_TH, self.weight.to(wide))
-        probability_TE = logits_TE.softmax(dim=-1)
+    def forward(self, x_TH: torch.Tensor) -> Routing:
+        """Route the tokens of one micro-batch."""
+        logits_TE = self.logits(x_TH)
+        gate_TE = logits_TE.softmax(-1)
+        expert_TK = self.choose(logits_TE.detach())
+        gate_TK = gate_TE.gather(1, expert_TK)
+        counts_E = count_experts(expert_TK, self.num_experts)
+        capacity = self.capacity(x_TH.size(0))
+        slot_TK = self.place(expert_TK, gate_TK.detach(), counts_E, capacity)
+        if capacity is not None:
+            gate_TK = gate_TK.masked_fill(slot_TK >= capacity, 0.0)
+        if self.topk > 1:
+            gate_TK = gate_TK / gate_TK.sum(-1, keepdim=True).clamp(min=torch.finfo(gate_TK.dtype).eps)
+        return Routing(
+            plan=RoutingPlan(expert_TK, gate_TK, slot_TK, counts_E, capacity),
+            aux_loss=load_balancing_loss(gate_TE, expert_TK[:, :1] if self.topk == 2 else expert_TK),
+            z_loss=z_loss(logits_TE),
+        )
 
-        expert_TK = self._choose(logits_TE.detach())
-        counts_E = count_assignments(expert_TK, self.num_experts)
-        capacity = self._capacity(len(x_TH))
-        chosen_TK = probability_TE.gather(1, expert_TK)
-        slot_TK = assign_slots(expert_TK, counts_E, self._order(chosen_TK.detach()))
-        plan = RoutingPlan(expert_TK, self._gates(chosen_TK, slot_TK, capacity), slot_TK, counts_E, capacity)
+    def logits(self, x_TH: torch.Tensor) -> torch.Tensor:
+        """[T, E] in fp32 or wider."""
+        precise = torch.promote_types(x_TH.dtype, torch.float32)
+        x_TH = x_TH.to(precise)
+        if self.training and self.noise_policy == "Jitter":
+            x_TH = x_TH * torch.empty_like(x_TH).uniform_(1 - JITTER, 1 + JITTER)
+        return F.linear(x_TH, self.weight.to(precise))
 
-        # with two experts a token only the first choice is balanced (GShard)
-        counted_E = count_assignments(expert_TK[:, :1], self.num_experts) if self.moe.topk == 2 else counts_E
-        return plan, load_balancing_loss(probability_TE, counted_E), z_loss(logits_TE)
+    def choose(self, logits_TE: torch.Tensor) -> torch.Tensor:
+        """The experts of each token, int64 [T, K], best first; among equal logits the lowest expert number."""
+        if self.training and self.noise_policy == "RSample":
+            logits_TE = logits_TE - torch.empty_like(logits_TE).exponential_().log()  # -log(Exp(1)) is Gumbel(0, 1)
+        choices = []
+        for _ in range(self.topk):  # unlike torch.topk, argmax says which of equals it takes
+            choices.append(logits_TE.argmax(-1, keepdim=True))
+            logits_TE = logits_TE.scatter(1, choices[-1], -torch.inf)
+        return torch.cat(choices, dim=1)
 
-    def _choose(self, logits_TE: torch.Tensor) -> torch.Tensor:
-        """The experts of each token, best first. RSample draws the only expert, or all but the first, at random.
-
-        Adding Gumbel noise to logits and taking the largest draws from softmax(logits) (without replacement).
-        """
-        K = self.moe.topk
-        if not (self.training and self.moe.moe_noise_policy == "RSample"):
-            return logits_TE.topk(K, dim=-1).indices
-        noised_TE = logits_TE - torch.empty_like(logits_TE).exponential_().log()
-        if K == 1:
-            return noised_TE.argmax(dim=-1, keepdim=True)
-        first_T1 = logits_TE.argmax(dim=-1, keepdim=True)
-        others_TK = noised_TE.scatter(1, first_T1, float("-inf")).topk(K - 1, dim=-1).indices
-        return torch.cat([first_T1, others_TK], dim=-1)
-
-    def _capacity(self, tokens: int) -> int | None:
-        factor = self.moe.moe_eval_capacity_factor
-        if self.training:
-            factor = self.moe.moe_train_capacity_factor if self.moe.moe_token_dropping else None
+    def capacity(self, num_tokens: int) -> int | None:
+        """Rows of each expert's buffer for ``num_tokens`` tokens on this rank; None where nothing is dropped."""
+        factor = self.train_factor if self.training else self.eval_factor
         if factor is None:
             return None
-        return expert_capacity(tokens, self.num_experts, self.moe.topk, factor, self.moe.moe_min_capacity)
+        return expert_capacity(num_tokens, self.num_experts, self.topk, factor, self.min_capacity)
 
-    def _order(self, chosen_TK: torch.Tensor) -> torch.Tensor:
-        """Assignments (number t * K + k) in the order in which they take slots."""
-        T, K = chosen_TK.shape
-        if K > 2:
-            return chosen_TK.flatten().argsort(descending=True, stable=True)
-        token_T = torch.arange(T, device=chosen_TK.device)
-        if self.training and self.moe.moe_rts:
-            token_T = torch.randperm(T, device=chosen_TK.device)
-        return torch.cat([token_T * K + k for k in range(K)])
-
-    def _gates(self, chosen_TK: torch.Tensor, slot_TK: torch.Tensor, capacity: int | None) -> torch.Tensor:
-        """The probability of the only expert; of several, their shares of what was kept."""
-        gate_TK = chosen_TK if capacity is None else chosen_TK * (slot_TK < capacity)
-        if self.moe.topk == 1:
-            return gate_TK
-        return gate_TK / gate_TK.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(gate_TK.dtype).eps)
+    def place(
+        self, expert_TK: torch.Tensor, gate_TK: torch.Tensor, counts_E: torch.Tensor, capacity: int | None
+    ) -> torch.Tensor:
+        """The slot of each assignment, int64 [T, K]: those that an over-full expert keeps get the first ones."""
+        T, K = expert_TK.shape
+        priority_KT = None  # choice by choice, first tokens first
+        if capacity is not None and K > 2:
+            priority_KT = -gate_TK.T
+        elif capacity is not None and self.training and self.random_selection:
+            token_T = torch.rand(T, dtype=torch.float64, device=expert_TK.device)  # 53 random bits: no ties
+            priority_KT = token_T + torch.arange(K, device=expert_TK.device)[:, None]
+        priority_N = None if priority_KT is None else priority_KT.flatten()
+        return slots(expert_TK.T.flatten(), counts_E, priority_N).view(K, T).T

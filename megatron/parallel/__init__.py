@@ -1,1 +1,1 @@
-"""Process groups, collectives and start-up. Imports nothing of the project but config."""
+"""Processes: who starts them, which groups they form, and what they exchange."""

@@ -1,4 +1,4 @@
-"""What a layer must know of the processes that share its work."""
+"""The processes that share one layer's experts."""
 
 import dataclasses
 
@@ -7,12 +7,11 @@ import torch.distributed as dist
 
 @dataclasses.dataclass(frozen=True)
 class ExpertGroup:
-    """The processes that hold the experts of a layer between them.
+    """The ``size`` processes over which the experts of a layer are spread, seen from the one at place ``rank``.
 
-    Process ``rank`` of ``size`` holds experts ``rank * E / size`` up to the next one's. ``group`` is None when ``size``
-    is 1: then nothing is communicated.
+    With E experts, place r holds the E / size experts from r * E / size on. ``group`` is None for a single process.
     """
 
-    size: int = 1
-    rank: int = 0
-    group: dist.ProcessGroup | None = None
+    size: int
+    rank: int
+    group: dist.ProcessGroup | None
