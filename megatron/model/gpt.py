@@ -62,7 +62,8 @@ class GPTModel(nn.Module):
         self.embedding = Embedding(vocab_size, model.position_rows, model.hidden_size, model.hidden_dropout)
         self.layers = nn.ModuleList()
         for layer in range(model.num_layers):
-            group = expert_group(moe.experts_of_layer(layer)) if expert_group and moe.is_moe_layer(layer) else alone
+            experts = moe.experts_of_layer(layer)
+            group = expert_group(experts) if expert_group and experts > 1 else alone
             self.layers.append(TransformerLayer(model, moe, layer, group, seed))
         self.final_layernorm = nn.LayerNorm(model.hidden_size, eps=model.layernorm_epsilon)
         initialize(self, model.init_method_std, model.num_layers, seed)

@@ -204,4 +204,5 @@ def test_expert_group_is_asked_for_moe_layers_only():
         return ExpertGroup(1, 0, None)
 
     GPTModel(SMALL, MoEConfig(num_experts=(2, 4)), VOCAB, expert_group)
-    assert asked == [2, 4]
+    GPTModel(SMALL, MoEConfig(num_experts=(1, 6)), VOCAB, expert_group)
+    assert asked == [2, 4, 6]

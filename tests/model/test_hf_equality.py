@@ -1,7 +1,11 @@
 """Logits equal those of Hugging Face's GPT-2 with the same weights."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
+from huggingface_hub.constants import HF_HUB_CACHE
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from megatron.config import ModelConfig, MoEConfig
@@ -40,37 +44,59 @@ def from_hugging_face(reference: GPT2LMHeadModel, vocab_size: int) -> dict[str, 
     return weights
 
 
-@pytest.mark.parametrize(
-    ("layers", "hidden", "heads", "ffn", "vocab", "padded", "length"),
-    [
-        (2, 64, 4, None, 128, 128, 32),
-        (3, 48, 3, None, 101, 128, 17),
-        (1, 32, 1, 80, 50, 64, 1),
-        (12, 96, 8, None, 257, 384, 64),
-    ],
-)
-def test_logits_equal_hugging_face(layers, hidden, heads, ffn, vocab, padded, length):
+def random_reference(layers: int, hidden: int, heads: int, ffn: int | None, vocab: int) -> GPT2LMHeadModel:
+    """Large weights, also in biases and norms, so that nothing can be mixed up unseen."""
     torch.manual_seed(layers)
     config = GPT2Config(
         vocab_size=vocab, n_positions=64, n_embd=hidden, n_layer=layers, n_head=heads, n_inner=ffn,
         bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
-    reference = GPT2LMHeadModel(config).eval()
-    for parameter in reference.parameters():  # biases and norms too, so that none can be mixed up unseen
+    reference = GPT2LMHeadModel(config)
+    for parameter in reference.parameters():
         torch.nn.init.normal_(parameter, 1.0 if parameter.dim() == 1 else 0.0, 0.2)
-    ours = GPTModel(
-        ModelConfig(
-            num_layers=layers, hidden_size=hidden, num_attention_heads=heads, ffn_hidden_size=ffn, seq_length=64
-        ),
-        MoEConfig(),
-        padded,
-    ).eval()
+    return reference
+
+
+def real_references() -> list[Path]:
+    """GPT-2 checkpoints that Hugging Face's libraries have downloaded to this machine before."""
+    configs = Path(HF_HUB_CACHE).glob("models--*/snapshots/*/config.json")
+    found = [path.parent for path in configs if json.loads(path.read_text()).get("model_type") == "gpt2"]
+    return [path for path in found if list(path.glob("model.safetensors"))]
+
+
+@pytest.mark.parametrize(
+    ("reference", "padded", "length"),
+    [
+        ((2, 64, 4, None, 128), 128, 32),
+        ((3, 48, 3, None, 101), 128, 17),
+        ((1, 32, 1, 80, 50), 64, 1),
+        ((12, 96, 8, None, 257), 384, 64),
+        *((path, 0, 64) for path in real_references()),
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_logits_equal_hugging_face(reference, padded, length):
+    real = isinstance(reference, Path)
+    reference = GPT2LMHeadModel.from_pretrained(reference) if real else random_reference(*reference)
+    config = reference.eval().config
+    padded = padded or ModelConfig().padded_vocab_size(config.vocab_size)
+    shape = ModelConfig(
+        num_layers=config.n_layer,
+        hidden_size=config.n_embd,
+        num_attention_heads=config.n_head,
+        ffn_hidden_size=config.n_inner,
+        seq_length=config.n_positions,
+        layernorm_epsilon=config.layer_norm_epsilon,
+    )
+    ours = GPTModel(shape, MoEConfig(), padded).eval()
     ours.load_state_dict(from_hugging_face(reference, padded))
-    tokens = torch.randint(vocab, (2, length))
-    with torch.no_grad():
-        expected, actual = reference(tokens).logits, ours(tokens)
+    tokens = torch.randint(config.vocab_size, (2, length))
+    expected, actual = reference(tokens).logits, ours(tokens)
     assert actual.shape == (2, length, padded)
-    torch.testing.assert_close(actual[..., :vocab], expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+    # a real model's logits reach hundreds: there 1e-5 is relative to the largest
+    scale = float(expected.abs().max()) if real else 1.0
+    torch.testing.assert_close(actual[..., : config.vocab_size], expected, rtol=0, atol=1e-5 * scale)
 
 
 def test_loss_and_gradients_equal_hugging_face():
