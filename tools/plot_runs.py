@@ -43,7 +43,7 @@ class Run:
         self.resumed_at = [resumed for resumed in self.resumed_at if resumed < tokens]
 
     def add(self, line: dict[str, Any]) -> None:
-        """Take in one line of the log."""
+        """Take in one line of the log. A loss of None (every update was skipped) becomes NaN."""
         if line["kind"] == "run":
             resumed = line.get("resumed_at_tokens") or 0
             self.forget_after(resumed)
@@ -52,10 +52,11 @@ class Run:
             if resumed:
                 self.resumed_at.append(resumed)
         elif line["kind"] in ("train", "valid"):
+            tokens, loss = line["tokens"], line["loss"]
             lines = self.train if line["kind"] == "train" else self.valid
-            while lines and lines[-1]["tokens"] >= line["tokens"]:
+            while lines and lines[-1]["tokens"] >= tokens:
                 lines.pop()
-            lines.append(line)
+            lines.append(line | {"loss": math.nan if loss is None else loss})
 
     @property
     def tokens(self) -> int:
