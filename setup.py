@@ -1,0 +1,51 @@
+"""The package: everything below ``megatron/``, beside megatron-core's ``megatron.core`` in the same namespace.
+
+``megatron/`` has no ``__init__.py`` and must not get one: a regular package would hide ``megatron.core``.
+``REQUIREMENTS`` and ``EXTRAS`` stay literals: tools/check_requirements.py reads them without running this file.
+"""
+
+from pathlib import Path
+
+from setuptools import find_namespace_packages, setup
+
+REQUIREMENTS = [
+    "torch>=2.11,<3",
+    "deepspeed==0.19.8",  # pinned: megatron/engine leans on a few of its private functions
+    "megatron-core==0.16.1",  # pinned: process groups and the .bin/.idx dataset format
+    "numpy>=1.26",
+    "pyyaml>=6",
+    "regex>=2023.12.25",
+    "safetensors>=0.4",
+    "sentencepiece>=0.2",
+    "tensorboard>=2.16",
+    "tokenizers>=0.20",
+    "tqdm>=4.66",
+    "zstandard>=0.22",
+]
+
+EXTRAS = {
+    "plot": ["matplotlib>=3.8"],
+    "wandb": ["wandb>=0.17"],
+    "dev": ["matplotlib>=3.8", "pytest>=8", "ruff==0.17.6", "setuptools>=70", "transformers>=4.50"],
+}
+
+setup(
+    name="megatron-moe",
+    version="0.1.0.dev0",
+    description="Pretraining of GPT models and of their Mixture-of-Experts versions on Megatron-core and DeepSpeed",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=find_namespace_packages(include=["megatron.*"]),
+    install_requires=REQUIREMENTS,
+    extras_require=EXTRAS,
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

@@ -1,0 +1,144 @@
+"""Reading runs with resumes, the table, and the picture."""
+
+import importlib.util
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+spec = importlib.util.spec_from_file_location("plot_runs", ROOT / "tools" / "plot_runs.py")
+plot_runs = importlib.util.module_from_spec(spec)
+sys.modules["plot_runs"] = plot_runs
+spec.loader.exec_module(plot_runs)
+
+
+def header(name: str, resumed_at: int | None = None) -> dict:
+    sizes = {"parameters": 2_900_000, "active_parameters": 1_070_000, "world_size": 2, "config": {}}
+    return {"kind": "run", "name": name, "resumed_at_tokens": resumed_at} | sizes
+
+
+def lines_of(start: int, end: int, offset: float = 0.0) -> list[dict]:
+    """A training line each 1000 tokens, a validation each 5000."""
+    lines = []
+    for thousand in range(start + 1, end + 1):
+        at = {"step": thousand, "tokens": 1000 * thousand, "loss": 4 + 4 / thousand + offset}
+        lines.append({"kind": "train", "tokens_per_second": 100.0 + thousand % 3, **at})
+        if thousand % 5 == 0:
+            lines.append({"kind": "valid", "perplexity": math.exp(at["loss"]), **at})
+    return lines
+
+
+def write(folder: Path, lines: list[dict]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_a_plain_run(tmp_path):
+    run = plot_runs.read_run(write(tmp_path / "a", [header("dense"), *lines_of(0, 20)]))
+    assert (run.name, run.tokens, run.resumed_at) == ("dense", 20_000, [])
+    assert run.validation_loss == 4.2
+    assert run.tokens_per_second == 101.0
+    assert [line["tokens"] for line in run.valid] == [5000, 10_000, 15_000, 20_000]
+
+
+def test_lines_beyond_the_resume_point_are_superseded(tmp_path):
+    lines = [header("moe"), *lines_of(0, 13, offset=9.0), header("moe", 8000), *lines_of(8, 15)]
+    run = plot_runs.read_run(write(tmp_path / "a", lines))
+    assert [line["tokens"] for line in run.train] == [1000 * n for n in range(1, 16)]
+    assert [line["loss"] > 9 for line in run.train] == [True] * 8 + [False] * 7
+    assert [line["loss"] > 9 for line in run.valid] == [True, False, False]
+    assert run.resumed_at == [8000]
+
+
+def test_resumed_from_before_an_earlier_resume(tmp_path):
+    lines = [header("moe"), *lines_of(0, 10), header("moe", 10_000), *lines_of(10, 12), header("moe", 4000)]
+    run = plot_runs.read_run(write(tmp_path / "a", lines + lines_of(4, 6)))
+    assert (run.tokens, run.resumed_at) == (6000, [4000])
+
+
+def test_a_run_started_anew_in_the_same_folder_replaces_the_old_one(tmp_path):
+    run = plot_runs.read_run(write(tmp_path / "a", [header("old"), *lines_of(0, 20), header("new"), *lines_of(0, 3)]))
+    assert (run.name, run.tokens, run.valid) == ("new", 3000, [])
+
+
+def test_half_a_line_of_a_killed_run_is_left_out(tmp_path, capsys):
+    folder = write(tmp_path / "a", [header("a"), *lines_of(0, 5)])
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "tok')
+    assert plot_runs.read_run(folder).tokens == 5000
+    assert "left out, not JSON" in capsys.readouterr().err
+
+
+def test_other_kinds_of_lines_are_ignored_and_a_loss_of_null_is_drawn_as_a_gap(tmp_path):
+    skipped = {"kind": "train", "step": 6, "tokens": 6000, "loss": None}
+    folder = write(tmp_path / "a", [header("a"), *lines_of(0, 5), skipped, {"kind": "save", "tokens": 6000}])
+    run = plot_runs.read_run(folder)
+    assert math.isnan(run.train[-1]["loss"])
+    plot_runs.draw([run], tmp_path / "a.svg")
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        ([header("a")], "no training or validation line"),
+        ([{"kind": "train", "step": 1, "loss": 2.0}], "'tokens'"),
+        ([["a", "list"]], "expected"),
+    ],
+)
+def test_errors_say_what_is_wrong(tmp_path, lines, said):
+    with pytest.raises(plot_runs.RunError, match=said):
+        plot_runs.read_run(write(tmp_path / "a", lines))
+
+
+def test_missing_file_and_wrong_picture_name(tmp_path, capsys):
+    assert plot_runs.main([str(tmp_path), "--table"]) == 1
+    assert "no metrics.jsonl in this folder" in capsys.readouterr().err
+    run = write(tmp_path / "a", [header("a"), *lines_of(0, 5)])
+    assert plot_runs.main([str(run), "--output", str(tmp_path / "a.txt")]) == 1
+    assert "ends in .png, .svg or .pdf" in capsys.readouterr().err
+
+
+def test_table_compares_with_the_first_run(tmp_path, capsys):
+    dense = write(tmp_path / "dense", [header("dense"), *lines_of(0, 10)])
+    moe = write(tmp_path / "moe", [header("moe"), *lines_of(0, 10, offset=-0.125)])
+    assert plot_runs.main([str(dense), str(moe), "--table"]) == 0
+    table = capsys.readouterr().out
+    assert "| moe   |      2.90M |  1.07M |  10.0K |          4.2750 |      101 |" in table.splitlines()
+    assert "The validation loss of moe is 0.1250 lower than that of dense, after the same 10.0K tokens." in table
+    plot_runs.main([str(moe), str(dense), "--table"])
+    assert "dense is 0.1250 higher than that of moe" in capsys.readouterr().out
+
+
+def test_smooth_is_a_centred_mean_of_finite_values():
+    assert plot_runs.smooth([1.0, 2.0, 6.0, math.nan, 2.0], 3) == [1.5, 3.0, 4.0, 4.0, 2.0]
+    assert plot_runs.smooth([1.0, 5.0], 1) == [1.0, 5.0]
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(None, "-"), (999, "999"), (1234, "1.23K"), (2.4e6, "2.40M"), (52e9, "52.0B"), (300e9, "300B")]
+)
+def test_count(number, text):
+    assert plot_runs.count(number) == text
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg"])
+def test_picture_is_written_with_the_names_of_the_runs(tmp_path, suffix):
+    resumed = [header("moe-8"), *lines_of(0, 30), header("moe-8", 20_000), *lines_of(20, 60, -0.1)]
+    runs = [write(tmp_path / "a", [header("dense"), *lines_of(0, 60)]), write(tmp_path / "b", resumed)]
+    picture = tmp_path / "new" / f"curves.{suffix}"
+    for axis in ("tokens", "steps"):
+        assert plot_runs.main([*map(str, runs), "--output", str(picture), "--title", "Two runs", "--x", axis]) == 0
+        if suffix == "png":
+            from PIL import Image
+
+            pixels = Image.open(picture).convert("RGB")
+            assert pixels.size == (1350, 825)
+            drawn = {color for _, color in pixels.getcolors(maxcolors=1350 * 825)}
+            assert {(0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)} <= drawn, "one bold line a run"
+        else:
+            text = picture.read_text()
+            assert all(f"<!-- {name}" in text for name in ("dense  (", "moe-8  (", "Two runs")), "texts of the picture"
