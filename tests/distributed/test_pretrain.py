@@ -57,7 +57,7 @@ def wait_for(text: str, process: subprocess.Popen) -> str:
 def test_a_run_learns_logs_validates_and_saves(uninterrupted):
     losses = [record["loss"] for record in tiny_run.records(uninterrupted, "train")]
     assert len(losses) == 8
-    assert losses[-1] < losses[0] - 0.5
+    assert losses[-1] < losses[0] - 0.2
     assert tiny_run.records(uninterrupted, "train")[0]["lr"] > 0
     valid = tiny_run.records(uninterrupted, "valid")
     assert [record["step"] for record in valid] == [4, 8]
