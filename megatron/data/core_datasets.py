@@ -1,0 +1,23 @@
+"""The door to megatron.core.datasets: importing megatron.core warns that Transformer Engine and Apex, which nothing
+here uses, are not installed; those warnings end here. The import takes seconds, so import this module late."""
+
+import warnings
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", UserWarning)
+    from megatron.core.datasets.blended_dataset import BlendedDataset
+    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
+    from megatron.core.datasets.megatron_dataset import MegatronDataset
+
+__all__ = [
+    "BlendedDataset",
+    "BlendedMegatronDatasetBuilder",
+    "DType",
+    "GPTDataset",
+    "GPTDatasetConfig",
+    "IndexedDataset",
+    "IndexedDatasetBuilder",
+    "MegatronDataset",
+]

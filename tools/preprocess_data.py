@@ -1,0 +1,88 @@
+#!/usr/bin/env python3
+"""Tokenize JSON-lines files into Megatron's .bin/.idx. ``--help`` lists the flags."""
+
+import argparse
+import dataclasses
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout that is not installed
+
+from megatron.config import DataConfig
+from megatron.data.errors import DataError
+from megatron.data.preprocess import preprocess
+
+TOKENIZER_FIELDS = ("tokenizer_type", "vocab_file", "merge_file", "tokenizer_model")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The flags; those of the tokenizer are the training run's."""
+    parser = argparse.ArgumentParser(
+        description="Tokenize JSON-lines files into datasets PREFIX_KEY_document.bin/.idx, as Megatron reads them."
+    )
+    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help="JSON lines: plain, .gz or .zst.")
+    parser.add_argument("--output-prefix", required=True, metavar="PREFIX", help="Path and beginning of the names.")
+    parser.add_argument(
+        "--json-keys", nargs="+", default=["text"], metavar="KEY", help="Fields, a dataset each (default: text)."
+    )
+    parser.add_argument(
+        "--append-eod", action="store_true", help="End each document with the end-of-document token; GPT needs it."
+    )
+    tokenizer = parser.add_argument_group("tokenizer")
+    for field in dataclasses.fields(DataConfig):
+        if field.name in TOKENIZER_FIELDS:
+            tokenizer.add_argument(
+                "--" + field.name.replace("_", "-"),
+                default=field.default,
+                help=f"{field.metadata['help']} (default: {field.default})",
+                choices=field.metadata["choices"],
+                metavar=field.metadata["metavar"],
+            )
+    parser.add_argument(
+        "--workers", type=int, default=1, metavar="N", help="Tokenizing processes; 0: this one (default: 1)."
+    )
+    parser.add_argument(
+        "--max-rejected", type=float, default=0.001, metavar="SHARE",
+        help="Share of broken lines to do without; they are listed in PREFIX.rejected.jsonl (default: 0.001).",
+    )  # fmt: skip
+    parser.add_argument("--overwrite", action="store_true", help="Replace existing output.")
+    parser.add_argument(
+        "--log-interval", type=int, default=10_000, metavar="N",
+        help="Documents between two lines of progress where there is no terminal (default: 10000).",
+    )  # fmt: skip
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status."""
+    args = parse_args(argv)
+    data = DataConfig(**{name: getattr(args, name) for name in TOKENIZER_FIELDS})
+    start = time.monotonic()
+    try:
+        done = preprocess(
+            args.input,
+            args.output_prefix,
+            data,
+            json_keys=args.json_keys,
+            append_eod=args.append_eod,
+            workers=args.workers,
+            max_rejected=args.max_rejected,
+            overwrite=args.overwrite,
+            log_interval=args.log_interval,
+        )
+    except (DataError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; nothing was published", file=sys.stderr)
+        return 130
+    seconds = time.monotonic() - start
+    print(f"{done.documents:,} documents, {done.tokens:,} tokens in {seconds:.1f} s: {', '.join(done.prefixes)}")
+    if done.rejected:
+        print(f"{done.rejected:,} broken lines were left out, see {done.rejected_file}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
