@@ -6,10 +6,14 @@ Letters: B batch, S sequence, H hidden, V vocabulary.
 from collections.abc import Iterator, Sequence
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron.inference.kv_cache import KVCache
 from megatron.inference.sampling import Sampling, next_tokens
 from megatron.model.gpt import GPTModel
+
+# Without cuDNN, which takes 2 ms a layer to plan for each new length, and here every step has a new one.
+BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def generate(
@@ -74,7 +78,8 @@ def stream(
     model.eval()
     try:
         for step in range(max_new_tokens):
-            x_BSH, _ = model.hidden_states(tokens_BS, cache)
+            with sdpa_kernel(BACKENDS):
+                x_BSH, _ = model.hidden_states(tokens_BS, cache)
             if step == 0:
                 cache.truncate(lengths)
             logits_BV = model.head(x_BSH[torch.arange(len(prompts), device=device), last_B])[:, :vocab_size]

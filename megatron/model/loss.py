@@ -13,33 +13,31 @@ CHUNK_ELEMENTS = 1 << 26
 class _TokenCrossEntropy(torch.autograd.Function):
     """-log softmax(logits)[label] of each token.
 
-    Keeps only the logits as they came (bf16 in training) and goes through them in chunks of tokens; the backward pass
-    computes the softmax again: d loss / d logits = softmax(logits) - onehot(label).
+    Keeps the logits as they came (bf16 in training); d loss / d logits = softmax(logits) - onehot(label) is computed
+    from them in the same format, where softmax itself works in fp32. Only the label's element, in which the difference
+    would cancel, comes from the loss: p - 1 = expm1(-loss).
     """
 
     @staticmethod
     def forward(ctx, logits_TV: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(logits_TV, labels_T)
         rows = max(1, CHUNK_ELEMENTS // logits_TV.size(1))
         wide = torch.promote_types(logits_TV.dtype, torch.float32)
         losses = [
             -torch.log_softmax(logits, dim=-1, dtype=wide).gather(1, labels[:, None])[:, 0]
             for logits, labels in zip(logits_TV.split(rows), labels_T.split(rows), strict=True)
         ]
-        return torch.cat(losses)
+        loss_T = torch.cat(losses)
+        ctx.save_for_backward(logits_TV, labels_T, loss_T)
+        return loss_T
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_T: torch.Tensor) -> tuple[torch.Tensor, None]:
-        logits_TV, labels_T = ctx.saved_tensors
-        rows = max(1, CHUNK_ELEMENTS // logits_TV.size(1))
-        grad_TV = torch.empty_like(logits_TV)
-        chunks = zip(logits_TV.split(rows), labels_T.split(rows), grad_T.split(rows), grad_TV.split(rows), strict=True)
-        for logits, labels, grad, out in chunks:
-            probabilities = torch.softmax(logits, dim=-1, dtype=grad_T.dtype)
-            probabilities.scatter_add_(1, labels[:, None], probabilities.new_full((len(labels), 1), -1.0))
-            torch.mul(probabilities, grad[:, None], out=out)
-        return grad_TV, None
+        logits_TV, labels_T, loss_T = ctx.saved_tensors
+        grad_TV = torch.softmax(logits_TV, dim=-1)
+        grad_TV *= grad_T[:, None]
+        at_label_T = torch.expm1(-loss_T) * grad_T
+        return grad_TV.scatter_(1, labels_T[:, None], at_label_T[:, None].to(grad_TV.dtype)), None
 
 
 def cross_entropy(

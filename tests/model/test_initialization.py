@@ -27,8 +27,8 @@ def test_spread_of_the_initial_values(moe):
             expected = 0.014 / math.sqrt(8) if output else 0.014
             # five standard errors of a sample's standard deviation and mean
             error = 5 / math.sqrt(2 * parameter.numel())
-            assert float(parameter.std()) == pytest.approx(expected, rel=error), name
-            assert abs(float(parameter.mean())) < 5 * expected / math.sqrt(parameter.numel()), name
+            assert parameter.detach().std().item() == pytest.approx(expected, rel=error), name
+            assert abs(parameter.detach().mean().item()) < 5 * expected / math.sqrt(parameter.numel()), name
 
 
 def test_values_follow_from_the_seed_and_nothing_else():

@@ -51,15 +51,24 @@ def test_a_mask_of_zeros_gives_zero_and_no_gradient():
     logits, labels, mask = inputs()
     loss = cross_entropy(logits, labels, mask.zero_())
     loss.backward()
-    assert float(loss) == 0.0
+    assert loss.item() == 0.0
     assert not logits.grad.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_of_a_near_certain_label_does_not_cancel(dtype):
+    """p = 1 - 1e-5 is 1 in bf16, so that p - 1 would be 0."""
+    logits = torch.tensor([[[11.5, 0.0]]], dtype=dtype, requires_grad=True)
+    cross_entropy(logits, torch.tensor([[0]])).backward()
+    expected = -1.0 / (1.0 + torch.exp(torch.tensor(11.5))).item()
+    assert logits.grad[0, 0, 0].item() == pytest.approx(expected, rel=1e-2)
 
 
 def test_large_logits_stay_finite():
     logits = torch.tensor([[[3e4, -3e4, 0.0]]], dtype=torch.float16, requires_grad=True)
     loss = cross_entropy(logits, torch.tensor([[1]]))
     loss.backward()
-    assert float(loss) == pytest.approx(6e4, rel=1e-3)
+    assert loss.item() == pytest.approx(6e4, rel=1e-3)
     assert logits.grad.isfinite().all()
 
 
