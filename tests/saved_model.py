@@ -1,0 +1,52 @@
+"""A tiny model with its tokenizer, saved as a training run saves it."""
+
+import dataclasses
+from pathlib import Path
+
+import tiny_run
+import torch
+
+from megatron.checkpoint import Box, ShardedTensor, save
+from megatron.config import DataConfig, ModelConfig, MoEConfig, RunConfig
+from megatron.config.flags import to_dict
+from megatron.data.tokenizer import build_tokenizer
+from megatron.model.gpt import GPTModel
+
+SHAPE = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, seq_length=48, init_method_std=0.2)
+EXPERTS = MoEConfig(num_experts=(4,), moe_eval_capacity_factor=1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedModel:
+    """What was saved, and where."""
+
+    model: GPTModel
+    config: RunConfig
+    folder: Path  # of checkpoints
+    tokenizer_file: Path
+
+
+def save_model(folder: Path, moe: MoEConfig = EXPERTS) -> SavedModel:
+    """Save a model with random weights as ``folder/checkpoints``, its tokenizer beside it."""
+    tokenizer_file = tiny_run.make_tokenizer(folder)
+    data = DataConfig(tokenizer_type="HFTokenizer", tokenizer_model=str(tokenizer_file))
+    config = RunConfig(model=SHAPE, moe=moe, data=data)
+    tokenizer = build_tokenizer(data)
+    vocab_size = SHAPE.padded_vocab_size(tokenizer.vocab_size)
+    model = GPTModel(SHAPE, moe, vocab_size, seed=5).eval()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():  # none is as it would be initialised
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        model.final_layernorm.weight.normal_()  # or else, tables being tied, each token would predict itself
+    entries = [
+        ShardedTensor("model." + name, tuple(p.shape), torch.float32, [Box((0,) * p.dim(), p.data)])
+        for name, p in model.named_parameters()
+    ]
+    meta = {
+        "config": to_dict(config),
+        "vocab_size": vocab_size,
+        "tokenizer": {"vocab_size": tokenizer.vocab_size, "fingerprint": tokenizer.fingerprint},
+    }
+    save(folder / "checkpoints", 3, entries, meta, None)
+    return SavedModel(model, config, folder / "checkpoints", tokenizer_file)
