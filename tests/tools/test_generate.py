@@ -142,5 +142,5 @@ def test_it_runs_as_a_command_and_stops_quietly_when_nobody_reads(saved):
         [*command, "--greedy"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=saved.folder
     )
     process.stdout.close()
-    assert process.wait(timeout=60) == 0
+    assert process.wait(timeout=300) == 0
     assert process.stderr.read() == ""
