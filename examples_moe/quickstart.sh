@@ -103,7 +103,7 @@ experts=(--num-experts 8 --moe-expert-parallel-size "$processes")
 training=(
     --train-tokens "$tokens" --global-batch-size "$batch" --micro-batch-size "$micro_batch"
     --lr 2e-3 --min-lr 2e-4 --lr-warmup-tokens 100K --lr-decay-style cosine "$precision"
-    --eval-interval 60 --eval-iters 10 --log-interval 10 --save-interval 100 --keep-last 2
+    --eval-interval 60 --eval-iters 10 --log-interval 20 --save-interval 100 --keep-last 2
 )
 data=(
     --data-path "$out/corpus_text_document" --split "95,5,0"
