@@ -76,8 +76,8 @@ def gradients(layer: MoELayer) -> dict[str, torch.Tensor]:
     return {name: parameter.grad for name, parameter in layer.named_parameters()}
 
 
-def on_one_rank(rank: int, world_size: int) -> dict[str, tuple[dict, dict]]:
-    results = {}
+def on_one_rank() -> dict[str, tuple[dict, dict]]:
+    rank, world_size, results = dist.get_rank(), dist.get_world_size(), {}
     for name, case in CASES.items():
         layer = make_layer(case, ExpertGroup(world_size, rank, dist.group.WORLD))
         assert layer.experts.w1.size(0) == E // world_size

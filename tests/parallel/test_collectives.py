@@ -16,15 +16,15 @@ def rows(rank: int, count: int) -> torch.Tensor:
     return torch.stack([torch.full((count,), float(rank)), torch.arange(count, dtype=torch.float32)], dim=1)
 
 
-def exchange(rank: int, world_size: int) -> dict:
-    group = dist.group.WORLD
+def exchange() -> dict:
+    rank, world_size, group = dist.get_rank(), dist.get_world_size(), dist.group.WORLD
     equal = rows(rank, 2 * world_size).requires_grad_()
     received = all_to_all(equal, group)
     received.backward(received.detach())
     uneven = rows(rank, sum(SENT[rank])).requires_grad_()
     splits = [SENT[i][rank] for i in range(world_size)], SENT[rank]
     uneven_received = all_to_all(uneven, group, *splits)
-    # A gradient of a gradient: d/dx of sum((dx/dy)^2 ...) goes there, back and there again.
+    # The gradient of a gradient: there, back, and there again.
     (first,) = torch.autograd.grad(uneven_received.pow(3).sum(), uneven, create_graph=True)
     first.sum().backward()
     halves = all_to_all(rows(rank, world_size).bfloat16(), group)
