@@ -65,8 +65,10 @@ def step_name(step: int) -> str:
 
 
 def read_manifest(checkpoint: Path) -> Manifest:
-    """Raises:
-    CheckpointError: there is none, or it is damaged.
+    """The manifest of a checkpoint.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
     """
     path = checkpoint / MANIFEST
     try:
@@ -275,10 +277,14 @@ def delete_older(folder: Path, keep_last: int) -> None:
     if keep_last <= 0:
         return
     marked = _marked(folder)
-    for path in complete_checkpoints(folder)[keep_last:]:
-        if path.name == marked or _is_in_use(path):
-            continue
-        _delete_or_warn(path)
+    try:
+        old = complete_checkpoints(folder)[keep_last:]
+    except OSError as error:
+        warnings.warn(f"cannot look for old checkpoints in {folder}: {error}", stacklevel=2)
+        return
+    for path in old:
+        if path.name != marked and not _is_in_use(path):
+            _delete_or_warn(path)
 
 
 def write_file(path: Path, data: bytes) -> FileRecord:

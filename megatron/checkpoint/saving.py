@@ -60,13 +60,13 @@ class AsyncSaver:
 
     One save runs at a time. Its thread has a process group of its own, so that its messages cannot mix with the
     training's. All members of ``group`` make their saver together. A program that ends waits for the last save.
+
+    Args:
+        group: the ranks that save together; None is the default group, or this process alone.
+        timeout: how long a rank waits for the others to write their part; None is torch's default, 30 minutes.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None, timeout: datetime.timedelta | None = None) -> None:
-        """Args:
-        group: the ranks that save together; None is the default group, or this process alone.
-        timeout: how long a rank waits for the others to write their part; None is torch's default, 30 minutes.
-        """
         self._made_for = group
         own = None
         if Group(group).distributed:
@@ -74,7 +74,7 @@ class AsyncSaver:
             own = dist.new_group(members, timeout=timeout, backend="gloo", use_local_synchronization=True)
         self._ranks = Group(own)
         self._thread: threading.Thread | None = None
-        self._error: CheckpointError | None = None
+        self._error: BaseException | None = None
 
     def save(
         self,
@@ -140,7 +140,7 @@ class AsyncSaver:
     ) -> None:
         try:
             _write(folder, step, entries, meta, self._ranks, keep_last)
-        except CheckpointError as error:
+        except BaseException as error:  # whatever it is, wait() must not return as if all were well
             self._error = error
 
 

@@ -75,14 +75,16 @@ def kill_at_random(folder: Path, times: int) -> None:
     generator = random.Random(0)
     for number in range(times):
         own = folder / f"random-{number:03d}"
+        start = time.perf_counter()
         save_value(own, 1, 1.0, 300_000)
+        one_save = time.perf_counter() - start
 
         def loop(own: Path = own) -> None:
             for count in range(2, 1000):
                 save_value(own, 1 + count % 4, float(count), 300_000)
 
         child = fork(loop)
-        time.sleep(generator.uniform(0.01, 0.15))
+        time.sleep(generator.uniform(0, 6 * one_save))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
 

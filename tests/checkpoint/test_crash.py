@@ -11,6 +11,8 @@ import torch
 
 from megatron.checkpoint import Box, ShardedTensor, latest, load, save
 
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
 HERE = Path(__file__).parent
 
 
@@ -43,6 +45,7 @@ def check_next_save(folder: Path, numel: int) -> None:
         load_value(path, numel)
 
 
+@pytest.mark.slow
 def test_killed_between_any_two_steps(tmp_path):
     crash("steps", tmp_path)
     outcomes: dict[str, list[float | None]] = {}

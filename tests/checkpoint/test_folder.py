@@ -1,7 +1,6 @@
 import json
 import os
 import shutil
-import warnings
 from pathlib import Path
 
 import pytest
@@ -9,6 +8,8 @@ import torch
 
 from megatron.checkpoint import Box, CheckpointError, ShardedTensor, latest, load, save
 from megatron.checkpoint.folder import complete_checkpoints, in_use
+
+pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]
 
 
 def save_value(folder: Path, step: int, value: float, **options) -> Path:
@@ -28,14 +29,6 @@ def load_value(folder: Path) -> float:
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
-
-
-@pytest.fixture(autouse=True)
-def _unexpected_warnings_fail():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
 
 
 def test_nothing_there(tmp_path):

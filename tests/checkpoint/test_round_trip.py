@@ -208,6 +208,8 @@ AsyncSaver().save(sys.argv[1], 1, entries, {"done": True})
 AsyncSaver().save(sys.argv[2], 1, entries, {"done": True})
 """
 
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
 
 def test_a_program_that_ends_waits_for_its_saver(tmp_path):
     blocked = tmp_path / "file"

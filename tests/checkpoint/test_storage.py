@@ -17,6 +17,8 @@ from megatron.checkpoint.folder import _digest, hash_file
 from megatron.checkpoint.storage import write_safetensors
 from megatron.checkpoint.tensors import DTYPES
 
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
 
 def random_tensor(dtype: torch.dtype, *shape: int) -> torch.Tensor:
     if dtype.is_floating_point:
