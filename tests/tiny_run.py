@@ -31,7 +31,6 @@ def make_dataset(folder: Path, documents: int = 200) -> Path:
         warnings.simplefilter("ignore")
         from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
     import numpy
-    import torch
 
     random.seed(7)
     prefix = folder / "text"
@@ -41,7 +40,7 @@ def make_dataset(folder: Path, documents: int = 200) -> Path:
         for _ in range(random.randint(20, 80)):
             document.append(token)
             token = (token * 7 + random.choice((1, 1, 1, 5))) % len(WORDS)
-        builder.add_document(torch.tensor([*document, len(WORDS) + 1]), [len(document) + 1])
+        builder.add_document([*document, len(WORDS) + 1], [len(document) + 1])
     builder.finalize(f"{prefix}.idx")
     return prefix
 

@@ -72,7 +72,8 @@ def test_killed_without_warning_and_resumed_ends_bit_for_bit_the_same(corpus, un
     arguments = tiny_run.flags(corpus, save=tmp_path, load=tmp_path, **MOE)
     process = start(2, arguments)
     wait_for("step      5", process)
-    os.killpg(process.pid, signal.SIGKILL)
+    for pid in [*children(process.pid), process.pid]:  # torchrun gives each rank a session of its own
+        os.kill(pid, signal.SIGKILL)
     process.wait(timeout=30)
     again = tiny_run.train(2, arguments)
     assert again.returncode == 0, again.stdout + again.stderr
