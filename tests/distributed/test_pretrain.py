@@ -3,7 +3,9 @@
 import json
 import os
 import signal
+import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -114,6 +116,25 @@ def test_other_layouts_resume_the_same_run(corpus, uninterrupted, tmp_path, proc
     assert found.keys() == expected.keys()
     for tokens, value in expected.items():
         torch.testing.assert_close(torch.tensor(found[tokens]), torch.tensor(value), rtol=1e-5, atol=1e-5)
+
+
+def test_the_deepspeed_launcher_starts_the_same_run(corpus, uninterrupted, tmp_path):
+    launcher = Path(sys.executable).parent / "deepspeed"
+    arguments = tiny_run.flags(corpus, save=tmp_path, **MOE)
+    command = [launcher, "--num_gpus=2", f"--master_port={free_port()}", "pretrain_gpt_moe.py", *arguments]
+    done = subprocess.run(
+        [str(word) for word in command],
+        env=tiny_run.environment() | {"PATH": f"{launcher.parent}:{os.environ['PATH']}"},
+        cwd=tiny_run.ROOT, capture_output=True, text=True, timeout=180,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert tiny_run.curve(tmp_path) == tiny_run.curve(uninterrupted)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 def test_asynchronous_saving_ramp_up_and_exit_tokens(corpus, tmp_path):

@@ -1,0 +1,106 @@
+"""What we use of DeepSpeed's inside must be as we think; these fail when an upgrade changes it."""
+
+import re
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed.spawn import run_distributed
+
+from megatron.config import ModelConfig, MoEConfig, ParallelConfig, RunConfig, TrainingConfig
+
+VOCAB, SEQ, MICRO = 32, 8, 2
+
+
+def engine():
+    from megatron.engine.engine import Engine
+    from megatron.model.gpt import GPTModel
+    from megatron.parallel.initialize import build_groups
+    from megatron.parallel.launch import Launch
+
+    rank, size = dist.get_rank(), dist.get_world_size()
+    run = RunConfig(
+        model=ModelConfig(num_layers=2, hidden_size=16, num_attention_heads=2, seq_length=SEQ),
+        moe=MoEConfig(num_experts=(4,)),
+        parallel=ParallelConfig(moe_expert_parallel_size=2),
+        training=TrainingConfig(train_tokens=10_000, micro_batch_size=MICRO, global_batch_size=MICRO * size),
+    )
+    topology = build_groups(run.parallel, Launch(rank, size, rank, "127.0.0.1", 0, "test"), torch.device("cpu"))
+    return Engine(GPTModel(run.model, run.moe, VOCAB, topology.expert_group), run, topology)
+
+
+def batch(rank: int) -> dict:
+    text = torch.randint(0, VOCAB, (MICRO, SEQ + 1), generator=torch.Generator().manual_seed(rank))
+    mask = torch.ones(MICRO, SEQ)
+    return {"tokens": text[:, :-1], "labels": text[:, 1:], "loss_mask": mask, "sample_index": rank * MICRO}
+
+
+def inspect() -> dict:
+    from megatron.engine.deepspeed_internals import SHARED_MEMORY_OP, fragments
+
+    made = engine()
+    import deepspeed.ops
+
+    made.train_step([batch(dist.get_rank())], SEQ)
+    pieces, moved, faithful = {}, 0.0, True
+    for name, parameter, fragment in fragments(made.model, made._adam):
+        if fragment is None:
+            continue
+        pieces[name] = (fragment.start, fragment.numel, parameter.numel())
+        stretch = parameter.detach().flatten()[fragment.start : fragment.start + fragment.numel]
+        faithful &= torch.equal(fragment.master.to(parameter.dtype), stretch)
+        moved += float(fragment.exp_avg.abs().sum()) * float(fragment.exp_avg_sq.sum())
+    return {
+        "pieces": pieces,
+        "faithful": faithful,
+        "moved": moved,
+        "sees experts": made._engine.has_moe_layers,
+        "compiled": deepspeed.ops.__compatible_ops__[SHARED_MEMORY_OP],
+        "stage": made._engine.zero_optimization_stage(),
+        "step": {float(state["step"]) for state in made._adam.state.values()},
+        "flags": {type(getattr(made._optimizer, name)).__name__ for name in ("overflow", "_global_grad_norm")},
+    }
+
+
+@pytest.fixture(scope="module")
+def seen() -> list[dict]:
+    return run_distributed(inspect, 4)
+
+
+def test_the_installed_version_is_the_one_this_was_written_for():
+    pinned = re.search(r"deepspeed==([\d.]+)", (Path(__file__).parents[2] / "setup.py").read_text())
+    assert version("deepspeed") == pinned.group(1)
+
+
+@pytest.mark.distributed
+def test_fragments_of_all_ranks_cover_each_parameter_once(seen):
+    names = {name for rank in seen for name in rank["pieces"]}
+    for name in names:
+        total = next(rank["pieces"][name][2] for rank in seen if name in rank["pieces"])
+        # ranks 0 and 2 hold one half of the experts, 1 and 3 the other; everything else is shared by all four
+        for holders in ([seen[0], seen[2]], [seen[1], seen[3]]) if ".experts." in name else (seen,):
+            ranges = sorted(rank["pieces"][name][:2] for rank in holders if name in rank["pieces"])
+            end = 0
+            for start, numel in ranges:
+                assert start == end, name
+                end = start + numel
+            assert end == total, name
+
+
+@pytest.mark.distributed
+def test_fragments_are_views_of_what_the_optimizer_updates(seen):
+    for rank in seen:
+        assert rank["faithful"]
+        assert rank["moved"] > 0
+        assert rank["step"] == {1.0}
+
+
+@pytest.mark.distributed
+def test_deepspeed_runs_zero_1_knows_of_the_experts_and_compiles_nothing(seen):
+    for rank in seen:
+        assert rank["sees experts"]
+        assert rank["stage"] == 1
+        assert rank["compiled"] is False
+        assert rank["flags"] <= {"bool", "float", "Tensor"}
