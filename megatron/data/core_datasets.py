@@ -1,10 +1,13 @@
-"""The door to megatron.core.datasets: importing megatron.core warns that Transformer Engine and Apex, which nothing
-here uses, are not installed; those warnings end here. The import takes seconds, so import this module late."""
+"""The door to megatron.core.datasets.
+
+Importing megatron.core warns that Transformer Engine and Apex, which nothing here uses, are not installed; those
+warnings end here. The import takes seconds, so import this module late.
+"""
 
 import warnings
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore", UserWarning)
+    warnings.simplefilter("ignore")
     from megatron.core.datasets.blended_dataset import BlendedDataset
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
