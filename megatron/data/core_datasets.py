@@ -4,6 +4,7 @@ Importing megatron.core warns that Transformer Engine and Apex, which nothing he
 warnings end here. The import takes seconds, so import this module late.
 """
 
+import logging
 import warnings
 
 with warnings.catch_warnings():
@@ -13,6 +14,9 @@ with warnings.catch_warnings():
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
     from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
     from megatron.core.datasets.megatron_dataset import MegatronDataset
+
+# Warns that the index of a blend is not cached, which index_cache.py decides on purpose.
+logging.getLogger("megatron.core.datasets.blended_dataset").setLevel(logging.ERROR)
 
 __all__ = [
     "BlendedDataset",
