@@ -1,15 +1,22 @@
-"""The door to megatron.core.datasets: importing megatron.core warns that Transformer Engine and Apex, which nothing
-here uses, are not installed; those warnings end here. The import takes seconds, so import this module late."""
+"""The door to megatron.core.datasets.
 
+Importing megatron.core warns that Transformer Engine and Apex, which nothing here uses, are not installed; those
+warnings end here. The import takes seconds, so import this module late.
+"""
+
+import logging
 import warnings
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore", UserWarning)
+    warnings.simplefilter("ignore")
     from megatron.core.datasets.blended_dataset import BlendedDataset
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
     from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
     from megatron.core.datasets.megatron_dataset import MegatronDataset
+
+# Warns that the index of a blend is not cached, which index_cache.py decides on purpose.
+logging.getLogger("megatron.core.datasets.blended_dataset").setLevel(logging.ERROR)
 
 __all__ = [
     "BlendedDataset",

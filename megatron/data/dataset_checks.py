@@ -4,6 +4,7 @@ import dataclasses
 import math
 import os
 import re
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from megatron.data.tokenizer import Tokenizer
 
 SPLITS = ("train", "valid", "test")
 _SAMPLED_TOKENS = 1 << 20
+_HEAD = struct.Struct("<9sQBQQ")  # of an .idx: magic, version, type of a token, sequences, documents
+_ITEM_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 8: 2}  # bytes of a token by its type: the integers of numpy
 
 
 @dataclasses.dataclass
@@ -65,23 +68,45 @@ def parse_split(split: str) -> list[float]:
 
 def open_problems(prefix: str) -> list[str]:
     """Why the dataset ``prefix`` cannot be opened; empty where it can."""
-    from megatron.data.core_datasets import IndexedDataset
-
     missing = [f"{prefix}{suffix}" for suffix in (".bin", ".idx") if not os.path.isfile(f"{prefix}{suffix}")]
     if missing:
         return [f"--data-path {prefix}: there is no {' and no '.join(missing)}{_hint(prefix)}"]
     try:
-        dataset = IndexedDataset(prefix)
-    except (AssertionError, ValueError, OSError, KeyError) as error:
-        return [f"--data-path {prefix}: not a dataset, or a damaged one: {error}. Preprocess it anew"]
-    tokens = int(dataset.sequence_lengths.sum(dtype=np.int64))
-    expected = tokens * np.dtype(dataset.index.dtype).itemsize
-    if os.path.getsize(f"{prefix}.bin") != expected:
+        expected = _bytes_of_tokens(f"{prefix}.idx")
+    except (ValueError, OSError) as error:
+        return [f"--data-path {prefix}: the .idx is no index of a dataset, or a damaged one: {error}. Preprocess anew"]
+    size = os.path.getsize(f"{prefix}.bin")
+    if size != expected or size == 0:
         return [
-            f"--data-path {prefix}: the .bin has {os.path.getsize(f'{prefix}.bin')} bytes, but its .idx speaks of "
-            f"{tokens} tokens in {expected} bytes. The two do not belong together or were not copied whole"
+            f"--data-path {prefix}: the .bin has {size} bytes, but its .idx speaks of {expected} bytes of tokens. "
+            "The two do not belong together or were not copied whole"
         ]
     return []
+
+
+def _bytes_of_tokens(path: str) -> int:
+    """Size that the .bin of the index ``path`` must have.
+
+    An index is a head, then for each sequence its length (int32) and for each its place (int64), then for each
+    document its end (int64).
+    """
+    with open(path, "rb") as file:
+        head = file.read(_HEAD.size)
+        if len(head) < _HEAD.size:
+            raise ValueError(f"it has {len(head)} bytes")
+        magic, version, code, sequences, documents = _HEAD.unpack(head)
+        if magic != b"MMIDIDX\0\0" or version != 1 or code not in _ITEM_SIZES:
+            raise ValueError(f"it begins with {head[:18]!r}")
+        expected = _HEAD.size + 12 * sequences + 8 * documents
+        if os.path.getsize(path) != expected:
+            raise ValueError(f"it has {os.path.getsize(path)} bytes, expected {expected}")
+        if not sequences:
+            return 0
+        file.seek(_HEAD.size + 4 * (sequences - 1))
+        (last_length,) = struct.unpack("<i", file.read(4))
+        file.seek(_HEAD.size + 12 * sequences - 8)
+        (last_place,) = struct.unpack("<q", file.read(8))
+    return last_place + last_length * _ITEM_SIZES[code]
 
 
 def token_problems(prefix: str, tokenizer: Tokenizer) -> list[str]:

@@ -9,6 +9,8 @@ import zlib
 from collections.abc import Iterator, Sequence
 from typing import BinaryIO
 
+import zstandard
+
 from megatron.data.errors import DataError
 
 BATCH_BYTES = 1 << 18
@@ -71,7 +73,7 @@ def read_batches(paths: Sequence[str], batch_bytes: int = BATCH_BYTES) -> Iterat
                         yield LineBatch(path, number, lines, before + raw.tell())
                         number += len(lines)
                         lines, size = [], 0
-            except (EOFError, gzip.BadGzipFile, zlib.error, _damage_of_zstd()) as error:
+            except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
                 raise DataError(
                     f"{path}: the compressed data is damaged or cut off after line {number + len(lines) - 1}: {error}. "
                     "Copy or compress the file anew"
@@ -135,22 +137,10 @@ def _decompressed(path: str, raw: BinaryIO) -> BinaryIO:
     return raw
 
 
-def _damage_of_zstd() -> type[Exception]:
-    try:
-        import zstandard
-    except ModuleNotFoundError:
-        return EOFError
-    return zstandard.ZstdError
-
-
 class _ZstdReader(io.RawIOBase):
     """Bytes of one or more zstd frames. Unlike zstandard's own reader it notices when the last frame is cut off."""
 
     def __init__(self, raw: BinaryIO) -> None:
-        try:
-            import zstandard
-        except ModuleNotFoundError:
-            raise DataError("reading .zst files needs the package zstandard: pip install zstandard") from None
         self._raw = raw
         self._new_frame = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj
         self._frame = self._new_frame()

@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from megatron.config import RunConfig
+from megatron.data.processes import end_with_parent
 from megatron.data.sampler import MicroBatchSampler
 
 FIELDS = ("tokens", "labels", "loss_mask")
@@ -61,7 +62,7 @@ def batches(
         collate_fn=_unchanged,
         num_workers=workers,
         multiprocessing_context=_server() if workers else None,
-        worker_init_fn=_shield_worker if workers else None,
+        worker_init_fn=_start_worker if workers else None,
         pin_memory=torch.cuda.is_available() and config.training.device != "cpu",
         generator=torch.Generator(),  # so that starting to load draws nothing from the run's own randomness
     )
@@ -72,7 +73,7 @@ class _ClosedAtExit:
     """An iterator of a DataLoader that dismisses its processes before the interpreter waits for them to end.
 
     Without this, whoever still holds the iterator at the end of the program would wait for ever: what Python sends
-    to end them is the SIGTERM that :func:`_shield_worker` ignores.
+    to end them is the SIGTERM that :func:`_start_worker` ignores.
     """
 
     def __init__(self, iterator: Iterator[dict[str, Any]]) -> None:
@@ -138,8 +139,11 @@ def _server() -> BaseContext:
     return context
 
 
-def _shield_worker(worker: int) -> None:
-    """Ignore the stop signals, but of SIGTERM only the first: by the second the DataLoader ends a stuck process."""
+def _start_worker(worker: int) -> None:
+    """End with the rank, and ignore the stop signals.
+
+    Of SIGTERM only the first: by the second, a process that is stuck is ended.
+    """
 
     def first_term(number: int, frame: Any) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -147,3 +151,4 @@ def _shield_worker(worker: int) -> None:
     for number in _STOP_SIGNALS:
         signal.signal(number, first_term if number == signal.SIGTERM else signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
+    end_with_parent()

@@ -12,11 +12,9 @@ import json
 import multiprocessing
 import os
 import signal
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import connection
 
 import numpy as np
 
@@ -25,6 +23,7 @@ from megatron.data.errors import DataError
 from megatron.data.indexed_writer import IndexedWriter, check_free
 from megatron.data.jsonl import LineBatch, check_inputs, document_texts, read_batches
 from megatron.data.manifest import Manifest, describe_tokenizer
+from megatron.data.processes import end_with_parent
 from megatron.data.progress import Progress
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
 
@@ -273,15 +272,8 @@ def _start_worker(data: DataConfig, keys: Sequence[str], append_eod: bool) -> No
     global _process_encoder
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent ends us
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core a worker
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     _process_encoder = LineEncoder(build_tokenizer(data), keys, append_eod)
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        connection.wait([parent.sentinel])
-        os._exit(1)
 
 
 def _encode(batch: LineBatch) -> EncodedBatch:

@@ -1,0 +1,75 @@
+"""The sample that a tokenizer is trained on, and what the trained model keeps."""
+
+import corpus
+import pytest
+
+from megatron.config import DataConfig
+from megatron.data import sentencepiece_training
+from megatron.data.errors import DataError
+from megatron.data.tokenizer import build_tokenizer
+
+
+def train(folder, texts, vocab_size=400, **options):
+    path = corpus.write_jsonl(folder / "in.jsonl", texts)
+    return sentencepiece_training.train([str(path)], str(folder / "model"), vocab_size, threads=1, **options)
+
+
+def test_same_arguments_same_model(tmp_path):
+    texts = corpus.english(300)
+    models = []
+    for _ in range(2):
+        with open(train(tmp_path, texts, sample_bytes=50_000, overwrite=True), "rb") as file:
+            models.append(file.read())
+    assert models[0] == models[1]
+    with open(train(tmp_path, texts, sample_bytes=50_000, overwrite=True, seed=7), "rb") as file:
+        assert file.read() != models[0]
+
+
+@pytest.mark.parametrize("model_type", sentencepiece_training.MODEL_TYPES)
+def test_the_model_compresses_and_keeps_line_ends_and_spaces(model_type, tmp_path):
+    texts = [f"{text}\n\n\tindented  twice {number}\r\n" for number, text in enumerate(corpus.english(300))]
+    path = train(tmp_path, texts, model_type=model_type)
+    tokenizer = build_tokenizer(DataConfig(tokenizer_type="SentencePieceTokenizer", tokenizer_model=path))
+    assert tokenizer.vocab_size == 400
+    tokens = tokenizer.encode_batch(texts)
+    assert [tokenizer.decode(ids) for ids in tokens] == texts
+    assert sum(map(len, tokens)) < 0.75 * sum(map(len, texts))
+
+
+def test_sample_is_uniform_of_the_size_asked_and_in_order(tmp_path):
+    texts = [f"{number:05d}" for number in range(10_000)]
+    path = corpus.write_jsonl(tmp_path / "in.jsonl", texts)
+    sample = sentencepiece_training._sample([str(path)], "text", 10_000, seed=3)
+    assert len(sample) == 2000
+    assert sample == sorted(sample)
+    assert 4700 < sum(map(int, sample)) / 2000 < 5300  # the mean of uniform ones has a standard deviation of 58
+    assert sentencepiece_training._sample([str(path)], "text", 10**9, seed=3) == texts
+
+
+def test_long_lines_are_cut_not_left_out():
+    text = "é" * 2500 + "\n" + "b"
+    lines = list(sentencepiece_training._lines(text))
+    assert "".join(lines) == text.replace("\n", "")
+    assert max(len(line.encode()) for line in lines) <= 4192
+
+
+@pytest.mark.parametrize(
+    ("texts", "options", "words"),
+    [
+        (["abc"], {"vocab_size": 100_000}, "--vocab-size 100000"),
+        (["abc"] * 50, {"vocab_size": 10}, "--vocab-size 10"),
+        ([""], {}, "no document has text under the key 'text'"),
+        (["abc"], {"json_key": "body"}, "no document has text under the key 'body'"),
+    ],
+)
+def test_errors_write_nothing(texts, options, words, tmp_path):
+    with pytest.raises(DataError, match=words):
+        train(tmp_path, texts, **options)
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_an_existing_model_is_kept(tmp_path):
+    (tmp_path / "model.model").write_text("mine")
+    with pytest.raises(DataError, match="--overwrite"):
+        train(tmp_path, corpus.english(300))
+    assert (tmp_path / "model.model").read_text() == "mine"
