@@ -145,7 +145,7 @@ printf '\n== Results\n'
 printf '\n== Text by the GPT with 8 experts\n'
 "$PYTHON" tools/generate.py --load "$out/moe-8" --tokenizer-model "$out/tokenizer.model" \
     --prompt "The function returns" --prompt "This module provides" --prompt "If the file does not exist, it" \
-    --max-new-tokens 60 --temperature 0.8 --top-p 0.9 --seed 1 | tee "$out/samples.txt"
+    --max-new-tokens 60 --temperature 0.7 --top-p 0.9 --seed 1 | tee "$out/samples.txt"
 printf '\nLoss curves: %s\n' "$out/loss_curves.png"
 printf 'Table and text: %s, %s\n' "$out/results.md" "$out/samples.txt"
 printf 'Everything a run logged: %s, %s\n' "$out/dense/metrics.jsonl" "$out/moe-8/metrics.jsonl"
