@@ -93,6 +93,8 @@ else
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 fi
 
+total="$("$PYTHON" -c 'import sys; from megatron.config.fields import parse_count; print(parse_count(sys.argv[1]))' \
+    "$tokens")" || fail "--tokens $tokens is no count; write 2400000 or 2.4M"
 batch=32
 micro_batch=$((batch / processes < 16 ? batch / processes : 16))
 model=(
@@ -101,8 +103,8 @@ model=(
 )
 experts=(--num-experts 8 --moe-expert-parallel-size "$processes")
 training=(
-    --train-tokens "$tokens" --global-batch-size "$batch" --micro-batch-size "$micro_batch"
-    --lr 2e-3 --min-lr 2e-4 --lr-warmup-tokens 100K --lr-decay-style cosine "$precision"
+    --train-tokens "$total" --global-batch-size "$batch" --micro-batch-size "$micro_batch"
+    --lr 2e-3 --min-lr 2e-4 --lr-warmup-tokens $((total / 24)) --lr-decay-style cosine "$precision"
     --eval-interval 60 --eval-iters 10 --log-interval 20 --save-interval 100 --keep-last 2
 )
 data=(
@@ -117,8 +119,6 @@ train() { # NAME FLAGS...
         --run-name "$name" --save "$out/$name" --load "$out/$name" "$@"
 }
 settings=("${model[@]}" "${training[@]}" "${data[@]}")
-half="$("$PYTHON" -c 'import sys; from megatron.config.fields import parse_count; print(parse_count(sys.argv[1]) // 2)' \
-    "$tokens")"
 
 if [[ -z "$corpus" ]]; then
     corpus="$out/corpus.jsonl"
@@ -135,7 +135,7 @@ step preprocess corpus_text_document.idx "Turning the text into tokens" \
 chain="$(checksum "$chain" "${settings[@]}")"
 step dense dense "Training the dense GPT on $machine" train dense
 step moe-first-half moe-8 "Training the GPT with 8 experts: the first half" \
-    train moe-8 "${experts[@]}" --exit-tokens "$half"
+    train moe-8 "${experts[@]}" --exit-tokens $((total / 2))
 step moe-second-half "" "Training the GPT with 8 experts: resumed for the second half" \
     train moe-8 "${experts[@]}"
 
@@ -145,7 +145,7 @@ printf '\n== Results\n'
 printf '\n== Text by the GPT with 8 experts\n'
 "$PYTHON" tools/generate.py --load "$out/moe-8" --tokenizer-model "$out/tokenizer.model" \
     --prompt "The function returns" --prompt "This module provides" --prompt "If the file does not exist, it" \
-    --max-new-tokens 60 --temperature 0.8 --top-p 0.9 --seed 1 | tee "$out/samples.txt"
+    --max-new-tokens 60 --temperature 0.7 --top-p 0.9 --seed 1 | tee "$out/samples.txt"
 printf '\nLoss curves: %s\n' "$out/loss_curves.png"
 printf 'Table and text: %s, %s\n' "$out/results.md" "$out/samples.txt"
 printf 'Everything a run logged: %s, %s\n' "$out/dense/metrics.jsonl" "$out/moe-8/metrics.jsonl"

@@ -29,7 +29,7 @@ SKIPPED_FOLDERS = frozenset(
 SKIPPED_NAMES = re.compile(r"licen[cs]e|copying|notice|requirements|record|top_level|sources|cmakelists", re.IGNORECASE)
 LARGEST_FILE = 4_000_000
 
-_MARKUP = re.compile(r":[a-z:+-]+:`~?([^`<]+?)(?:\s*<[^`>]*>)?`|``([^`]+)``|`([^`<]+)(?:\s*<[^`>]*>)?`_{0,2}")
+_MARKUP = re.compile(r":[a-z:+-]+:`[~!.]*([^`<]+?)(?:\s*<[^`>]*>)?`|``([^`]+)``|`\.?([^`<]+)(?:\s*<[^`>]*>)?`_{0,2}")
 _MARKDOWN_LINK = re.compile(r"!?\[([^\]]*)\]\([^)]*\)")
 _ASIDE = re.compile(r"^\s*(?:\.\. |>>> |\.\.\. |\||\+[-=]|@|\$ |% )")
 _PARAMETER = re.compile(r"^\s*[\w*.]+(?:, [\w*.]+)* : ")
@@ -67,7 +67,7 @@ def paragraphs(text: str) -> Iterator[str]:
         line = " ".join(kept)
         line = _MARKDOWN_LINK.sub(r"\1", line)
         line = _MARKUP.sub(lambda match: next(group for group in match.groups() if group is not None), line)
-        line = line.replace("**", "").lstrip("#*-• ").strip()
+        line = " ".join(line.replace("**", "").lstrip("#*-• ").split())
         if is_prose(line):
             yield line
 

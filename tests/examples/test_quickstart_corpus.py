@@ -16,7 +16,7 @@ spec.loader.exec_module(quickstart_corpus)
 MODULE = '''
 """A module that reads the measurements of a station and turns them into a table of hourly means.
 
-See :func:`read` for the format that is expected, and ``write`` for the one that is made of it.
+See :func:`~station.read` for the format  that is expected, and ``write`` or `.Table` for the one that is made of it.
 
 >>> read("the example of a doctest that is not prose, and so is left out of the text")
 """
@@ -63,7 +63,7 @@ def test_docstrings_in_the_order_of_the_source():
 def test_paragraphs_are_prose_without_markup():
     assert list(quickstart_corpus.paragraphs(quickstart_corpus.docstrings(MODULE))) == [
         "A module that reads the measurements of a station and turns them into a table of hourly means.",
-        "See read for the format that is expected, and write for the one that is made of it.",
+        "See station.read for the format that is expected, and write or Table for the one that is made of it.",
         "The place where the measurements of this table were taken, with its name and its height.",
         "Read the file of one station and return the measurements in the order of the file.",
         "The file that the station wrote, as it came over the network in the night. "
