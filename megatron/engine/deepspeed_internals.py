@@ -94,6 +94,13 @@ class Fragment:
     exp_avg_sq: torch.Tensor
 
 
+def let_loss_scale_rest(optimizer: object) -> None:
+    """At its smallest value let fp16's loss scale stay there instead of raising: the trainer counts skipped updates."""
+    scaler = getattr(optimizer, "loss_scaler", None)
+    if hasattr(scaler, "raise_error_at_min_scale"):
+        scaler.raise_error_at_min_scale = False
+
+
 def create_adam_state(adam: torch.optim.AdamW) -> None:
     """Make the moments now instead of at the first step, so that a checkpoint can be loaded into them."""
     for group in adam.param_groups:

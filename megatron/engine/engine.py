@@ -49,6 +49,7 @@ class StepResult:
     grad_norm: float  # before clipping; inf when the update was skipped
     lr: float
     skipped: bool  # a gradient was not finite; weights and moments are as before
+    scale_fell: bool  # skipped because fp16's loss scale was too high, and it was lowered: nothing is wrong
 
 
 class _TrainedModule(nn.Module):
@@ -108,6 +109,7 @@ class Engine:
             dist_init_required=False,
         )
         deepspeed_internals.create_adam_state(self._adam)
+        deepspeed_internals.let_loss_scale_rest(self._optimizer)
         self.model = model
 
     def train_step(self, micro_batches: Sequence[Mapping[str, Any]], tokens_after: int) -> StepResult:
@@ -132,14 +134,20 @@ class Engine:
             sums = new if sums is None else sums + new
         if sums is None:
             raise ValueError("a step needs at least one micro-batch; got none")
+        scale = self._loss_scale()
         self._engine.step()
-        return StepResult(sums, float(self._optimizer._global_grad_norm), lr, bool(self._optimizer.overflow))
+        skipped = bool(self._optimizer.overflow)
+        grad_norm = float(self._optimizer._global_grad_norm)
+        return StepResult(sums, grad_norm, lr, skipped, scale_fell=skipped and self._loss_scale() < scale)
 
     @torch.no_grad()
     def eval_step(self, batch: Mapping[str, Any]) -> LossSums:
         """Losses of one micro-batch in evaluation mode; nothing changes and nothing is random."""
         self._engine.eval()
         return self._engine.module(self._to_device(batch))[1]
+
+    def _loss_scale(self) -> float:
+        return float(self._optimizer.loss_scaler.cur_scale) if self._config.optimizer.precision == "fp16" else 1.0
 
     def _to_device(self, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         return {

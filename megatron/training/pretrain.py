@@ -1,12 +1,15 @@
 """From a configuration to a finished run."""
 
 import dataclasses
+import os
 import sys
+from pathlib import Path
 
 import torch
 
 from megatron.checkpoint import CheckpointError, latest, load, read_meta
 from megatron.config import RunConfig
+from megatron.config.errors import ConfigError
 from megatron.config.flags import to_dict
 from megatron.config.validation import validate
 from megatron.data.gpt_dataset import build_datasets
@@ -29,11 +32,12 @@ def pretrain(config: RunConfig) -> int:
     try:
         validate(config, launch.world_size)
         deepspeed_config.build(config, launch.world_size)
+        _protect_checkpoints(config)
         device = choose_device(config.training.device, launch.local_rank)
         # expert parallelism means nothing to a dense model, so that --num-experts alone tells the two apart
         degree = config.parallel.moe_expert_parallel_size if config.moe.enabled else 1
         parallel = dataclasses.replace(config.parallel, moe_expert_parallel_size=degree)
-    except ValueError as error:  # the same on every rank
+    except (ValueError, OSError, CheckpointError) as error:  # the same on every rank
         if launch.rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
@@ -45,6 +49,24 @@ def pretrain(config: RunConfig) -> int:
         return 1
     shut_down()
     return 0
+
+
+def _protect_checkpoints(config: RunConfig) -> None:
+    """Refuse to write into the folder of another run, and find out now that a folder cannot be written to."""
+    save, load = config.checkpoint.save, config.checkpoint.load
+    if save is None:
+        return
+    folder = Path(save)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise ConfigError(f"--save {save}: no permission to write there; choose another folder")
+    resumed = None if load is None else Path(load).resolve()
+    found = latest(folder)
+    if found is not None and folder.resolve() not in (resumed, resumed and resumed.parent):
+        raise ConfigError(
+            f"--save {save} holds the checkpoints of a run already ({found.name}); "
+            f"add --load {save} to continue it, or choose another folder"
+        )
 
 
 def _run(config: RunConfig, topology: Topology) -> None:

@@ -105,10 +105,13 @@ class Trainer:
             self._skipped_in_a_row = 0
             return
         self.clock.skipped += 1
+        if result.scale_fell:
+            return
         self._skipped_in_a_row += 1
         most = self.config.training.max_skipped_updates
-        # fp16 finds its loss scale by overflowing; only at the smallest scale is a skipped update a failure
         if self._skipped_in_a_row > most:
+            if self._saver:
+                self._saver.wait()
             raise TrainingDiverged(
                 f"{self._skipped_in_a_row} updates in a row had a loss or gradient that is not finite "
                 f"(--max-skipped-updates {most}), at {self.clock.tokens} tokens. "

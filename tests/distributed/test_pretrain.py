@@ -156,12 +156,13 @@ def test_asynchronous_saving_ramp_up_and_exit_tokens(corpus, tmp_path):
 def test_mistakes_are_told_before_training(corpus, uninterrupted, tmp_path):
     cases = {
         "5 experts": ({"num_experts": 5, "moe_expert_parallel_size": 2}, "5"),
+        "save into another run": ({"save": uninterrupted}, "add --load"),
         "another model": ({"load": uninterrupted, "num_experts": 4, "hidden_size": 64}, "--hidden-size"),
         "user config": ({"deepspeed_config": tmp_path / "ds.json"}, "gradient_clipping"),
     }
     (tmp_path / "ds.json").write_text(json.dumps({"gradient_clipping": 0.1, "zero_optimization": {"stage": 1}}))
     for name, (changes, message) in cases.items():
-        arguments = tiny_run.flags(corpus, save=tmp_path / "save", **changes)
+        arguments = tiny_run.flags(corpus, **({"save": tmp_path / "save"} | changes))
         arguments = [word.replace("--deepspeed-config", "--deepspeed_config") for word in arguments]
         done = tiny_run.train(1, arguments)
         assert done.returncode != 0, name
