@@ -105,11 +105,12 @@ experts=(--num-experts 8 --moe-expert-parallel-size "$processes")
 training=(
     --train-tokens "$total" --global-batch-size "$batch" --micro-batch-size "$micro_batch"
     --lr 2e-3 --min-lr 2e-4 --lr-warmup-tokens $((total / 24)) --lr-decay-style cosine "$precision"
-    --eval-interval 60 --eval-iters 10 --log-interval 20 --save-interval 100 --keep-last 2
+    --eval-interval 75 --eval-iters 10 --log-interval 20 --save-interval 100 --keep-last 2
 )
 data=(
     --data-path "$out/corpus_text_document" --split "95,5,0"
     --tokenizer-type SentencePieceTokenizer --tokenizer-model "$out/tokenizer.model"
+    --num-workers 0
 )
 train() { # NAME FLAGS...
     local name=$1
