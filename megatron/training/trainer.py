@@ -87,8 +87,9 @@ class Trainer:
             reason = stop.agreed()
             if keep or done or reason:
                 self._save(in_background=not (done or reason))
-        if reason or self.clock.samples < self._total:
-            self._log("stop", reason=reason or f"--exit-tokens {limit}")
+        if reason is None:
+            reason = "all tokens are trained on" if self.clock.samples >= self._total else f"--exit-tokens {limit}"
+        self._log("stop", reason=reason)
 
     def _share(self, size: int) -> int:
         """Micro-batches of this rank in a global batch of ``size`` sequences."""
