@@ -170,7 +170,7 @@ class WeightsAndBiases:
         try:
             import wandb
         except ImportError:
-            raise ValueError("--wandb-project needs Weights & Biases; run: pip install 'megatron-moe[wandb]'") from None
+            raise ValueError("--wandb-project needs Weights & Biases; run: pip install -e '.[wandb]'") from None
         self._run = wandb.init(project=project, name=name, resume="allow")
 
     def write(self, record: dict[str, Any]) -> None:
