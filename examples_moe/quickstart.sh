@@ -15,7 +15,7 @@ Usage: bash examples_moe/quickstart.sh [--corpus FILE] [--tokens N] [--out DIR]
 
   --corpus FILE   your own text: JSON lines with a field "text"; .jsonl, .jsonl.gz or .jsonl.zst
                   (default: the documentation of the Python installation on this machine)
-  --tokens N      tokens to train each model on, such as 2.4M (the default) or 20M
+  --tokens N      tokens to train each model on, such as 2M (the default) or 20M
   --out DIR       folder for everything that is made (default: quickstart_out in this checkout)
 END
 }
@@ -28,7 +28,7 @@ fail() {
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 root="$(dirname "$here")"
 corpus=
-tokens=2.4M
+tokens=2M
 out="$root/quickstart_out"
 while [[ $# -gt 0 ]]; do
     case "$1" in
