@@ -34,3 +34,7 @@ class ParallelConfig:
         None, "A DeepSpeed JSON file to merge with the flags; where the two disagree the run stops.",
         flag="--deepspeed_config", metavar="FILE",
     )  # fmt: skip
+
+    def data_parallel_size(self, world_size: int) -> int:
+        """Copies of the model that ``world_size`` processes train, each on micro-batches of its own."""
+        return world_size // (self.tensor_model_parallel_size * self.pipeline_model_parallel_size)

@@ -16,6 +16,10 @@ from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optim
 from deepspeed.runtime import bf16_optimizer
 from deepspeed.utils import groups, logger
 from torch import nn
+from torch.distributed import ProcessGroup
+
+from megatron.parallel.initialize import Topology
+from megatron.parallel.sharding import shards_of
 
 # On CPUs DeepSpeed compiles this operator when it starts. Nothing here calls it, and there may be no compiler.
 SHARED_MEMORY_OP = "deepspeed_shm_comm"
@@ -56,10 +60,88 @@ def expert_group_name(expert_parallel_size: int) -> str:
     return f"ep_size_{expert_parallel_size}"
 
 
-def create_expert_groups(expert_parallel_size: int) -> None:
-    """Make DeepSpeed's expert-parallel and expert-data-parallel groups."""
-    if expert_group_name(expert_parallel_size) not in groups._get_expert_parallel_group_dict():
-        groups._create_expert_and_data_parallel(expert_parallel_size)
+class ModelParallelUnit:
+    """What DeepSpeed asks about tensor, pipeline and data parallelism (its ``mpu``), answered by our topology."""
+
+    def __init__(self, topology: Topology) -> None:
+        self._topology = topology
+        self.shards_experts = topology.expert_tensor_parallel
+
+    def get_data_parallel_group(self) -> ProcessGroup:
+        """Ranks that hold the same part of the model."""
+        return self._topology.data_parallel_group
+
+    def get_data_parallel_world_size(self) -> int:
+        """Their number."""
+        return self._topology.data_parallel_size
+
+    def get_data_parallel_rank(self) -> int:
+        """This one's place among them."""
+        return self._topology.data_parallel_rank
+
+    def get_model_parallel_group(self) -> ProcessGroup:
+        """Ranks that hold one copy of the model: tensor-parallel ranks of all pipeline stages."""
+        return self._topology.model_parallel_group
+
+    def get_model_parallel_world_size(self) -> int:
+        """Their number."""
+        return self._topology.tensor_parallel_size * self._topology.pipeline_parallel_size
+
+    def get_model_parallel_rank(self) -> int:
+        """This one's place among them."""
+        stage = self._topology.pipeline_parallel_rank
+        return stage * self._topology.tensor_parallel_size + self._topology.tensor_parallel_rank
+
+    def get_tensor_model_parallel_group(self) -> ProcessGroup | None:
+        """Ranks that share every layer's matrices."""
+        return self._topology.tensor_parallel_group
+
+    def get_tensor_model_parallel_world_size(self) -> int:
+        """Their number."""
+        return self._topology.tensor_parallel_size
+
+    def get_tensor_model_parallel_rank(self) -> int:
+        """This one's place among them."""
+        return self._topology.tensor_parallel_rank
+
+    def get_pipeline_model_parallel_group(self) -> ProcessGroup | None:
+        """Ranks with the stages of one copy of the model."""
+        return self._topology.pipeline_parallel_group
+
+    def get_pipeline_model_parallel_world_size(self) -> int:
+        """Their number."""
+        return self._topology.pipeline_parallel_size
+
+
+def create_expert_groups(expert_parallel_size: int, unit: ModelParallelUnit) -> None:
+    """Make DeepSpeed's expert-parallel and expert-data-parallel groups.
+
+    Experts that are sharded over tensor-parallel ranks are reduced among equal tensor ranks. Where experts are
+    replicated instead, the tensor ranks serve different tokens: they belong to one expert-data-parallel group, so that
+    their gradients are added, and ZeRO spreads the optimizer's state over them too.
+    """
+    groups.mpu = unit
+    groups.expert_tensor_parallel_world_size = 1
+    if expert_group_name(expert_parallel_size) in groups._get_expert_parallel_group_dict():
+        return
+    if unit.shards_experts:
+        groups._create_expert_data_and_model_parallel(expert_parallel_size, unit)
+    else:
+        groups._create_expert_and_data_parallel(
+            expert_parallel_size,
+            mp_size=unit.get_tensor_model_parallel_world_size(),
+            pp_size=unit.get_pipeline_model_parallel_world_size(),
+        )
+
+
+def mark_model_parallel(module: nn.Module) -> None:
+    """Tell DeepSpeed which parameters differ between tensor-parallel ranks; others count once in the global norm.
+
+    Experts count on every rank: either each holds a shard, or ZeRO-1 keeps another piece of their gradient on each.
+    """
+    for parameter in module.parameters():
+        if shards_of(parameter) or getattr(parameter, "is_expert", False):
+            parameter.tensor_model_parallel = parameter.model_parallel = True
 
 
 def forget_expert_groups() -> None:

@@ -15,6 +15,7 @@ from megatron.config import MoEConfig, RunConfig
 from megatron.engine.schedule import learning_rate
 from megatron.model.gpt import GPTModel
 from megatron.parallel.initialize import Topology
+from megatron.parallel.sharding import global_shape, place, shards_of
 
 MODEL, EXP_AVG, EXP_AVG_SQ = "model.", "exp_avg.", "exp_avg_sq."
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -92,20 +93,23 @@ class Engine:
         self._topology = topology
         self._decay_tokens = config.optimizer.lr_decay_tokens or config.training.train_tokens or 1
         self._shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-        self._experts = {name for name, p in model.named_parameters() if getattr(p, "is_expert", False)}
+        self._shards = {name: shards_of(p) for name, p in model.named_parameters()}
         size = topology.expert_parallel_size
         marker = None
+        unit = deepspeed_internals.ModelParallelUnit(topology)
         deepspeed_internals.start()
         if config.moe.enabled:
             deepspeed_internals.forget_expert_groups()
-            deepspeed_internals.create_expert_groups(size)
+            deepspeed_internals.create_expert_groups(size, unit)
             marker = deepspeed_internals.ExpertMarker(max(config.moe.num_experts), size)
+        deepspeed_internals.mark_model_parallel(model)
         model.to(topology.device)
         self._adam = build_adam(model, config.optimizer, size)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=_TrainedModule(model, config.moe, marker),
             optimizer=self._adam,
             config=deepspeed_config.build(config, topology.data_parallel_size),
+            mpu=unit,
             dist_init_required=False,
         )
         deepspeed_internals.create_adam_state(self._adam)
@@ -157,18 +161,16 @@ class Engine:
     # ------------------------------------------------------------------------------------------------- state
 
     def _global_shape(self, name: str) -> tuple[int, ...]:
-        shape = self._shapes[name]
-        return (shape[0] * self._topology.expert_parallel_size, *shape[1:]) if name in self._experts else shape
+        return global_shape(self._shapes[name], self._shards[name])
 
     def _boxes(self, name: str, start: int, flat: torch.Tensor) -> list[Box]:
         """Cut ``flat``, which lies at ``start`` of this rank's flattened parameter, into boxes of the global tensor."""
         shape = self._shapes[name]
-        first_row = shape[0] * self._topology.expert_parallel_rank if name in self._experts else 0
         boxes = []
         for offsets, sizes, at in flat_boxes(shape, start, flat.numel()):
             count = torch.Size(sizes).numel()
-            offsets = (offsets[0] + first_row, *offsets[1:])
-            boxes.append(Box(offsets, flat.narrow(0, at, count).view(sizes)))
+            box = flat.narrow(0, at, count).view(sizes)
+            boxes.extend(Box(*placed) for placed in place(offsets, box, shape, self._shards[name]))
         return boxes
 
     def _fragments(self):

@@ -1,6 +1,7 @@
 """Causal self-attention with many heads.
 
-Letters: B batch, S sequence (of new tokens), M keys (cached and new), N heads, D head size, H hidden = N * D.
+Letters: B batch, S sequence (of new tokens), M keys (cached and new), N heads (of this process), D head size,
+H hidden = D * heads of all processes.
 """
 
 from typing import Protocol
@@ -8,6 +9,10 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from megatron.parallel.groups import ALONE, TensorGroup
+from megatron.parallel.randomness import own_randomness
+from megatron.parallel.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
 
 class KeyValueCache(Protocol):
@@ -35,24 +40,30 @@ class SelfAttention(nn.Module):
     Hugging Face's GPT-2 orders the columns of ``c_attn.weight`` [H, 3H] alike, so the two are transposes of each other.
     """
 
-    def __init__(self, hidden_size: int, num_heads: int, dropout: float, layer: int) -> None:
+    def __init__(
+        self, hidden_size: int, num_heads: int, dropout: float, layer: int, tensor_group: TensorGroup = ALONE
+    ) -> None:
         super().__init__()
         if hidden_size % num_heads:
             raise ValueError(f"hidden_size {hidden_size} does not divide by num_attention_heads {num_heads}")
-        self.num_heads = num_heads
+        self.num_heads = tensor_group.piece(num_heads, "attention heads:")
+        self.head_size = hidden_size // num_heads
+        self.tensor_group = tensor_group
         self.dropout = dropout
         self.layer = layer
-        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
-        self.dense = nn.Linear(hidden_size, hidden_size)
+        self.qkv = ColumnParallelLinear(hidden_size, 3 * hidden_size, tensor_group, parts=3)
+        self.dense = RowParallelLinear(hidden_size, hidden_size, tensor_group)
 
     def forward(self, x_BSH: torch.Tensor, cache: KeyValueCache | None = None) -> torch.Tensor:
         """Attend from each token of ``x_BSH`` to itself and those before it, cached ones included; [B, S, H]."""
-        B, S, H = x_BSH.shape
-        qkv = self.qkv(x_BSH).view(B, S, 3, self.num_heads, H // self.num_heads)
+        qkv = self.qkv(x_BSH)  # with sequence parallelism x has a piece of the sequence, and this has all of it
+        B, S, _ = qkv.shape
+        qkv = qkv.view(B, S, 3, self.num_heads, self.head_size)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, N, S, D)
         mask = None
         if cache is not None:
             k, v, mask = cache.append(self.layer, k, v)  # (B, N, M, D)
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None)
-        return self.dense(y.transpose(1, 2).reshape(B, S, H))  # (B, N, S, D) -> (B, S, H)
+        with own_randomness(self.tensor_group if dropout else ALONE, q.device):  # other heads, other dropout
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None)
+        return self.dense(y.transpose(1, 2).reshape(B, S, -1))  # (B, N, S, D) -> (B, S, N * D) -> (B, S, H)

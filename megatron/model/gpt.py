@@ -17,7 +17,9 @@ from megatron.model.embedding import Embedding
 from megatron.model.initialization import initialize
 from megatron.model.layer import Routing, TransformerLayer
 from megatron.model.loss import cross_entropy
-from megatron.parallel.groups import ExpertGroup
+from megatron.parallel.groups import ALONE, ExpertGroup, TensorGroup
+from megatron.parallel.tensor_collectives import enter, gather
+from megatron.parallel.tensor_parallel import LayerNorm
 
 
 class ModelLoss(NamedTuple):
@@ -38,6 +40,7 @@ class GPTModel(nn.Module):
         moe: which feed-forward layers are experts, and how tokens get there.
         vocab_size: rows of the token table, padding included.
         expert_group: the processes that share the experts of a layer, by its number of experts; alone by default.
+        tensor_group: the processes that share every layer's matrices; alone by default.
         seed: initial values depend on this and on each parameter's name only.
         checkpoint_activations: keep only each layer's input for the backward pass and compute the rest again.
 
@@ -50,6 +53,7 @@ class GPTModel(nn.Module):
         moe: MoEConfig,
         vocab_size: int,
         expert_group: Callable[[int], ExpertGroup] | None = None,
+        tensor_group: TensorGroup = ALONE,
         *,
         seed: int = 0,
         checkpoint_activations: bool = False,
@@ -58,14 +62,17 @@ class GPTModel(nn.Module):
         alone = ExpertGroup(size=1, rank=0, group=None)
         self.config = model
         self.vocab_size = vocab_size
+        self.tensor_group = tensor_group
         self.checkpoint_activations = checkpoint_activations
-        self.embedding = Embedding(vocab_size, model.position_rows, model.hidden_size, model.hidden_dropout)
+        self.embedding = Embedding(
+            vocab_size, model.position_rows, model.hidden_size, model.hidden_dropout, tensor_group
+        )
         self.layers = nn.ModuleList()
         for layer in range(model.num_layers):
             experts = moe.experts_of_layer(layer)
             group = expert_group(experts) if expert_group and experts > 1 else alone
-            self.layers.append(TransformerLayer(model, moe, layer, group, seed))
-        self.final_layernorm = nn.LayerNorm(model.hidden_size, eps=model.layernorm_epsilon)
+            self.layers.append(TransformerLayer(model, moe, layer, group, seed, tensor_group))
+        self.final_layernorm = LayerNorm(model.hidden_size, model.layernorm_epsilon, tensor_group)
         initialize(self, model.init_method_std, model.num_layers, seed)
 
     def forward(
@@ -92,10 +99,10 @@ class GPTModel(nn.Module):
         x_BSH, routed = self.hidden_states(tokens_BS, cache)
         logits_BSV = self.head(x_BSH)
         if labels_BS is None:
-            return logits_BSV
+            return gather(logits_BSV, self.tensor_group, dim=-1)
         zero = x_BSH.new_zeros((), dtype=torch.float32)
         return ModelLoss(
-            lm_loss=cross_entropy(logits_BSV, labels_BS, loss_mask_BS),
+            lm_loss=cross_entropy(logits_BSV, labels_BS, loss_mask_BS, self.tensor_group),
             aux_loss=sum((layer.aux_loss for layer in routed), start=zero),
             z_loss=sum((layer.z_loss for layer in routed), start=zero),
             counts=[layer.counts_E for layer in routed],
@@ -107,7 +114,10 @@ class GPTModel(nn.Module):
     def hidden_states(
         self, tokens_BS: torch.Tensor, cache: KeyValueCache | None = None
     ) -> tuple[torch.Tensor, list[Routing]]:
-        """What the head reads, [B, S, H] after the last layer norm, and the routing of each MoE layer."""
+        """What the head reads, [B, S, H] after the last layer norm, and the routing of each MoE layer.
+
+        With sequence parallelism it is this process's piece of the sequence.
+        """
         x_BSH = self.embedding(tokens_BS, None if cache is None else cache.begin(tokens_BS.size(1)))
         recompute = self.checkpoint_activations and self.training and cache is None and torch.is_grad_enabled()
         routed: list[Routing] = []
@@ -118,5 +128,5 @@ class GPTModel(nn.Module):
         return self.final_layernorm(x_BSH), routed
 
     def head(self, x_BSH: torch.Tensor) -> torch.Tensor:
-        """Logits [B, S, V]: the product with the token table."""
-        return F.linear(x_BSH, self.embedding.word_embeddings.weight)
+        """Logits [B, S, V]: the product with the token table. Tensor-parallel processes get V / size of them each."""
+        return F.linear(enter(x_BSH, self.tensor_group), self.embedding.word_embeddings.weight)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from megatron.moe.layer import MoELayer
+from megatron.parallel.sharding import global_shape, shards_of, take
 
 # Weights that write into the residual stream. L layers add 2 L such outputs, so each is scaled by 1/sqrt(2 L) to keep
 # the stream's variance independent of depth (Radford et al. 2019, section 2.3).
@@ -24,8 +25,9 @@ def initialize(model: nn.Module, std: float, num_layers: int, seed: int) -> None
     """Set every parameter outside MoE layers, which set their own at construction.
 
     Weights are normal(0, std), those that write into the residual stream normal(0, std / sqrt(2 num_layers)); biases
-    are 0; layer norms scale by 1. Values are drawn on the CPU in fp32, so that they are the same on every device.
-    Parameters on the meta device stay as they are.
+    are 0; layer norms scale by 1. Values are drawn on the CPU in fp32, so that they are the same on every device,
+    and for the whole parameter, of which a process then takes its piece: they are the same in every layout. Parameters
+    on the meta device stay as they are.
     """
     experts = tuple(name + "." for name, module in model.named_modules() if isinstance(module, MoELayer))
     norms = {name + ".weight" for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)}
@@ -38,5 +40,6 @@ def initialize(model: nn.Module, std: float, num_layers: int, seed: int) -> None
             parameter.fill_(1.0)
         else:
             scale = std / math.sqrt(2 * num_layers) if name.endswith(RESIDUAL_OUTPUTS) else std
-            values = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
-            parameter.copy_(values.normal_(0.0, scale, generator=parameter_generator(seed, name)))
+            shards = shards_of(parameter)
+            values = torch.empty(global_shape(parameter.shape, shards), dtype=torch.float32, device="cpu")
+            parameter.copy_(take(values.normal_(0.0, scale, generator=parameter_generator(seed, name)), shards))

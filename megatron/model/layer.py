@@ -12,7 +12,8 @@ from megatron.config import ModelConfig, MoEConfig
 from megatron.model.attention import KeyValueCache, SelfAttention
 from megatron.moe.layer import MoELayer
 from megatron.moe.mlp import MLP
-from megatron.parallel.groups import ExpertGroup
+from megatron.parallel.groups import ALONE, ExpertGroup, TensorGroup
+from megatron.parallel.tensor_parallel import Dropout, LayerNorm
 
 
 class Routing(NamedTuple):
@@ -27,18 +28,26 @@ class Routing(NamedTuple):
 class TransformerLayer(nn.Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x)) (pre-LayerNorm, as GPT-2)."""
 
-    def __init__(self, model: ModelConfig, moe: MoEConfig, layer: int, expert_group: ExpertGroup, seed: int) -> None:
+    def __init__(
+        self,
+        model: ModelConfig,
+        moe: MoEConfig,
+        layer: int,
+        expert_group: ExpertGroup,
+        seed: int,
+        tensor_group: TensorGroup = ALONE,
+    ) -> None:
         super().__init__()
         H, num_experts = model.hidden_size, moe.experts_of_layer(layer)
-        self.input_layernorm = nn.LayerNorm(H, eps=model.layernorm_epsilon)
-        self.attention = SelfAttention(H, model.num_attention_heads, model.attention_dropout, layer)
-        self.post_attention_layernorm = nn.LayerNorm(H, eps=model.layernorm_epsilon)
+        self.input_layernorm = LayerNorm(H, model.layernorm_epsilon, tensor_group)
+        self.attention = SelfAttention(H, model.num_attention_heads, model.attention_dropout, layer, tensor_group)
+        self.post_attention_layernorm = LayerNorm(H, model.layernorm_epsilon, tensor_group)
         self.mlp: MLP | MoELayer
         if num_experts > 1:
-            self.mlp = MoELayer(model, moe, num_experts, expert_group, seed=seed, layer=layer)
+            self.mlp = MoELayer(model, moe, num_experts, expert_group, tensor_group, seed=seed, layer=layer)
         else:
-            self.mlp = MLP(H, model.ffn_size)
-        self.dropout = nn.Dropout(model.hidden_dropout)
+            self.mlp = MLP(H, model.ffn_size, tensor_group)
+        self.dropout = Dropout(model.hidden_dropout, tensor_group)
 
     def forward(self, x_BSH: torch.Tensor, cache: KeyValueCache | None = None) -> tuple[torch.Tensor, Routing | None]:
         """The next value of the residual stream [B, S, H], and an MoE layer's losses and counts."""

@@ -1,6 +1,6 @@
 """The experts of one layer that live on this rank: stacked feed-forwards.
 
-Letters: E experts, L experts on this rank, H hidden, F FFN hidden, C rows of each expert, R rows of all.
+Letters: E experts, L experts on this rank, H hidden, F FFN hidden (of this rank), C rows of each expert, R rows of all.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from megatron.moe.initialization import fill_normal, named_generator
-from megatron.parallel.groups import ExpertGroup
+from megatron.parallel.groups import ALONE, ExpertGroup, TensorGroup
+from megatron.parallel.sharding import Shard, set_shards
 
 
 class Experts(nn.Module):
@@ -20,11 +21,21 @@ class Experts(nn.Module):
     ``expert_group.rank * L + i`` of the layer. Each carries ``is_expert = True`` and ``num_experts = E``, so that the
     optimizer and checkpoints know them.
 
+    A ``tensor_group`` that shards experts shares the F inner units, and the answers are then partial: their sum over
+    the group counts. It shares ``b2`` too, [L, H / size]: each process adds its piece to its answers' columns.
+
     Raises:
-        ValueError: E is not a multiple of the size of ``expert_group``.
+        ValueError: E is not a multiple of the size of ``expert_group``, or F and H of that of ``tensor_group``.
     """
 
-    def __init__(self, hidden_size: int, ffn_size: int, num_experts: int, expert_group: ExpertGroup) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        ffn_size: int,
+        num_experts: int,
+        expert_group: ExpertGroup,
+        tensor_group: TensorGroup = ALONE,
+    ) -> None:
         super().__init__()
         if num_experts % expert_group.size:
             raise ValueError(
@@ -33,13 +44,18 @@ class Experts(nn.Module):
             )
         L = num_experts // expert_group.size
         self.first_expert = expert_group.rank * L
+        self.cut = cut = tensor_group if tensor_group.shard_experts else ALONE
+        ffn_size = cut.piece(ffn_size, "inner units of an expert:")
+        outputs = cut.piece(hidden_size, "outputs of an expert:")
+        self.b2_margin = (cut.rank * outputs, (cut.size - cut.rank - 1) * outputs)  # columns before and after b2's
         self.w1 = nn.Parameter(torch.empty(L, hidden_size, ffn_size))
         self.b1 = nn.Parameter(torch.empty(L, ffn_size))
         self.w2 = nn.Parameter(torch.empty(L, ffn_size, hidden_size))
-        self.b2 = nn.Parameter(torch.empty(L, hidden_size))
-        for parameter in self.parameters():
+        self.b2 = nn.Parameter(torch.empty(L, outputs))
+        for parameter, dim in ((self.w1, 2), (self.b1, 1), (self.w2, 1), (self.b2, 1)):
             parameter.is_expert = True
             parameter.num_experts = num_experts
+            set_shards(parameter, Shard(0, expert_group.size, expert_group.rank), Shard(dim, cut.size, cut.rank))
 
     @torch.no_grad()
     def initialize(self, w1_std: float, w2_std: float, seed: int, layer: int) -> None:
@@ -52,17 +68,17 @@ class Experts(nn.Module):
         self.b2.zero_()
         for row, (w1_HF, w2_FH) in enumerate(zip(self.w1, self.w2, strict=True)):
             generator = named_generator(seed, layer, f"expert {self.first_expert + row}")
-            fill_normal(w1_HF, w1_std, generator)
-            fill_normal(w2_FH, w2_std, generator)
+            fill_normal(w1_HF, w1_std, generator, [Shard(1, self.cut.size, self.cut.rank)])
+            fill_normal(w2_FH, w2_std, generator, [Shard(0, self.cut.size, self.cut.rank)])
 
     def forward(self, x_LCH: torch.Tensor) -> torch.Tensor:
         """Answers [L, C, H] to equally many rows for each expert."""
         h_LCF = F.gelu(torch.baddbmm(self.b1[:, None], x_LCH, self.w1), approximate="tanh")
-        return torch.baddbmm(self.b2[:, None], h_LCF, self.w2)
+        return torch.baddbmm(self._b2_LH()[:, None], h_LCF, self.w2)
 
     def forward_sorted(self, x_RH: torch.Tensor, rows_per_expert: Sequence[int]) -> torch.Tensor:
         """Answers [R, H] to rows sorted by expert, of which expert i has ``rows_per_expert[i]``."""
-        weights = list(zip(self.w1, self.b1, self.w2, self.b2, strict=True))
+        weights = list(zip(self.w1, self.b1, self.w2, self._b2_LH(), strict=True))
         # Without any row, one empty product keeps the parameters in the graph: their gradients are then 0, not None.
         busy = [i for i, rows in enumerate(rows_per_expert) if rows] or [0]
         answers = []
@@ -71,3 +87,6 @@ class Experts(nn.Module):
             h_CF = F.gelu(torch.addmm(b1_F, x_CH, w1_HF), approximate="tanh")
             answers.append(torch.addmm(b2_H, h_CF, w2_FH))
         return torch.cat(answers)
+
+    def _b2_LH(self) -> torch.Tensor:
+        return self.b2 if self.cut.size == 1 else F.pad(self.b2, self.b2_margin)

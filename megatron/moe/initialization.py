@@ -1,8 +1,11 @@
 """Random initial values that depend on a seed and a name only, not on devices or on how parameters are spread."""
 
 import hashlib
+from collections.abc import Sequence
 
 import torch
+
+from megatron.parallel.sharding import Shard, global_shape, take
 
 
 def named_generator(seed: int, layer: int, name: str) -> torch.Generator:
@@ -12,6 +15,11 @@ def named_generator(seed: int, layer: int, name: str) -> torch.Generator:
 
 
 @torch.no_grad()
-def fill_normal(x: torch.Tensor, std: float, generator: torch.Generator) -> None:
-    """Fill ``x`` with normal(0, std), drawn on the CPU in fp32 so that it is the same on every device."""
-    x.copy_(torch.empty(x.shape, dtype=torch.float32, device="cpu").normal_(0.0, std, generator=generator))
+def fill_normal(x: torch.Tensor, std: float, generator: torch.Generator, shards: Sequence[Shard] = ()) -> None:
+    """Fill ``x`` with its piece of normal(0, std) values.
+
+    They are drawn for the whole tensor, on the CPU in fp32, so that they are the same on every device and however the
+    tensor is cut.
+    """
+    values = torch.empty(global_shape(x.shape, shards), dtype=torch.float32, device="cpu")
+    x.copy_(take(values.normal_(0.0, std, generator=generator), shards))

@@ -7,6 +7,7 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from megatron.config import ModelConfig, MoEConfig
@@ -16,7 +17,11 @@ from megatron.moe.initialization import fill_normal, named_generator
 from megatron.moe.mlp import MLP
 from megatron.moe.plan import RoutingPlan
 from megatron.moe.router import Router
-from megatron.parallel.groups import ExpertGroup
+from megatron.moe.sharing import carry_out
+from megatron.parallel import groups
+from megatron.parallel.groups import ExpertGroup, TensorGroup
+from megatron.parallel.sharding import shards_of
+from megatron.parallel.tensor_collectives import sum_gradients
 
 ALONE = ExpertGroup(size=1, rank=0, group=None)
 
@@ -27,8 +32,8 @@ class MoEOutput(NamedTuple):
     y: torch.Tensor  # [..., H] as the input; without the transformer's residual, so a dropped token's row is 0
     aux_loss: torch.Tensor  # scalar, fp32 (float64 for float64 input), load balancing
     z_loss: torch.Tensor  # scalar likewise, router z-loss
-    counts_E: torch.Tensor  # int64, this rank's tokens routed to each expert, before dropping
-    dropped: torch.Tensor  # int64 scalar, this rank's assignments that found no room
+    counts_E: torch.Tensor  # int64, this micro-batch's tokens routed to each expert, before dropping
+    dropped: torch.Tensor  # int64 scalar, this micro-batch's assignments that found no room
 
 
 class MoELayer(nn.Module):
@@ -47,6 +52,8 @@ class MoELayer(nn.Module):
         moe: how tokens are routed.
         num_experts: E of this layer.
         expert_group: the processes that share the experts. In capacity mode all must pass in equally many tokens.
+        tensor_group: the processes that share every layer's matrices. All pass in the same tokens, or with sequence
+            parallelism a piece of each sequence.
         seed: initial values follow from this, ``layer`` and each expert's number.
         layer: number of this layer in the model, from 0.
 
@@ -60,28 +67,32 @@ class MoELayer(nn.Module):
         moe: MoEConfig,
         num_experts: int,
         expert_group: ExpertGroup = ALONE,
+        tensor_group: TensorGroup = groups.ALONE,
         *,
         seed: int = 0,
         layer: int = 0,
     ) -> None:
         super().__init__()
         self.expert_group = expert_group
-        self.router = Router(model.hidden_size, num_experts, moe)
-        self.experts = Experts(model.hidden_size, model.ffn_size, num_experts, expert_group)
+        self.tensor_group = tensor_group
+        self.router = Router(model.hidden_size, num_experts, moe, tensor_group)
+        self.experts = Experts(model.hidden_size, model.ffn_size, num_experts, expert_group, tensor_group)
         self.mlp: MLP | None = None
         if moe.mlp_type == "residual":
-            self.mlp = MLP(model.hidden_size, model.ffn_size)
+            self.mlp = MLP(model.hidden_size, model.ffn_size, tensor_group)
             self.coefficient = nn.Linear(model.hidden_size, 2)
         if not self.router.weight.is_meta:
             self._initialize(model, seed, layer)
 
     def forward(self, x: torch.Tensor) -> MoEOutput:
         """Map [..., H] to [..., H]. With several processes, all of the group must call this together."""
-        x_TH = x.reshape(-1, x.size(-1))
-        plan, aux_loss, z_loss = self.router(x_TH)
-        y = self._experts(x_TH, plan).view(x.shape)
+        plan, aux_loss, z_loss = self.router(x)
+        y = carry_out(self._experts, x, plan, self.tensor_group)
         if self.mlp is not None:
-            c = self.coefficient(x).softmax(-1)
+            weight, bias = self.coefficient.weight, self.coefficient.bias
+            if self.tensor_group.sequence_parallel:
+                weight, bias = sum_gradients(self.tensor_group, weight, bias)
+            c = F.linear(x, weight, bias).softmax(-1)
             y = y * c[..., :1] + self.mlp(x) * c[..., 1:]
         return MoEOutput(y, aux_loss, z_loss, plan.counts_E, plan.dropped)
 
@@ -105,5 +116,5 @@ class MoELayer(nn.Module):
                 ("mlp.fc2", self.mlp.fc2, output_std),
                 ("coefficient", self.coefficient, std),
             ):
-                fill_normal(linear.weight, scale, named_generator(seed, layer, name))
+                fill_normal(linear.weight, scale, named_generator(seed, layer, name), shards_of(linear.weight))
                 linear.bias.zero_()

@@ -12,6 +12,9 @@ from torch import nn
 from megatron.config import MoEConfig
 from megatron.moe.losses import load_balancing_loss, z_loss
 from megatron.moe.plan import RoutingPlan, count_experts, expert_capacity, slots
+from megatron.parallel.groups import ALONE, TensorGroup
+from megatron.parallel.randomness import own_randomness
+from megatron.parallel.tensor_collectives import SEQUENCE, gather, sum_gradients
 
 JITTER = 1e-2
 
@@ -45,16 +48,18 @@ class Router(nn.Module):
 
     Capacity, random selection and both losses are defined over the tokens of one micro-batch, which are those that this
     rank passes in. They do not depend on how many ranks share the experts or the batch: for a given micro-batch size
-    every layout computes the same.
+    every layout computes the same. Tensor-parallel processes all route the whole micro-batch, with the same result;
+    with sequence parallelism each computes the logits of its own tokens, and these are gathered.
     """
 
-    def __init__(self, hidden_size: int, num_experts: int, moe: MoEConfig) -> None:
+    def __init__(self, hidden_size: int, num_experts: int, moe: MoEConfig, tensor_group: TensorGroup = ALONE) -> None:
         super().__init__()
         if not 1 <= moe.topk <= num_experts:
             raise ValueError(f"--topk {moe.topk} of {num_experts} experts; give a number from 1 to {num_experts}")
         if moe.moe_noise_policy not in (None, "Jitter", "RSample"):
             raise ValueError(f"unknown noise policy {moe.moe_noise_policy!r}; give Jitter, RSample or None")
         self.num_experts = num_experts
+        self.tensor_group = tensor_group
         self.topk = moe.topk
         self.noise_policy = moe.moe_noise_policy
         self.random_selection = moe.moe_rts
@@ -63,14 +68,17 @@ class Router(nn.Module):
         self.eval_factor = moe.moe_eval_capacity_factor
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
 
-    def forward(self, x_TH: torch.Tensor) -> Routing:
-        """Route the tokens of one micro-batch."""
-        logits_TE = self.logits(x_TH)
+    def forward(self, x: torch.Tensor) -> Routing:
+        """Route the tokens of one micro-batch, [..., H]; with sequence parallelism this rank's, [..., S, H]."""
+        logits_TE = self.logits(x)
+        if self.tensor_group.sequence_parallel:
+            logits_TE = gather(logits_TE, self.tensor_group, SEQUENCE)
+        logits_TE = logits_TE.flatten(0, -2)
         gate_TE = logits_TE.softmax(-1)
         expert_TK = self.choose(logits_TE.detach())
         gate_TK = gate_TE.gather(1, expert_TK)
         counts_E = count_experts(expert_TK, self.num_experts)
-        capacity = self.capacity(x_TH.size(0))
+        capacity = self.capacity(logits_TE.size(0))
         slot_TK = self.place(expert_TK, gate_TK.detach(), counts_E, capacity)
         if capacity is not None:
             gate_TK = gate_TK.masked_fill(slot_TK >= capacity, 0.0)
@@ -82,13 +90,17 @@ class Router(nn.Module):
             z_loss=z_loss(logits_TE),
         )
 
-    def logits(self, x_TH: torch.Tensor) -> torch.Tensor:
-        """[T, E] in fp32 or wider."""
-        precise = torch.promote_types(x_TH.dtype, torch.float32)
-        x_TH = x_TH.to(precise)
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., E] in fp32 or wider, for [..., H]."""
+        precise = torch.promote_types(x.dtype, torch.float32)
+        x = x.to(precise)
+        own, weight = ALONE, self.weight
+        if self.tensor_group.sequence_parallel:
+            own, weight = self.tensor_group, sum_gradients(self.tensor_group, weight)[0]
         if self.training and self.noise_policy == "Jitter":
-            x_TH = x_TH * torch.empty_like(x_TH).uniform_(1 - JITTER, 1 + JITTER)
-        return F.linear(x_TH, self.weight.to(precise))
+            with own_randomness(own, x.device):
+                x = x * torch.empty_like(x).uniform_(1 - JITTER, 1 + JITTER)
+        return F.linear(x, weight.to(precise))
 
     def choose(self, logits_TE: torch.Tensor) -> torch.Tensor:
         """The experts of each token, int64 [T, K], best first; among equal logits the lowest expert number."""

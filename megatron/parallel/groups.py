@@ -1,4 +1,4 @@
-"""The processes that share one layer's experts."""
+"""The processes that share one layer's experts, or every layer's matrices."""
 
 import dataclasses
 
@@ -15,3 +15,35 @@ class ExpertGroup:
     size: int
     rank: int
     group: dist.ProcessGroup | None
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorGroup:
+    """The ``size`` processes that share every layer's matrices, seen from the one at place ``rank``.
+
+    Between layers each of them holds the whole residual stream, or with ``sequence_parallel`` a piece of every sequence
+    (piece r of ``size`` equal ones). Experts are replicated, and each process serves its share of the assignments; with
+    ``shard_experts`` the experts' matrices are shared too. ``group`` is None for a single process.
+    """
+
+    size: int = 1
+    rank: int = 0
+    group: dist.ProcessGroup | None = None
+    sequence_parallel: bool = False
+    shard_experts: bool = False
+
+    def piece(self, length: int, what: str) -> int:
+        """Length of one process's piece of ``length`` things.
+
+        Raises:
+            ValueError: they cannot be cut into equal pieces.
+        """
+        if length % self.size:
+            raise ValueError(
+                f"{what} {length} cannot be shared evenly by {self.size} tensor-parallel processes: {length} = "
+                f"{self.size} x {length // self.size} + {length % self.size}; choose a multiple of {self.size}"
+            )
+        return length // self.size
+
+
+ALONE = TensorGroup()

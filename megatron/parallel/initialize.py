@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megatron.config import ParallelConfig
-from megatron.parallel.groups import ExpertGroup
+from megatron.parallel.groups import ExpertGroup, TensorGroup
 from megatron.parallel.launch import Launch
 
 
@@ -27,12 +27,15 @@ class Topology:
     tensor_parallel_size: int
     tensor_parallel_rank: int
     tensor_parallel_group: dist.ProcessGroup | None
+    sequence_parallel: bool
+    expert_tensor_parallel: bool
     pipeline_parallel_size: int
     pipeline_parallel_rank: int
     pipeline_parallel_group: dist.ProcessGroup | None
     data_parallel_size: int
     data_parallel_rank: int
     data_parallel_group: dist.ProcessGroup
+    model_parallel_group: dist.ProcessGroup  # tensor and pipeline: the ranks that hold one copy of the model
     expert_parallel_size: int
     expert_parallel_rank: int
     expert_parallel_group: dist.ProcessGroup | None
@@ -42,6 +45,17 @@ class Topology:
     def is_first(self) -> bool:
         """Whether this rank speaks for the run."""
         return self.launch.rank == 0
+
+    @property
+    def tensor_group(self) -> TensorGroup:
+        """The group that shares every layer's matrices."""
+        return TensorGroup(
+            self.tensor_parallel_size,
+            self.tensor_parallel_rank,
+            self.tensor_parallel_group,
+            self.sequence_parallel,
+            self.expert_tensor_parallel,
+        )
 
     def expert_group(self, num_experts: int) -> ExpertGroup:
         """The group over which a layer of ``num_experts`` experts is spread."""
@@ -116,6 +130,8 @@ def build_groups(config: ParallelConfig, launch: Launch, device: torch.device) -
         launch=launch,
         device=device,
         tensor_parallel_size=tensor,
+        sequence_parallel=config.sequence_parallel,
+        expert_tensor_parallel=config.enable_expert_tensor_parallelism,
         tensor_parallel_rank=parallel_state.get_tensor_model_parallel_rank(),
         tensor_parallel_group=group(tensor, parallel_state.get_tensor_model_parallel_group),
         pipeline_parallel_size=pipeline,
@@ -124,6 +140,7 @@ def build_groups(config: ParallelConfig, launch: Launch, device: torch.device) -
         data_parallel_size=launch.world_size // (tensor * pipeline),
         data_parallel_rank=parallel_state.get_data_parallel_rank(),
         data_parallel_group=parallel_state.get_data_parallel_group(),
+        model_parallel_group=parallel_state.get_model_parallel_group(),
         expert_parallel_size=expert,
         expert_parallel_rank=parallel_state.get_expert_model_parallel_rank(),
         expert_parallel_group=group(expert, parallel_state.get_expert_model_parallel_group),

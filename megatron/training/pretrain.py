@@ -31,7 +31,7 @@ def pretrain(config: RunConfig) -> int:
     launch = Launch.from_environment()
     try:
         validate(config, launch.world_size)
-        deepspeed_config.build(config, launch.world_size)
+        deepspeed_config.build(config, config.parallel.data_parallel_size(launch.world_size))
         _protect_checkpoints(config)
         device = choose_device(config.training.device, launch.local_rank)
         # expert parallelism means nothing to a dense model, so that --num-experts alone tells the two apart
@@ -87,6 +87,7 @@ def _run(config: RunConfig, topology: Topology) -> None:
         config.moe,
         vocab_size,
         topology.expert_group,
+        topology.tensor_group,
         seed=config.training.seed,
         checkpoint_activations=config.training.checkpoint_activations,
     )

@@ -25,11 +25,13 @@ MOE_TOP2 = MoEConfig(num_experts=(4, 8), topk=2, moe_train_capacity_factor=1.0, 
 DROPLESS = MoEConfig(num_experts=(8,), moe_token_dropping=False, mlp_type="residual")
 
 
-def config(moe: MoEConfig, expert_parallel: int = 1, precision: str = "fp32", **training) -> RunConfig:
+def config(
+    moe: MoEConfig, expert_parallel: int = 1, precision: str = "fp32", layout: dict | None = None, **training
+) -> RunConfig:
     return RunConfig(
         model=MODEL,
         moe=moe,
-        parallel=ParallelConfig(moe_expert_parallel_size=expert_parallel),
+        parallel=ParallelConfig(moe_expert_parallel_size=expert_parallel, **(layout or {})),
         optimizer=OptimizerConfig(lr=1e-2, min_lr=1e-3, clip_grad=0.5, adam_eps=EPS, precision=precision),
         training=TrainingConfig(
             train_tokens=STEPS * BATCH * SEQ, micro_batch_size=MICRO, global_batch_size=BATCH, device="cpu", **training
@@ -91,14 +93,16 @@ def build(run: RunConfig):
         run.moe,
         VOCAB,
         topology.expert_group,
+        topology.tensor_group,
         seed=run.training.seed,
         checkpoint_activations=run.training.checkpoint_activations,
     )
     return Engine(model, run, topology)
 
 
-def my_micro_batches(step: int, poison: int | None = None) -> list[dict]:
-    count, rank, size = BATCH // MICRO, dist.get_rank(), dist.get_world_size()
+def my_micro_batches(step: int, poison: int | None = None, model_parallel: int = 1) -> list[dict]:
+    """This process's micro-batches, where ``model_parallel`` neighbours hold one copy of the model."""
+    count, rank, size = BATCH // MICRO, dist.get_rank() // model_parallel, dist.get_world_size() // model_parallel
     return [micro_batch(n, poison=n == poison) for n in range(step * count, (step + 1) * count) if n % size == rank]
 
 
@@ -125,7 +129,8 @@ def train(runs: list[RunConfig]) -> list:
         engine = build(run)
         history = []
         for step in range(STEPS):
-            outcome = engine.train_step(my_micro_batches(step), (step + 1) * BATCH * SEQ)
+            micro_batches = my_micro_batches(step, model_parallel=run.parallel.tensor_model_parallel_size)
+            outcome = engine.train_step(micro_batches, (step + 1) * BATCH * SEQ)
             assert not outcome.skipped
             history.append((mean_losses(reduce_sums(outcome.sums))["loss"], outcome.grad_norm))
         results.append((history, whole(engine)))
