@@ -15,7 +15,9 @@ class ModelConfig:
     ffn_hidden_size: int | None = option(None, "Inner width of the feed-forward layers (default: 4 x --hidden-size).")
     seq_length: int = option(2048, "Tokens of a training sequence.")
     max_position_embeddings: int | None = option(None, "Rows of the position table (default: --seq-length).")
-    make_vocab_size_divisible_by: int = option(128, "The vocabulary is padded to a multiple of this.")
+    make_vocab_size_divisible_by: int = option(
+        128, "The vocabulary is padded to a multiple of this times the tensor-parallel size."
+    )
     init_method_std: float = option(0.02, "Standard deviation of the initial weights.")
     hidden_dropout: float = option(0.1, "Dropout on embeddings and on the output of each attention and feed-forward.")
     attention_dropout: float = option(0.1, "Dropout on attention probabilities.")
@@ -31,7 +33,7 @@ class ModelConfig:
         """Rows of the position table."""
         return self.max_position_embeddings or self.seq_length
 
-    def padded_vocab_size(self, vocab_size: int) -> int:
-        """``vocab_size`` rounded up to a multiple of ``make_vocab_size_divisible_by``."""
-        multiple = self.make_vocab_size_divisible_by
+    def padded_vocab_size(self, vocab_size: int, tensor_parallel_size: int = 1) -> int:
+        """``vocab_size`` rounded up to a multiple of ``make_vocab_size_divisible_by`` x ``tensor_parallel_size``."""
+        multiple = self.make_vocab_size_divisible_by * tensor_parallel_size
         return -(-vocab_size // multiple) * multiple

@@ -3,13 +3,14 @@
 Sources: "DeepSpeed-MoE for NLG: Reducing the training cost of language models by 5 times" (2021), the launch scripts
 published with it, and the GPT-3 paper (arXiv 2005.14165) for the dense 125M model. All runs used 64 GPUs.
 
-Three things differ from the publication:
+Two things differ from the publication:
 
 - Precision is bf16, this project's default; the published runs used fp16 with dynamic loss scaling (``--fp16``).
 - ``moe_eval_capacity_factor`` stays None although the published recipes list 1.0: validation that drops tokens
   depends on what else is in the batch, so by default it drops nothing here.
-- The dense 1.3B and 6.7B runs used tensor parallelism of 4 and 8, hence 16 and 8 data-parallel replicas; their batch
-  ramp-up from 32 sequences fits that many, and needs changing (``--rampup-batch-size``) for 64 replicas.
+
+The dense 1.3B and 6.7B runs used tensor parallelism of 4 and 8, hence 16 and 8 data-parallel replicas; their batch
+ramp-up from 32 sequences fits that many, and needs changing (``--rampup-batch-size``) for another number.
 """
 
 from typing import Any
@@ -72,6 +73,10 @@ def _rate(lr: float, min_lr: float) -> dict[str, Any]:
     return {"lr": lr, "min_lr": min_lr}
 
 
+def _tensor_parallel(size: int) -> dict[str, Any]:
+    return {"tensor_model_parallel_size": size}
+
+
 _125M = _dense(12, 768, 12, init_std=0.02)
 _350M = _dense(24, 1024, 16, init_std=0.014)
 _1_3B = _dense(24, 2048, 16, init_std=0.014)
@@ -82,8 +87,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "125M+MoE-64": _125M | _experts(64) | {"init_method_std": 0.014} | _batch(256, 4) | _rate(4.5e-4, 4.5e-6),
     "350M": _350M | _batch(256, 4) | _rate(3e-4, 3e-5),
     "350M+MoE-128": _350M | _experts(128) | _batch(256, 4) | _rate(2e-4, 2e-6),
-    "1.3B": _1_3B | _batch(512, 2, rampup=(32, 32, 1_953_125)) | _rate(2e-4, 2e-5),
+    "1.3B": _1_3B | _batch(512, 2, rampup=(32, 32, 1_953_125)) | _rate(2e-4, 2e-5) | _tensor_parallel(4),
     "1.3B+MoE-128": _1_3B | _experts(128) | _batch(512, 8) | _rate(1.2e-4, 1e-6),
-    "6.7B": _6_7B | _batch(1024, 4, rampup=(32, 32, 4_882_812)) | _rate(1.2e-4, 1.2e-5),
+    "6.7B": _6_7B | _batch(1024, 4, rampup=(32, 32, 4_882_812)) | _rate(1.2e-4, 1.2e-5) | _tensor_parallel(8),
 }
 """Preset name -> field name -> value."""

@@ -22,6 +22,7 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str, str], ...] = (
     ("at least 1", lambda x: x >= 1, "use 1 or more", """
         num_layers hidden_size num_attention_heads ffn_hidden_size seq_length max_position_embeddings
         make_vocab_size_divisible_by num_experts expert_interval topk moe_expert_parallel_size lr_decay_tokens
+        tensor_model_parallel_size pipeline_model_parallel_size
         loss_scale_window hysteresis train_tokens micro_batch_size global_batch_size rampup_batch_size eval_iters
         max_skipped_updates exit_tokens log_interval"""),
     ("at least 0", lambda x: x >= 0, "use 0 or more", """
@@ -136,6 +137,60 @@ def _heads(config: RunConfig, world_size: int) -> Iterator[str]:
         )
 
 
+@_rule("tensor_model_parallel_size", "pipeline_model_parallel_size")
+def _model_parallel(config: RunConfig, world_size: int) -> Iterator[str]:
+    tensor, stages = config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size
+    if world_size % (tensor * stages):
+        start = " or ".join(str(x) for x in _multiples(world_size, tensor * stages))
+        yield (
+            f"--tensor-model-parallel-size {tensor} x --pipeline-model-parallel-size {stages} = {tensor * stages} must"
+            f" divide the number of processes, {world_size} ({_remainder(world_size, tensor * stages)}); start {start}"
+            f" processes, or use --tensor-model-parallel-size"
+            f" {_around(tensor, _divisors(max(world_size // stages, 1)))}"
+        )
+
+
+@_rule("tensor_model_parallel_size", "num_attention_heads", "hidden_size", "ffn_hidden_size")
+def _tensor_parallel(config: RunConfig, world_size: int) -> Iterator[str]:
+    size = config.parallel.tensor_model_parallel_size
+    for flag, number in (
+        ("--num-attention-heads", config.model.num_attention_heads),
+        ("--ffn-hidden-size", config.model.ffn_size),
+    ):
+        if number % size:
+            yield (
+                f"--tensor-model-parallel-size {size} must divide {flag} {number} ({_remainder(number, size)}); use"
+                f" {_around(size, _divisors(number))}"
+            )
+
+
+@_rule("tensor_model_parallel_size", "sequence_parallel", "seq_length")
+def _sequence_parallel(config: RunConfig, world_size: int) -> Iterator[str]:
+    size, length = config.parallel.tensor_model_parallel_size, config.model.seq_length
+    if not config.parallel.sequence_parallel:
+        return
+    if size == 1:
+        yield (
+            "--sequence-parallel must have tensor-parallel processes to split the sequence over; use"
+            " --tensor-model-parallel-size 2 or more, or drop it"
+        )
+    elif length % size:
+        yield (
+            f"--sequence-parallel: --tensor-model-parallel-size {size} must divide --seq-length {length}"
+            f" ({_remainder(length, size)}); use --seq-length {_around(length, _multiples(length, size))}"
+        )
+
+
+@_rule("tensor_model_parallel_size", "enable_expert_tensor_parallelism", "num_experts")
+def _expert_tensor_parallel(config: RunConfig, world_size: int) -> Iterator[str]:
+    parallel = config.parallel
+    if config.moe.enabled and parallel.enable_expert_tensor_parallelism and parallel.tensor_model_parallel_size == 1:
+        yield (
+            "--enable-expert-tensor-parallelism must have tensor-parallel processes to share experts over; use"
+            " --tensor-model-parallel-size 2 or more, or drop it"
+        )
+
+
 @_rule("seq_length", "max_position_embeddings")
 def _positions(config: RunConfig, world_size: int) -> Iterator[str]:
     length, rows = config.model.seq_length, config.model.position_rows
@@ -170,20 +225,28 @@ def _topk(config: RunConfig, world_size: int) -> Iterator[str]:
         yield f"--topk {topk} must not exceed the {fewest} experts of a layer; use --topk {fewest}"
 
 
-@_rule("num_experts", "moe_expert_parallel_size")
+@_rule("num_experts", "moe_expert_parallel_size", "tensor_model_parallel_size", "pipeline_model_parallel_size")
 def _expert_parallel(config: RunConfig, world_size: int) -> Iterator[str]:
     size, counts = config.parallel.moe_expert_parallel_size, _expert_counts(config)
     if not counts:
         return
     flag = f"--moe-expert-parallel-size {size}"
-    fix = f"use {_around(size, _divisors(math.gcd(world_size, *counts)))}"
-    if size > world_size:
-        yield f"{flag} must not exceed the number of processes, {world_size}; {fix}, or start {size} processes"
-    elif world_size % size:
-        yield f"{flag} must divide the number of processes, {world_size} ({_remainder(world_size, size)}); {fix}"
+    replicas, what = _replicas(config, world_size)
+    fix = f"use {_around(size, _divisors(math.gcd(replicas, *counts)))}"
+    if size > replicas:
+        needed = size * (world_size // replicas)
+        yield f"{flag} must not exceed the number of {what}, {replicas}; {fix}, or start {needed} processes"
+    elif replicas % size:
+        yield f"{flag} must divide the number of {what}, {replicas} ({_remainder(replicas, size)}); {fix}"
     for count in counts:
         if count % size:
             yield f"{flag} must divide the {count} experts of a layer ({_remainder(count, size)}); {fix}"
+
+
+def _replicas(config: RunConfig, world_size: int) -> tuple[int, str]:
+    """The number of data-parallel replicas, and what to call them."""
+    replicas = max(config.parallel.data_parallel_size(world_size), 1)
+    return replicas, "processes" if replicas == world_size else "data-parallel replicas"
 
 
 def _expert_counts(config: RunConfig) -> list[int]:
@@ -194,24 +257,29 @@ def _remainder(number: int, by: int) -> str:
     return f"{number} = {number // by} x {by} + {number % by}"
 
 
-@_rule("micro_batch_size", "global_batch_size")
+@_rule("micro_batch_size", "global_batch_size", "tensor_model_parallel_size", "pipeline_model_parallel_size")
 def _batch(config: RunConfig, world_size: int) -> Iterator[str]:
     micro, batch = config.training.micro_batch_size, config.training.global_batch_size
-    step = micro * world_size
+    replicas, what = _replicas(config, world_size)
+    step = micro * replicas
     if batch % step:
         fix = f"--global-batch-size {_around(batch, _multiples(batch, step))}"
-        if batch % world_size == 0:
-            fix += f", or --micro-batch-size {_around(micro, _divisors(batch // world_size))}"
+        if batch % replicas == 0:
+            fix += f", or --micro-batch-size {_around(micro, _divisors(batch // replicas))}"
         yield (
-            f"--global-batch-size {batch} must be a multiple of --micro-batch-size {micro} x {world_size} processes"
+            f"--global-batch-size {batch} must be a multiple of --micro-batch-size {micro} x {replicas} {what}"
             f" = {step} ({_remainder(batch, step)}); use {fix}"
         )
 
 
-@_rule("micro_batch_size", "global_batch_size", "rampup_batch_size")
+@_rule(
+    *("micro_batch_size", "global_batch_size", "rampup_batch_size"),
+    *("tensor_model_parallel_size", "pipeline_model_parallel_size"),
+)
 def _rampup(config: RunConfig, world_size: int) -> Iterator[str]:
     ramp, batch = config.training.rampup_batch_size, config.training.global_batch_size
-    step = config.training.micro_batch_size * world_size
+    replicas, what = _replicas(config, world_size)
+    step = config.training.micro_batch_size * replicas
     if ramp is None:
         return
     flag = f"--rampup-batch-size {_words(ramp)}"
@@ -220,7 +288,7 @@ def _rampup(config: RunConfig, world_size: int) -> Iterator[str]:
         return
     start, increment, samples = ramp
     fix = f"use {_nearest_ramp(start, increment, samples, batch, step)}"
-    unit = f"--micro-batch-size {config.training.micro_batch_size} x {world_size} processes = {step}"
+    unit = f"--micro-batch-size {config.training.micro_batch_size} x {replicas} {what} = {step}"
     uneven = [(name, value) for name, value in (("START", start), ("INCREMENT", increment)) if value % step]
     for name, value in uneven:
         yield f"{flag}: {name} {value} must be a multiple of {unit} ({_remainder(value, step)}); {fix}"

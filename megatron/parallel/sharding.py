@@ -77,7 +77,7 @@ def place(
 
 
 def _by_part(start: int, data: torch.Tensor, dim: int, length: int) -> list[tuple[int, int, torch.Tensor]]:
-    """Cut ``data``, which begins at ``start`` of ``dim``, where parts of ``length`` meet: triples (part, start, data)."""
+    """Cut ``data``, which begins at ``start``, where parts of ``length`` meet: triples (part, start, data)."""
     end, pieces, at = start + data.size(dim), [], start
     while at < end:
         stop = min(end, (at // length + 1) * length)

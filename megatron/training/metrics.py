@@ -10,7 +10,10 @@ from megatron.engine.engine import LossSums, StepResult
 
 
 def reduce_sums(sums: LossSums) -> LossSums:
-    """Add the sums of all data-parallel ranks; the result lies on the CPU."""
+    """Add the sums of all ranks; the result lies on the CPU.
+
+    Ranks that hold parts of one copy of the model have equal sums, so all shares and means are those of the replicas.
+    """
     flat = torch.cat([sums.losses.double(), sums.dropped.double(), *(counts.double() for counts in sums.counts)])
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(flat)

@@ -71,7 +71,6 @@ def _protect_checkpoints(config: RunConfig) -> None:
 
 def _run(config: RunConfig, topology: Topology) -> None:
     tokenizer = build_tokenizer(config.data)
-    vocab_size = config.model.padded_vocab_size(tokenizer.vocab_size)
     samples = total_samples(config.training, config.model.seq_length)
     valid_samples = config.training.eval_iters * config.training.global_batch_size
     if config.training.eval_interval == 0:
@@ -80,6 +79,9 @@ def _run(config: RunConfig, topology: Topology) -> None:
 
     source = None if config.checkpoint.load is None else latest(config.checkpoint.load)
     meta = None if source is None else read_meta(source)
+    vocab_size = config.model.padded_vocab_size(tokenizer.vocab_size, topology.tensor_parallel_size)
+    if meta is not None and meta["vocab_size"] % topology.tensor_parallel_size == 0:
+        vocab_size = meta["vocab_size"]  # padded for the layout that the run began with
     warnings = [] if meta is None else check(meta, config, vocab_size, tokenizer)
 
     model = GPTModel(
@@ -133,6 +135,7 @@ def _announce(
         vocab_size=tokenizer.vocab_size,
         world_size=topology.launch.world_size,
         expert_parallel=topology.expert_parallel_size,
+        tensor_parallel=topology.tensor_parallel_size,
         device=torch.cuda.get_device_name(topology.device) if topology.device.type == "cuda" else "cpu",
         precision=config.optimizer.precision,
         resumed_at_tokens=clock.tokens if resumed else None,

@@ -59,7 +59,7 @@ class Console:
         return (
             f"{record['name']}: {human(record['parameters'])} parameters, "
             f"{human(record['active_parameters'])} active a token; "
-            f"{record['world_size']} process(es) on {record['device']}, "
+            f"{record['world_size']} process(es) on {record['device']}, tensor parallel {record['tensor_parallel']}, "
             f"expert parallel {record['expert_parallel']}, {record['precision']}; {start}"
         )
 

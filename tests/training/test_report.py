@@ -26,6 +26,7 @@ RUN = {
     "vocab_size": 50257,
     "world_size": 64,
     "expert_parallel": 64,
+    "tensor_parallel": 1,
     "device": "GPU",
     "precision": "bf16",
     "resumed_at_tokens": None,
