@@ -44,6 +44,10 @@ def problems(values: dict, world_size: int = 4) -> tuple[str, ...]:
         ({"save_interval": 5}, 4),
         ({"async_save": True, "keep_last": 2, "save": "checkpoints"}, 4),
         ({"min_loss_scale": 2.0**20}, 4),  # only of fp16
+        ({"tensor_model_parallel_size": 2, "sequence_parallel": True}, 4),
+        ({"tensor_model_parallel_size": 4, "global_batch_size": 2}, 4),  # one replica
+        (MOE | {"tensor_model_parallel_size": 2, "enable_expert_tensor_parallelism": True}, 4),
+        ({"enable_expert_tensor_parallelism": True}, 4),  # without experts there is nothing to share
     ],
 )
 def test_valid(values, world_size):
@@ -86,6 +90,44 @@ def test_valid(values, world_size):
         (
             MOE | {"num_experts": (12,), "moe_expert_parallel_size": 3}, 4,
             "--moe-expert-parallel-size 3 must divide the number of processes, 4 (4 = 1 x 3 + 1); use 2 or 4",
+        ),
+        (
+            {"tensor_model_parallel_size": 4}, 6,
+            "--tensor-model-parallel-size 4 x --pipeline-model-parallel-size 1 = 4 must divide the number of processes,"
+            " 6 (6 = 1 x 4 + 2); start 4 or 8 processes, or use --tensor-model-parallel-size 3 or 6",
+        ),
+        (
+            {"tensor_model_parallel_size": 8, "num_attention_heads": 4}, 8,
+            "--tensor-model-parallel-size 8 must divide --num-attention-heads 4 (4 = 0 x 8 + 4); use 4",
+        ),
+        (
+            {"tensor_model_parallel_size": 4, "ffn_hidden_size": 130}, 4,
+            "--tensor-model-parallel-size 4 must divide --ffn-hidden-size 130 (130 = 32 x 4 + 2); use 2 or 5",
+        ),
+        (
+            {"sequence_parallel": True}, 4,
+            "--sequence-parallel must have tensor-parallel processes to split the sequence over; use"
+            " --tensor-model-parallel-size 2 or more, or drop it",
+        ),
+        (
+            {"sequence_parallel": True, "tensor_model_parallel_size": 4, "seq_length": 30}, 4,
+            "--sequence-parallel: --tensor-model-parallel-size 4 must divide --seq-length 30 (30 = 7 x 4 + 2); use"
+            " --seq-length 28 or 32",
+        ),
+        (
+            MOE | {"enable_expert_tensor_parallelism": True}, 4,
+            "--enable-expert-tensor-parallelism must have tensor-parallel processes to share experts over; use"
+            " --tensor-model-parallel-size 2 or more, or drop it",
+        ),
+        (
+            MOE | {"tensor_model_parallel_size": 4}, 4,
+            "--moe-expert-parallel-size 2 must not exceed the number of data-parallel replicas, 1; use 1, or start 8"
+            " processes",
+        ),
+        (
+            {"tensor_model_parallel_size": 2, "global_batch_size": 20}, 8,
+            "--global-batch-size 20 must be a multiple of --micro-batch-size 2 x 4 data-parallel replicas = 8"
+            " (20 = 2 x 8 + 4); use --global-batch-size 16 or 24, or --micro-batch-size 1 or 5",
         ),
         (
             {"global_batch_size": 20}, 4,
