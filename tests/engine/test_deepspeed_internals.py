@@ -104,3 +104,46 @@ def test_deepspeed_runs_zero_1_knows_of_the_experts_and_compiles_nothing(seen):
         assert rank["stage"] == 1
         assert rank["compiled"] is False
         assert rank["flags"] <= {"bool", "float", "Tensor"}
+
+
+def expert_groups(tensor: int, expert: int, shard_experts: bool) -> tuple[list[int], list[int], bool]:
+    from deepspeed.utils import groups
+
+    from megatron.engine import deepspeed_internals
+    from megatron.parallel.initialize import build_groups
+    from megatron.parallel.launch import Launch
+
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=tensor,
+        moe_expert_parallel_size=expert,
+        enable_expert_tensor_parallelism=shard_experts,
+    )
+    rank, size = dist.get_rank(), dist.get_world_size()
+    topology = build_groups(parallel, Launch(rank, size, rank, "127.0.0.1", 0, "test"), torch.device("cpu"))
+    deepspeed_internals.start()
+    deepspeed_internals.forget_expert_groups()
+    deepspeed_internals.create_expert_groups(expert, deepspeed_internals.ModelParallelUnit(topology))
+    name = deepspeed_internals.expert_group_name(expert)
+    theirs = dist.get_process_group_ranks(groups._get_expert_parallel_group(name))
+    ours = topology.expert_parallel_group
+    agree = ours is None or dist.get_process_group_ranks(ours) == theirs
+    return theirs, dist.get_process_group_ranks(groups._get_expert_data_parallel_group(name)), agree
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("tensor", "expert", "shard_experts", "members", "replicas"),
+    [
+        (1, 2, False, [[0, 1], [0, 1], [2, 3], [2, 3]], [[0, 2], [1, 3], [0, 2], [1, 3]]),
+        (2, 2, False, [[0, 2], [1, 3], [0, 2], [1, 3]], [[0, 1], [0, 1], [2, 3], [2, 3]]),
+        (2, 1, False, [[0], [1], [2], [3]], [[0, 2, 1, 3]] * 4),
+        (2, 2, True, [[0, 2], [1, 3], [0, 2], [1, 3]], [[0], [1], [2], [3]]),
+        (2, 1, True, [[0], [1], [2], [3]], [[0, 2], [1, 3], [0, 2], [1, 3]]),
+    ],
+)
+def test_deepspeeds_expert_groups_are_ours(tensor, expert, shard_experts, members, replicas):
+    """Replicated experts are reduced over the tensor-parallel ranks too, sharded ones are not."""
+    seen = run_distributed(expert_groups, 4, tensor, expert, shard_experts)
+    assert [mine for mine, _, _ in seen] == members
+    assert [sorted(mine) for _, mine, _ in seen] == [sorted(group) for group in replicas]
+    assert all(agree for _, _, agree in seen)
