@@ -7,10 +7,24 @@ from megatron.config.fields import option
 
 @dataclasses.dataclass
 class ParallelConfig:
-    """Data and expert parallelism. Every process is a data-parallel rank; expert parallelism lives inside them."""
+    """Tensor, pipeline, data and expert parallelism.
 
+    Processes are numbered tensor-parallel rank first, then data-parallel rank, then pipeline stage. Expert parallelism
+    lives inside data parallelism.
+    """
+
+    tensor_model_parallel_size: int = option(
+        1, "Processes that share every layer's matrices between them; divides the attention heads."
+    )
+    sequence_parallel: bool = option(
+        False, "Split layer norms and dropout along the sequence over the tensor-parallel processes."
+    )
+    pipeline_model_parallel_size: int = option(1, "Pipeline stages: groups of processes with some of the layers each.")
     moe_expert_parallel_size: int = option(
         1, "Processes that share the experts of a layer between them; divides the number of experts and of processes."
+    )
+    enable_expert_tensor_parallelism: bool = option(
+        False, "Share the experts' matrices over the tensor-parallel processes too, instead of splitting their tokens."
     )
     distributed_backend: str | None = option(
         None, "Collectives library (default: nccl with GPUs, else gloo).", choices=("nccl", "gloo")

@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import warnings
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -16,26 +17,26 @@ from megatron.parallel.launch import Launch
 class Topology:
     """The process groups of this rank.
 
-    Every process is a data-parallel rank. ``moe_expert_parallel_size`` neighbouring ranks share the experts between
-    them; ranks at the same place of such groups hold the same experts (expert-data-parallel).
+    Rank = tensor rank + tensor size * (data rank + data size * stage). Among the data-parallel ranks,
+    ``expert_parallel_size`` neighbours share the experts between them; ranks at the same place of such groups hold the
+    same experts (expert-data-parallel). Groups of one process are None, but for ``data_parallel_group``.
     """
 
     launch: Launch
     device: torch.device
+    tensor_parallel_size: int
+    tensor_parallel_rank: int
+    tensor_parallel_group: dist.ProcessGroup | None
+    pipeline_parallel_size: int
+    pipeline_parallel_rank: int
+    pipeline_parallel_group: dist.ProcessGroup | None
+    data_parallel_size: int
+    data_parallel_rank: int
+    data_parallel_group: dist.ProcessGroup
     expert_parallel_size: int
     expert_parallel_rank: int
     expert_parallel_group: dist.ProcessGroup | None
     control_group: dist.ProcessGroup  # gloo: flags and file-system agreements, never on the GPU's queue
-
-    @property
-    def data_parallel_rank(self) -> int:
-        """Which share of each batch this rank works on."""
-        return self.launch.rank
-
-    @property
-    def data_parallel_size(self) -> int:
-        """How many ranks share a batch."""
-        return self.launch.world_size
 
     @property
     def is_first(self) -> bool:
@@ -97,17 +98,35 @@ def build_groups(config: ParallelConfig, launch: Launch, device: torch.device) -
         from megatron.core import parallel_state
 
     parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.tensor_model_parallel_size,
+        pipeline_model_parallel_size=config.pipeline_model_parallel_size,
         expert_model_parallel_size=config.moe_expert_parallel_size,
+        # so that expert-parallel groups join ranks of one tensor-parallel rank, as DeepSpeed's do
+        expert_tensor_parallel_size=config.tensor_model_parallel_size,
         distributed_timeout_minutes=max(1, int(config.distributed_timeout_minutes)),
         create_gloo_process_groups=False,
     )
-    size = config.moe_expert_parallel_size
+
+    def group(size: int, get: Callable[[], dist.ProcessGroup]) -> dist.ProcessGroup | None:
+        return get() if size > 1 else None
+
+    tensor, pipeline = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
+    expert = config.moe_expert_parallel_size
     return Topology(
         launch=launch,
         device=device,
-        expert_parallel_size=size,
+        tensor_parallel_size=tensor,
+        tensor_parallel_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tensor_parallel_group=group(tensor, parallel_state.get_tensor_model_parallel_group),
+        pipeline_parallel_size=pipeline,
+        pipeline_parallel_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pipeline_parallel_group=group(pipeline, parallel_state.get_pipeline_model_parallel_group),
+        data_parallel_size=launch.world_size // (tensor * pipeline),
+        data_parallel_rank=parallel_state.get_data_parallel_rank(),
+        data_parallel_group=parallel_state.get_data_parallel_group(),
+        expert_parallel_size=expert,
         expert_parallel_rank=parallel_state.get_expert_model_parallel_rank(),
-        expert_parallel_group=parallel_state.get_expert_model_parallel_group() if size > 1 else None,
+        expert_parallel_group=group(expert, parallel_state.get_expert_model_parallel_group),
         control_group=dist.new_group(backend="gloo", timeout=_timeout(config)),
     )
 
