@@ -56,14 +56,15 @@ def expert_group_name(expert_parallel_size: int) -> str:
     return f"ep_size_{expert_parallel_size}"
 
 
-def create_expert_groups(expert_parallel_size: int) -> None:
-    """Make DeepSpeed's expert-parallel and expert-data-parallel groups."""
+def create_expert_groups(expert_parallel_size: int, pipeline_parallel_size: int = 1) -> None:
+    """Make DeepSpeed's expert-parallel and expert-data-parallel groups, inside each pipeline stage."""
     if expert_group_name(expert_parallel_size) not in groups._get_expert_parallel_group_dict():
-        groups._create_expert_and_data_parallel(expert_parallel_size)
+        groups._create_expert_and_data_parallel(expert_parallel_size, pp_size=pipeline_parallel_size)
 
 
-def forget_expert_groups() -> None:
+def forget_groups() -> None:
     """Drop the groups of an earlier engine in this process; torch has destroyed them."""
+    groups.mpu = None
     groups._EXPERT_PARALLEL_GROUP.clear()
     groups._EXPERT_DATA_PARALLEL_GROUP.clear()
 
@@ -137,3 +138,8 @@ def fragments(module: nn.Module, adam: torch.optim.AdamW) -> Iterator[tuple[str,
                 exp_avg_sq=state["exp_avg_sq"].narrow(0, start, numel),
             ),
         )
+
+
+def is_tied_replica(parameter: nn.Parameter) -> bool:
+    """Whether an earlier pipeline stage has this parameter too; DeepSpeed leaves it out of the gradient norm then."""
+    return bool(getattr(parameter, "ds_pipe_replicated", False))
