@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from megatron.config.errors import ConfigError
 from megatron.config.files import file_problems
 from megatron.config.options import OPTIONS, Option, flatten
+from megatron.config.pipeline_rules import model_parallel_size, pipeline_problems
 from megatron.config.run import RunConfig
 
 __all__ = ["ConfigError", "validate", "validate_files", "validate_numbers"]
@@ -21,7 +22,8 @@ Rule = Callable[[RunConfig, int], Iterator[str]]
 _RANGES: tuple[tuple[str, Callable[[float], bool], str, str], ...] = (
     ("at least 1", lambda x: x >= 1, "use 1 or more", """
         num_layers hidden_size num_attention_heads ffn_hidden_size seq_length max_position_embeddings
-        make_vocab_size_divisible_by num_experts expert_interval topk moe_expert_parallel_size lr_decay_tokens
+        make_vocab_size_divisible_by num_experts expert_interval topk tensor_model_parallel_size pipeline_model_parallel_size
+        moe_expert_parallel_size lr_decay_tokens
         loss_scale_window hysteresis train_tokens micro_batch_size global_batch_size rampup_batch_size eval_iters
         max_skipped_updates exit_tokens log_interval"""),
     ("at least 0", lambda x: x >= 0, "use 0 or more", """
@@ -170,17 +172,29 @@ def _topk(config: RunConfig, world_size: int) -> Iterator[str]:
         yield f"--topk {topk} must not exceed the {fewest} experts of a layer; use --topk {fewest}"
 
 
-@_rule("num_experts", "moe_expert_parallel_size")
+@_rule("num_layers", "tensor_model_parallel_size", "pipeline_model_parallel_size", "pipeline_layer_split", "precision")
+def _pipeline(config: RunConfig, world_size: int) -> Iterator[str]:
+    yield from pipeline_problems(config, world_size)
+
+
+def _replicas(config: RunConfig, world_size: int) -> tuple[int, str]:
+    """How many data-parallel processes there are, and what to call them."""
+    size = model_parallel_size(config)
+    return max(world_size // size, 1), "processes" if size == 1 else "data-parallel processes"
+
+
+@_rule("num_experts", "moe_expert_parallel_size", "pipeline_model_parallel_size", "tensor_model_parallel_size")
 def _expert_parallel(config: RunConfig, world_size: int) -> Iterator[str]:
     size, counts = config.parallel.moe_expert_parallel_size, _expert_counts(config)
+    world_size, processes = _replicas(config, world_size)
     if not counts:
         return
     flag = f"--moe-expert-parallel-size {size}"
     fix = f"use {_around(size, _divisors(math.gcd(world_size, *counts)))}"
     if size > world_size:
-        yield f"{flag} must not exceed the number of processes, {world_size}; {fix}, or start {size} processes"
+        yield f"{flag} must not exceed the number of {processes}, {world_size}; {fix}, or start {size} {processes}"
     elif world_size % size:
-        yield f"{flag} must divide the number of processes, {world_size} ({_remainder(world_size, size)}); {fix}"
+        yield f"{flag} must divide the number of {processes}, {world_size} ({_remainder(world_size, size)}); {fix}"
     for count in counts:
         if count % size:
             yield f"{flag} must divide the {count} experts of a layer ({_remainder(count, size)}); {fix}"
@@ -194,23 +208,28 @@ def _remainder(number: int, by: int) -> str:
     return f"{number} = {number // by} x {by} + {number % by}"
 
 
-@_rule("micro_batch_size", "global_batch_size")
+@_rule("micro_batch_size", "global_batch_size", "pipeline_model_parallel_size", "tensor_model_parallel_size")
 def _batch(config: RunConfig, world_size: int) -> Iterator[str]:
     micro, batch = config.training.micro_batch_size, config.training.global_batch_size
+    world_size, processes = _replicas(config, world_size)
     step = micro * world_size
     if batch % step:
         fix = f"--global-batch-size {_around(batch, _multiples(batch, step))}"
         if batch % world_size == 0:
             fix += f", or --micro-batch-size {_around(micro, _divisors(batch // world_size))}"
         yield (
-            f"--global-batch-size {batch} must be a multiple of --micro-batch-size {micro} x {world_size} processes"
+            f"--global-batch-size {batch} must be a multiple of --micro-batch-size {micro} x {world_size} {processes}"
             f" = {step} ({_remainder(batch, step)}); use {fix}"
         )
 
 
-@_rule("micro_batch_size", "global_batch_size", "rampup_batch_size")
+@_rule(
+    "micro_batch_size", "global_batch_size", "rampup_batch_size", "pipeline_model_parallel_size",
+    "tensor_model_parallel_size",
+)  # fmt: skip
 def _rampup(config: RunConfig, world_size: int) -> Iterator[str]:
     ramp, batch = config.training.rampup_batch_size, config.training.global_batch_size
+    world_size, processes = _replicas(config, world_size)
     step = config.training.micro_batch_size * world_size
     if ramp is None:
         return
@@ -220,7 +239,7 @@ def _rampup(config: RunConfig, world_size: int) -> Iterator[str]:
         return
     start, increment, samples = ramp
     fix = f"use {_nearest_ramp(start, increment, samples, batch, step)}"
-    unit = f"--micro-batch-size {config.training.micro_batch_size} x {world_size} processes = {step}"
+    unit = f"--micro-batch-size {config.training.micro_batch_size} x {world_size} {processes} = {step}"
     uneven = [(name, value) for name, value in (("START", start), ("INCREMENT", increment)) if value % step]
     for name, value in uneven:
         yield f"{flag}: {name} {value} must be a multiple of {unit} ({_remainder(value, step)}); {fix}"

@@ -99,6 +99,7 @@ class Engine:
         deepspeed_internals.forget_groups()
         if config.moe.enabled:
             deepspeed_internals.create_expert_groups(size, topology.pipeline_parallel_size)
+        if self._experts:  # a pipeline stage may have none
             marker = deepspeed_internals.ExpertMarker(max(config.moe.num_experts), size)
         model.to(topology.device)
         self._adam = build_adam(model, config.optimizer, size)

@@ -1,4 +1,4 @@
-"""The engine of a pipeline: DeepSpeed's 1F1B schedule behind the same seam as :class:`megatron.engine.engine.Engine`."""
+"""The engine of a pipeline: DeepSpeed's 1F1B schedule behind the seam of :class:`megatron.engine.engine.Engine`."""
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -34,9 +34,7 @@ class PipelineEngine(Engine):
         deepspeed_internals.start()
         self._module = PlacedPipeline(config, topology, vocab_size, place(config, vocab_size).layers)
         super().__init__(self._module.stage, config, topology)
-        self._replicas = {
-            name for name, p in self.model.named_parameters() if deepspeed_internals.is_tied_replica(p)
-        }
+        self._replicas = {name for name, p in self.model.named_parameters() if deepspeed_internals.is_tied_replica(p)}
 
     def _trained_module(self, model: nn.Module, marker: nn.Module | None) -> nn.Module:
         self._module.marker = marker

@@ -42,9 +42,8 @@ class GPTModel(nn.Module):
         seed: initial values depend on this and on each parameter's name only.
         checkpoint_activations: keep only each layer's input for the backward pass and compute the rest again.
 
-    In training, each layer draws at random from a generator of its own, seeded from the seed last given to torch and the
-    layer's number (:func:`megatron.model.randomness.seed_layer`); the embedding's dropout draws from torch's as it
-    stands.
+    In training, torch's generator is seeded anew before each layer, from the seed last given to it and the layer's
+    number (:func:`megatron.model.randomness.seed_layer`); the embedding's dropout draws from it as it stands.
 
     On ``torch.device("meta")`` it has shapes but no memory, for counting.
     """

@@ -34,23 +34,6 @@ class Placement:
         return "pipeline stages: " + ", ".join(stages) + "; set --pipeline-layer-split to place them otherwise"
 
 
-def read_split(text: str) -> tuple[int, ...]:
-    """The numbers of ``--pipeline-layer-split``.
-
-    Raises:
-        ValueError: these are no positive whole numbers with commas between them.
-    """
-    try:
-        numbers = tuple(int(word) for word in text.split(","))
-    except ValueError:
-        numbers = ()
-    if not numbers or min(numbers) < 1:
-        raise ValueError(
-            f"--pipeline-layer-split {text!r} must be positive whole numbers with commas between them, such as 6,6,6,6"
-        )
-    return numbers
-
-
 def place(config: RunConfig, vocab_size: int) -> Placement:
     """Place the layers of a run as ``--pipeline-layer-split`` says, by default by cost.
 
@@ -60,7 +43,10 @@ def place(config: RunConfig, vocab_size: int) -> Placement:
     """
     costs = layer_costs(config, vocab_size)
     split = config.parallel.pipeline_layer_split
-    layers = balanced(costs, config.parallel.pipeline_model_parallel_size) if split is None else read_split(split)
+    if split is None:
+        layers = balanced(costs, config.parallel.pipeline_model_parallel_size)
+    else:
+        layers = tuple(int(word) for word in split.split(","))
     ends = [sum(layers[: stage + 1]) for stage in range(len(layers))]
     starts = [0, *ends[:-1]]
     return Placement(layers, tuple(sum(costs[a:b]) for a, b in zip(starts, ends, strict=True)))

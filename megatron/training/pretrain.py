@@ -11,15 +11,16 @@ from megatron.checkpoint import CheckpointError, latest, load, read_meta
 from megatron.config import RunConfig
 from megatron.config.errors import ConfigError
 from megatron.config.flags import to_dict
+from megatron.config.pipeline_rules import model_parallel_size
 from megatron.config.validation import validate
 from megatron.data.gpt_dataset import build_datasets
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.engine import deepspeed_config
-from megatron.engine.engine import Engine
-from megatron.model.gpt import GPTModel
+from megatron.engine.pipeline import build_engine
 from megatron.parallel.initialize import Topology, choose_device, initialize, shut_down
 from megatron.parallel.launch import Launch
 from megatron.planning.parameters import count_parameters
+from megatron.planning.placement import place
 from megatron.training.clock import Clock, total_samples
 from megatron.training.report import Report
 from megatron.training.resume import check, clock_from
@@ -31,7 +32,7 @@ def pretrain(config: RunConfig) -> int:
     launch = Launch.from_environment()
     try:
         validate(config, launch.world_size)
-        deepspeed_config.build(config, launch.world_size)
+        deepspeed_config.build(config, launch.world_size // model_parallel_size(config))
         _protect_checkpoints(config)
         device = choose_device(config.training.device, launch.local_rank)
         # expert parallelism means nothing to a dense model, so that --num-experts alone tells the two apart
@@ -82,15 +83,7 @@ def _run(config: RunConfig, topology: Topology) -> None:
     meta = None if source is None else read_meta(source)
     warnings = [] if meta is None else check(meta, config, vocab_size, tokenizer)
 
-    model = GPTModel(
-        config.model,
-        config.moe,
-        vocab_size,
-        topology.expert_group,
-        seed=config.training.seed,
-        checkpoint_activations=config.training.checkpoint_activations,
-    )
-    engine = Engine(model, config, topology)
+    engine = build_engine(config, topology, vocab_size)
     clock = Clock(config.model.seq_length)
     if meta is not None:
         with engine.loading() as tensors:
@@ -103,6 +96,8 @@ def _run(config: RunConfig, topology: Topology) -> None:
     try:
         _announce(report, config, topology, tokenizer, clock, vocab_size, name, resumed=meta is not None)
         if topology.is_first:
+            if topology.pipeline_parallel_size > 1:
+                print(place(config, vocab_size), flush=True)
             for warning in warnings:
                 print(f"warning: this run differs from the checkpoint's: {warning}", flush=True)
         Trainer(config, topology, engine, tokenizer, (train_data, valid_data), clock, report, vocab_size).run()
@@ -131,6 +126,7 @@ def _announce(
         active_parameters=count.active,
         vocab_size=tokenizer.vocab_size,
         world_size=topology.launch.world_size,
+        pipeline_parallel=topology.pipeline_parallel_size,
         expert_parallel=topology.expert_parallel_size,
         device=torch.cuda.get_device_name(topology.device) if topology.device.type == "cuda" else "cpu",
         precision=config.optimizer.precision,

@@ -51,7 +51,7 @@ class Trainer:
         self._window = StepWindow(
             model_flops_per_token(config.model, config.moe, vocab_size),
             config.logging.peak_tflops or peak_tflops(_device_name(topology), config.optimizer.precision),
-            topology.data_parallel_size,
+            topology.launch.world_size,
         )
 
     def run(self) -> None:

@@ -64,7 +64,9 @@ def train(runs: list[RunConfig]) -> list:
             reduced = reduce_sums(outcome.sums)
             losses = mean_losses(reduced)
             history.append((losses["loss"], outcome.grad_norm))
-            figures.append((losses["aux_loss"], losses["z_loss"], [c.tolist() for c in reduced.counts], reduced.dropped.tolist()))
+            figures.append(
+                (losses["aux_loss"], losses["z_loss"], [c.tolist() for c in reduced.counts], reduced.dropped.tolist())
+            )
         results.append((history, whole(engine), figures))
         forget_groups()
     return results if dist.get_rank() == 0 else []
@@ -100,6 +102,6 @@ def test_pipelines_train_as_plain_torch(size):
         torch.testing.assert_close(torch.tensor(history), torch.tensor(expected), rtol=1e-5, atol=1e-5, msg=message)
         assert parameters.keys() == weights.keys()
         errors = {key: float((parameters[key] - value).abs().max()) for key, value in weights.items()}
-        print(name, max(errors.values()), float((torch.tensor(history)-torch.tensor(expected)).abs().max()))
+        print(name, max(errors.values()), float((torch.tensor(history) - torch.tensor(expected)).abs().max()))
         assert all(error <= 1e-5 for error in errors.values()), f"{name}: {errors}"  # NaN fails too
         assert expected[0][1] > 0.5, "clipping must be active for this test to mean anything"
