@@ -22,9 +22,9 @@ Rule = Callable[[RunConfig, int], Iterator[str]]
 _RANGES: tuple[tuple[str, Callable[[float], bool], str, str], ...] = (
     ("at least 1", lambda x: x >= 1, "use 1 or more", """
         num_layers hidden_size num_attention_heads ffn_hidden_size seq_length max_position_embeddings
-        make_vocab_size_divisible_by num_experts expert_interval topk tensor_model_parallel_size pipeline_model_parallel_size
-        moe_expert_parallel_size lr_decay_tokens
-        loss_scale_window hysteresis train_tokens micro_batch_size global_batch_size rampup_batch_size eval_iters
+        make_vocab_size_divisible_by num_experts expert_interval topk tensor_model_parallel_size
+        pipeline_model_parallel_size moe_expert_parallel_size lr_decay_tokens loss_scale_window
+        hysteresis train_tokens micro_batch_size global_batch_size rampup_batch_size eval_iters
         max_skipped_updates exit_tokens log_interval"""),
     ("at least 0", lambda x: x >= 0, "use 0 or more", """
         min_lr lr_warmup_tokens weight_decay clip_grad loss_scale initial_loss_scale_power moe_loss_coeff

@@ -37,11 +37,17 @@ class ExpertMarker(MoE):
     """Tells DeepSpeed that a model has experts.
 
     DeepSpeed treats expert parameters apart only if it finds one of its own MoE layers among the model's modules. Ours
-    is not one, so the model carries this empty one beside it.
+    is not one, so the model carries this one beside it.
+
+    The gradient norm of each optimizer group is reduced over all pipeline stages, so all must have the same groups. For
+    a stage without experts (``empty``) the marker has a weight and a bias of none: zeros whose gradient is zero.
     """
 
-    def __init__(self, num_experts: int, expert_parallel_size: int) -> None:
+    def __init__(self, num_experts: int, expert_parallel_size: int, *, empty: bool = False) -> None:
         nn.Module.__init__(self)
+        if empty:
+            self.weight, self.bias = nn.Parameter(torch.zeros(1, 1, 1)), nn.Parameter(torch.zeros(1, 1))
+            self.weight.is_expert = self.bias.is_expert = True
         self.num_experts = num_experts
         self.num_local_experts = num_experts // expert_parallel_size
         self.ep_size = expert_parallel_size

@@ -99,12 +99,11 @@ class Engine:
         deepspeed_internals.forget_groups()
         if config.moe.enabled:
             deepspeed_internals.create_expert_groups(size, topology.pipeline_parallel_size)
-        if self._experts:  # a pipeline stage may have none
-            marker = deepspeed_internals.ExpertMarker(max(config.moe.num_experts), size)
-        model.to(topology.device)
-        self._adam = build_adam(model, config.optimizer, size)
+            marker = deepspeed_internals.ExpertMarker(max(config.moe.num_experts), size, empty=not self._experts)
+        module = self._trained_module(model, marker).to(topology.device)
+        self._adam = build_adam(module, config.optimizer, size)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=self._trained_module(model, marker),
+            model=module,
             optimizer=self._adam,
             config=deepspeed_config.build(config, topology.data_parallel_size),
             dist_init_required=False,

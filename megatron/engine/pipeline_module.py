@@ -19,7 +19,7 @@ from megatron.model.embedding import Embedding
 from megatron.model.initialization import initialize
 from megatron.model.layer import TransformerLayer
 from megatron.model.loss import cross_entropy
-from megatron.model.pipeline_stages import OutputTable, PipelineStage
+from megatron.model.pipeline_stages import OutputTable, PipelineStage, add_loss
 from megatron.parallel.groups import ExpertGroup
 from megatron.parallel.initialize import Topology
 
@@ -63,6 +63,7 @@ class PlacedPipeline(PipelineModule):
         self._moe_layers = {layer: moe.experts_of_layer(layer) for layer in range(model.num_layers)}
         self._moe_layers = {layer: experts for layer, experts in self._moe_layers.items() if experts > 1}
         self._device = topology.device
+        self.marker: nn.Module | None = None
         self.begin([], 1.0)
 
     def _partition_layers(self, method: str = "uniform") -> None:
@@ -105,6 +106,9 @@ class PlacedPipeline(PipelineModule):
                 self.sums.losses[2] += routed[layer].z_loss.detach()
                 self.sums.counts[number] += routed[layer].counts_E
                 self.sums.dropped[number] += routed[layer].dropped
+        if self.marker is not None:
+            for nothing in self.marker.parameters():  # a gradient, if zero, for what stands for experts here
+                x = add_loss(x, nothing.sum(), 0.0)
         return x
 
     def _loss(self, logits_BSV: torch.Tensor, labels: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:

@@ -102,6 +102,92 @@ def test_pipelines_train_as_plain_torch(size):
         torch.testing.assert_close(torch.tensor(history), torch.tensor(expected), rtol=1e-5, atol=1e-5, msg=message)
         assert parameters.keys() == weights.keys()
         errors = {key: float((parameters[key] - value).abs().max()) for key, value in weights.items()}
-        print(name, max(errors.values()), float((torch.tensor(history) - torch.tensor(expected)).abs().max()))
         assert all(error <= 1e-5 for error in errors.values()), f"{name}: {errors}"  # NaN fails too
         assert expected[0][1] > 0.5, "clipping must be active for this test to mean anything"
+
+
+@pytest.mark.distributed
+def test_the_figures_of_all_stages_reach_the_log_and_recomputing_counts_nothing_twice():
+    plain, recomputed = (layout(EVERY_LAYER, 2, checkpoint_activations=again) for again in (False, True))
+    figures = [result[2] for result in run_distributed(train, 2, [plain, recomputed])[0]]
+    expected = run_distributed(train, 1, [layout(EVERY_LAYER, 1)])[0][0][2]
+    for found in figures:
+        for (aux, z, counts, dropped), (aux_1, z_1, counts_1, dropped_1) in zip(found, expected, strict=True):
+            assert aux == pytest.approx(aux_1, rel=1e-5)
+            assert z == pytest.approx(z_1, rel=1e-5)
+            assert counts == counts_1
+            assert dropped == dropped_1
+            assert sum(map(sum, counts)) == BATCH * SEQ * len(counts)
+            assert sum(dropped) > 0, "nothing was dropped: the capacity of this test is too large to test anything"
+
+
+@pytest.mark.distributed
+def test_bf16():
+    history, _, _ = run_distributed(train, 2, [layout(TOP1, 2, precision="bf16")])[0][0]
+    losses, expected = (torch.tensor([loss for loss, _ in h]) for h in (history, reference(TOP1)[0]))
+    torch.testing.assert_close(losses, expected, rtol=5e-2, atol=5e-2)
+
+
+def dropout_run(stages: int) -> RunConfig:
+    run = layout(TOP1, stages)
+    return dataclasses.replace(run, model=dataclasses.replace(run.model, hidden_dropout=0.2, attention_dropout=0.2))
+
+
+@pytest.mark.distributed
+def test_dropout_draws_the_same_masks_in_every_pipeline():
+    (one,) = run_distributed(train, 1, [dropout_run(1)])[0]
+    (two,) = run_distributed(train, 2, [dropout_run(2)])[0]
+    without = reference(TOP1)[0]
+    torch.testing.assert_close(torch.tensor(two[0]), torch.tensor(one[0]), rtol=1e-5, atol=1e-5)
+    assert max(float((two[1][key] - value).abs().max()) for key, value in one[1].items()) <= 1e-5
+    assert abs(one[0][0][0] - without[0][0]) > 1e-3, "dropout does nothing here"
+
+
+RAMP = (4, 8, 4, 2)  # micro-batches of the run in each update
+
+
+def ramp_up_and_evaluate(run: RunConfig) -> tuple:
+    """Losses and norms of updates of different sizes with an evaluation between them, and the weights."""
+    from megatron.training.evaluation import evaluate
+    from megatron.training.metrics import mean_losses, reduce_sums
+
+    engine = build(run)
+    history, done, valid = [], 0, []
+    for count in RAMP:
+        outcome = engine.train_step(share(engine, done, done + count), (done + count) * MICRO * SEQ)
+        done += count
+        history.append((mean_losses(reduce_sums(outcome.sums))["loss"], outcome.grad_norm))
+        record = evaluate(engine, share(engine, 100, 106))
+        valid.append((record["loss"], record["aux_loss"], record["z_loss"], *record["experts"]["load"]))
+        assert record["experts"]["dropped"] == [0.0] * len(record["experts"]["dropped"])
+    return history, valid, whole(engine)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("size", "expert_parallel"), [(2, 1), (4, 2)])
+def test_a_batch_ramp_up_and_evaluations_are_those_of_one_process(size, expert_parallel):
+    history, valid, weights = run_distributed(ramp_up_and_evaluate, 1, layout(TOP1, 1))[0]
+    found = run_distributed(ramp_up_and_evaluate, size, layout(TOP1, 2, expert_parallel))
+    for rank in found:  # every process knows the figures
+        torch.testing.assert_close(torch.tensor(rank[0]), torch.tensor(history), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(torch.tensor(rank[1]), torch.tensor(valid), rtol=1e-5, atol=1e-5)
+    assert found[0][2].keys() == weights.keys()
+    assert max(float((found[0][2][key] - value).abs().max()) for key, value in weights.items()) <= 1e-5
+
+
+def not_finite(run: RunConfig) -> tuple:
+    engine = build(run)
+    update(engine, 0)
+    before = whole(engine) | whole(engine, "exp_avg.")
+    bad = update(engine, 1, poison=BATCH // MICRO)
+    after = whole(engine) | whole(engine, "exp_avg.")
+    good = update(engine, 2)
+    changed = [key for key, value in before.items() if not torch.equal(value, after[key])]
+    return bad.skipped, changed, good.skipped, engine.scalar_state()["adam_step"]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_gradient_that_is_not_finite_skips_the_update_on_every_stage(precision):
+    for result in run_distributed(not_finite, 2, layout(TOP1, 2, precision=precision)):
+        assert result == (True, [], False, 2)

@@ -59,7 +59,7 @@ def test_the_stage_with_the_head_gets_fewer_layers():
 def test_experts_cost_memory_unless_they_are_spread():
     crowded, spread = (layer_costs(run(experts=64, expert_parallel=ep), 50304) for ep in (1, 64))
     dense, moe = 2, 3  # every second layer has experts
-    assert crowded[moe] > 1.5 * crowded[dense]
+    assert crowded[moe] > 1.15 * crowded[dense]
     assert spread[moe] == pytest.approx(spread[dense], rel=0.05)  # but for the router, a top-1 layer is as a dense one
 
 
