@@ -1,5 +1,9 @@
 """Everything we use of DeepSpeed that is not its documented interface, in one place.
 
+One more thing stands in ``pipeline_module.py``: it overrides ``PipelineModule._partition_layers`` and ``forward`` and
+reads ``forward_funcs``, ``_local_start``, ``_local_stop`` and ``_num_layers``. The number of micro-batches changes by
+the documented ``set_train_batch_size``.
+
 Written for the DeepSpeed version pinned in setup.py. ``tests/engine/test_deepspeed_internals.py`` fails when an upgrade
 changes any of it.
 """
