@@ -20,6 +20,9 @@ class ParallelConfig:
         False, "Split layer norms and dropout along the sequence over the tensor-parallel processes."
     )
     pipeline_model_parallel_size: int = option(1, "Pipeline stages: groups of processes with some of the layers each.")
+    pipeline_layer_split: str | None = option(
+        None, "Transformer layers of each pipeline stage, such as 6,6,6,6 (default: placed by cost).", metavar="N,N,..."
+    )
     moe_expert_parallel_size: int = option(
         1, "Processes that share the experts of a layer between them; divides the number of experts and of processes."
     )

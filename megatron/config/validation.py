@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from megatron.config.errors import ConfigError
 from megatron.config.files import file_problems
 from megatron.config.options import OPTIONS, Option, flatten
+from megatron.config.pipeline_rules import pipeline_problems
 from megatron.config.run import RunConfig
 
 __all__ = ["ConfigError", "validate", "validate_files", "validate_numbers"]
@@ -223,6 +224,11 @@ def _topk(config: RunConfig, world_size: int) -> Iterator[str]:
     topk, fewest = config.moe.topk, min(_expert_counts(config), default=config.moe.topk)
     if topk > fewest:
         yield f"--topk {topk} must not exceed the {fewest} experts of a layer; use --topk {fewest}"
+
+
+@_rule("num_layers", "tensor_model_parallel_size", "pipeline_model_parallel_size", "pipeline_layer_split", "precision")
+def _pipeline(config: RunConfig, world_size: int) -> Iterator[str]:
+    yield from pipeline_problems(config, world_size)
 
 
 @_rule("num_experts", "moe_expert_parallel_size", "tensor_model_parallel_size", "pipeline_model_parallel_size")

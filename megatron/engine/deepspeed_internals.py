@@ -1,5 +1,9 @@
 """Everything we use of DeepSpeed that is not its documented interface, in one place.
 
+One more thing stands in ``pipeline_module.py``: it overrides ``PipelineModule._partition_layers`` and ``forward`` and
+reads ``forward_funcs``, ``_local_start``, ``_local_stop`` and ``_num_layers``. The number of micro-batches changes by
+the documented ``set_train_batch_size``.
+
 Written for the DeepSpeed version pinned in setup.py. ``tests/engine/test_deepspeed_internals.py`` fails when an upgrade
 changes any of it.
 """
@@ -41,11 +45,17 @@ class ExpertMarker(MoE):
     """Tells DeepSpeed that a model has experts.
 
     DeepSpeed treats expert parameters apart only if it finds one of its own MoE layers among the model's modules. Ours
-    is not one, so the model carries this empty one beside it.
+    is not one, so the model carries this one beside it.
+
+    The gradient norm of each optimizer group is reduced over all pipeline stages, so all must have the same groups. For
+    a stage without experts (``empty``) the marker has a weight and a bias of none: zeros whose gradient is zero.
     """
 
-    def __init__(self, num_experts: int, expert_parallel_size: int) -> None:
+    def __init__(self, num_experts: int, expert_parallel_size: int, *, empty: bool = False) -> None:
         nn.Module.__init__(self)
+        if empty:
+            self.weight, self.bias = nn.Parameter(torch.zeros(1, 1, 1)), nn.Parameter(torch.zeros(1, 1))
+            self.weight.is_expert = self.bias.is_expert = True
         self.num_experts = num_experts
         self.num_local_experts = num_experts // expert_parallel_size
         self.ep_size = expert_parallel_size
@@ -144,8 +154,9 @@ def mark_model_parallel(module: nn.Module) -> None:
             parameter.tensor_model_parallel = parameter.model_parallel = True
 
 
-def forget_expert_groups() -> None:
+def forget_groups() -> None:
     """Drop the groups of an earlier engine in this process; torch has destroyed them."""
+    groups.mpu = None
     groups._EXPERT_PARALLEL_GROUP.clear()
     groups._EXPERT_DATA_PARALLEL_GROUP.clear()
 
@@ -219,3 +230,8 @@ def fragments(module: nn.Module, adam: torch.optim.AdamW) -> Iterator[tuple[str,
                 exp_avg_sq=state["exp_avg_sq"].narrow(0, start, numel),
             ),
         )
+
+
+def is_tied_replica(parameter: nn.Parameter) -> bool:
+    """Whether an earlier pipeline stage has this parameter too; DeepSpeed leaves it out of the gradient norm then."""
+    return bool(getattr(parameter, "ds_pipe_replicated", False))

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import os
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -81,7 +81,7 @@ def micro_batch_seed(seed: int, sample_index: int) -> int:
 class Engine:
     """Trains a model: forward, backward, gradient reduction, clipping, ZeRO-1 update; and gives its state away."""
 
-    def __init__(self, model: GPTModel, config: RunConfig, topology: Topology) -> None:
+    def __init__(self, model: nn.Module, config: RunConfig, topology: Topology) -> None:
         os.environ.setdefault("DS_ACCELERATOR", topology.device.type)
         import deepspeed
 
@@ -93,28 +93,33 @@ class Engine:
         self._topology = topology
         self._decay_tokens = config.optimizer.lr_decay_tokens or config.training.train_tokens or 1
         self._shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        self._experts = {name for name, p in model.named_parameters() if getattr(p, "is_expert", False)}
         self._shards = {name: shards_of(p) for name, p in model.named_parameters()}
         size = topology.expert_parallel_size
         marker = None
         unit = deepspeed_internals.ModelParallelUnit(topology)
         deepspeed_internals.start()
+        deepspeed_internals.forget_groups()
         if config.moe.enabled:
-            deepspeed_internals.forget_expert_groups()
             deepspeed_internals.create_expert_groups(size, unit)
-            marker = deepspeed_internals.ExpertMarker(max(config.moe.num_experts), size)
+            marker = deepspeed_internals.ExpertMarker(max(config.moe.num_experts), size, empty=not self._experts)
         deepspeed_internals.mark_model_parallel(model)
-        model.to(topology.device)
-        self._adam = build_adam(model, config.optimizer, size)
+        module = self._trained_module(model, marker).to(topology.device)
+        self._adam = build_adam(module, config.optimizer, size)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=_TrainedModule(model, config.moe, marker),
+            model=module,
             optimizer=self._adam,
             config=deepspeed_config.build(config, topology.data_parallel_size),
-            mpu=unit,
+            mpu=None if topology.pipeline_parallel_size > 1 else unit,  # a pipeline has its own
             dist_init_required=False,
         )
         deepspeed_internals.create_adam_state(self._adam)
         deepspeed_internals.let_loss_scale_rest(self._optimizer)
         self.model = model
+
+    def _trained_module(self, model: nn.Module, marker: nn.Module | None) -> nn.Module:
+        """What DeepSpeed trains: ``model`` with its losses, and the marker of experts."""
+        return _TrainedModule(model, self._config.moe, marker)
 
     def train_step(self, micro_batches: Sequence[Mapping[str, Any]], tokens_after: int) -> StepResult:
         """One optimizer update.
@@ -125,9 +130,7 @@ class Engine:
                 sample in the run.
             tokens_after: consumed tokens of the run once this batch is done; decides the learning rate.
         """
-        lr = learning_rate(self._config.optimizer, tokens_after, self._decay_tokens)
-        for group in self._adam.param_groups:
-            group["lr"] = lr
+        lr = self._set_learning_rate(tokens_after)
         self._engine.train()
         sums: LossSums | None = None
         for number, batch in enumerate(micro_batches, start=1):
@@ -140,15 +143,35 @@ class Engine:
             raise ValueError("a step needs at least one micro-batch; got none")
         scale = self._loss_scale()
         self._engine.step()
+        return self._result(sums, lr, scale)
+
+    def _set_learning_rate(self, tokens_after: int) -> float:
+        lr = learning_rate(self._config.optimizer, tokens_after, self._decay_tokens)
+        for group in self._adam.param_groups:
+            group["lr"] = lr
+        return lr
+
+    def _result(self, sums: LossSums, lr: float, scale: float) -> StepResult:
+        """What the update just done was; ``scale`` is the loss scale before it."""
         skipped = bool(self._optimizer.overflow)
         grad_norm = float(self._optimizer._global_grad_norm)
         return StepResult(sums, grad_norm, lr, skipped, scale_fell=skipped and self._loss_scale() < scale)
 
     @torch.no_grad()
-    def eval_step(self, batch: Mapping[str, Any]) -> LossSums:
-        """Losses of one micro-batch in evaluation mode; nothing changes and nothing is random."""
+    def evaluate(self, micro_batches: Iterable[Mapping[str, Any]]) -> LossSums:
+        """Losses of micro-batches in evaluation mode; nothing changes and nothing is random.
+
+        Raises:
+            ValueError: there are no micro-batches.
+        """
         self._engine.eval()
-        return self._engine.module(self._to_device(batch))[1]
+        sums: LossSums | None = None
+        for batch in micro_batches:
+            new = self._engine.module(self._to_device(batch))[1]
+            sums = new if sums is None else sums + new
+        if sums is None:
+            raise ValueError("the validation set is empty; raise --eval-iters or give validation documents in --split")
+        return sums
 
     def _loss_scale(self) -> float:
         return float(self._optimizer.loss_scaler.cur_scale) if self._config.optimizer.precision == "fp16" else 1.0

@@ -17,6 +17,7 @@ from megatron.model.embedding import Embedding
 from megatron.model.initialization import initialize
 from megatron.model.layer import Routing, TransformerLayer
 from megatron.model.loss import cross_entropy
+from megatron.model.randomness import seed_layer
 from megatron.parallel.groups import ALONE, ExpertGroup, TensorGroup
 from megatron.parallel.tensor_collectives import enter, gather
 from megatron.parallel.tensor_parallel import LayerNorm
@@ -43,6 +44,9 @@ class GPTModel(nn.Module):
         tensor_group: the processes that share every layer's matrices; alone by default.
         seed: initial values depend on this and on each parameter's name only.
         checkpoint_activations: keep only each layer's input for the backward pass and compute the rest again.
+
+    In training, torch's generator is seeded anew before each layer, from the seed last given to it and the layer's
+    number (:func:`megatron.model.randomness.seed_layer`); the embedding's dropout draws from it as it stands.
 
     On ``torch.device("meta")`` it has shapes but no memory, for counting.
     """
@@ -121,7 +125,10 @@ class GPTModel(nn.Module):
         x_BSH = self.embedding(tokens_BS, None if cache is None else cache.begin(tokens_BS.size(1)))
         recompute = self.checkpoint_activations and self.training and cache is None and torch.is_grad_enabled()
         routed: list[Routing] = []
-        for layer in self.layers:
+        seed = torch.initial_seed()
+        for number, layer in enumerate(self.layers):
+            if self.training:
+                seed_layer(seed, number)
             x_BSH, routing = checkpoint(layer, x_BSH, use_reentrant=False) if recompute else layer(x_BSH, cache)
             if routing is not None:
                 routed.append(routing)

@@ -27,20 +27,29 @@ def model_flops_per_token(
         vocab_size: the padded vocabulary V.
         seq_length: s; by default ``model.seq_length``.
     """
-    hidden, length = model.hidden_size, seq_length or model.seq_length
+    length = seq_length or model.seq_length
+    layers = sum(layer_flops_per_token(model, moe, layer, length) for layer in range(model.num_layers))
+    forward = layers + head_flops_per_token(model, vocab_size)
+    return forward if forward_only else 3 * forward
+
+
+def layer_flops_per_token(model: ModelConfig, moe: MoEConfig, layer: int, seq_length: int) -> int:
+    """Forward FLOPs of one token in layer number ``layer``, attention over ``seq_length`` positions included."""
+    hidden, experts = model.hidden_size, moe.experts_of_layer(layer)
     feed_forward = 2 * hidden * model.ffn_size
-    weights = vocab_size * hidden
-    for layer in range(model.num_layers):
-        weights += 4 * hidden**2
-        experts = moe.experts_of_layer(layer)
-        if experts == 1:
-            weights += feed_forward
-            continue
+    weights = 4 * hidden**2
+    if experts == 1:
+        weights += feed_forward
+    else:
         weights += moe.topk * feed_forward + experts * hidden
         if moe.mlp_type == "residual":
             weights += feed_forward + 2 * hidden
-    forward = 2 * weights + 2 * model.num_layers * hidden * length
-    return forward if forward_only else 3 * forward
+    return 2 * weights + 2 * hidden * seq_length
+
+
+def head_flops_per_token(model: ModelConfig, vocab_size: int) -> int:
+    """Forward FLOPs of one token in the output layer."""
+    return 2 * vocab_size * model.hidden_size
 
 
 # Dense peak TFLOP/s with fp32 accumulation, without structured sparsity: (pattern of the device's name, bf16, fp16).

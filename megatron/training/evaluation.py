@@ -4,19 +4,13 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from megatron.engine.engine import Engine, LossSums
+from megatron.engine.engine import Engine
 from megatron.training.metrics import expert_balance, mean_losses, reduce_sums
 
 
 def evaluate(engine: Engine, micro_batches: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """Mean loss over this and all other ranks' micro-batches; every rank passes the same number of them."""
-    sums: LossSums | None = None
-    for batch in micro_batches:
-        new = engine.eval_step(batch)
-        sums = new if sums is None else sums + new
-    if sums is None:
-        raise ValueError("the validation set is empty; raise --eval-iters or give validation documents in --split")
-    reduced = reduce_sums(sums)
+    reduced = reduce_sums(engine.evaluate(micro_batches))
     losses = mean_losses(reduced)
     record: dict[str, Any] = {**losses, "perplexity": math.exp(min(losses["loss"], 700.0))}
     if balance := expert_balance(reduced):

@@ -15,11 +15,11 @@ from megatron.config.validation import validate
 from megatron.data.gpt_dataset import build_datasets
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.engine import deepspeed_config
-from megatron.engine.engine import Engine
-from megatron.model.gpt import GPTModel
+from megatron.engine.pipeline import build_engine
 from megatron.parallel.initialize import Topology, choose_device, initialize, shut_down
 from megatron.parallel.launch import Launch
 from megatron.planning.parameters import count_parameters
+from megatron.planning.placement import place
 from megatron.training.clock import Clock, total_samples
 from megatron.training.report import Report
 from megatron.training.resume import check, clock_from
@@ -84,16 +84,7 @@ def _run(config: RunConfig, topology: Topology) -> None:
         vocab_size = meta["vocab_size"]  # padded for the layout that the run began with
     warnings = [] if meta is None else check(meta, config, vocab_size, tokenizer)
 
-    model = GPTModel(
-        config.model,
-        config.moe,
-        vocab_size,
-        topology.expert_group,
-        topology.tensor_group,
-        seed=config.training.seed,
-        checkpoint_activations=config.training.checkpoint_activations,
-    )
-    engine = Engine(model, config, topology)
+    engine = build_engine(config, topology, vocab_size)
     clock = Clock(config.model.seq_length)
     if meta is not None:
         with engine.loading() as tensors:
@@ -106,6 +97,8 @@ def _run(config: RunConfig, topology: Topology) -> None:
     try:
         _announce(report, config, topology, tokenizer, clock, vocab_size, name, resumed=meta is not None)
         if topology.is_first:
+            if topology.pipeline_parallel_size > 1:
+                print(place(config, vocab_size), flush=True)
             for warning in warnings:
                 print(f"warning: this run differs from the checkpoint's: {warning}", flush=True)
         Trainer(config, topology, engine, tokenizer, (train_data, valid_data), clock, report, vocab_size).run()
@@ -134,6 +127,7 @@ def _announce(
         active_parameters=count.active,
         vocab_size=tokenizer.vocab_size,
         world_size=topology.launch.world_size,
+        pipeline_parallel=topology.pipeline_parallel_size,
         expert_parallel=topology.expert_parallel_size,
         tensor_parallel=topology.tensor_parallel_size,
         device=torch.cuda.get_device_name(topology.device) if topology.device.type == "cuda" else "cpu",

@@ -60,7 +60,8 @@ class Console:
             f"{record['name']}: {human(record['parameters'])} parameters, "
             f"{human(record['active_parameters'])} active a token; "
             f"{record['world_size']} process(es) on {record['device']}, tensor parallel {record['tensor_parallel']}, "
-            f"expert parallel {record['expert_parallel']}, {record['precision']}; {start}"
+            f"pipeline parallel {record['pipeline_parallel']}, expert parallel {record['expert_parallel']}, "
+            f"{record['precision']}; {start}"
         )
 
     def _train(self, record: dict[str, Any]) -> str:

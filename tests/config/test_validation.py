@@ -37,6 +37,9 @@ def problems(values: dict, world_size: int = 4) -> tuple[str, ...]:
         ({"rampup_batch_size": (8, 8, 1000)}, 4),
         ({"rampup_batch_size": (16, 8, 1000)}, 4),
         ({"max_position_embeddings": 64}, 4),
+        ({"pipeline_model_parallel_size": 4, "pipeline_layer_split": "1,1,1,1"}, 4),
+        (MOE | {"pipeline_model_parallel_size": 2, "pipeline_layer_split": "3, 1"}, 4),
+        ({"pipeline_model_parallel_size": 4, "global_batch_size": 18}, 4),  # one data-parallel process
         ({"train_tokens": 16 * 32}, 4),
         ({"split": "1,0,0", "eval_interval": 0}, 4),
         ({"split": "0.9, 0.05, 0.05"}, 4),
@@ -57,6 +60,44 @@ def test_valid(values, world_size):
 @pytest.mark.parametrize(
     ("values", "world_size", "message"),
     [
+        (
+            {"pipeline_model_parallel_size": 8}, 8,
+            "--pipeline-model-parallel-size 8 must not exceed --num-layers 4: every stage needs a layer; use 4 or"
+            " fewer",
+        ),
+        (
+            {"pipeline_model_parallel_size": 4}, 6,
+            "--pipeline-model-parallel-size 4 x --tensor-model-parallel-size 1 = 4 must divide the number of processes,"
+            " 6 (6 = 1 x 4 + 2); start a multiple of 4 processes",
+        ),
+        (
+            {"pipeline_model_parallel_size": 2, "pipeline_layer_split": "2,1,1"}, 2,
+            "--pipeline-layer-split 2,1,1 has 3 numbers, and --pipeline-model-parallel-size is 2; give one number for"
+            " each stage, such as 2,2, or leave it out",
+        ),
+        (
+            {"pipeline_model_parallel_size": 2, "pipeline_layer_split": "3,2"}, 2,
+            "--pipeline-layer-split 3,2: 3 + 2 = 5 must be --num-layers 4; use 2,2, or leave it out",
+        ),
+        (
+            {"pipeline_model_parallel_size": 2, "pipeline_layer_split": "4,0"}, 2,
+            "--pipeline-layer-split 4,0 must be positive whole numbers with commas between them; use 2,2, or leave it"
+            " out",
+        ),
+        (
+            {"pipeline_model_parallel_size": 2, "tensor_model_parallel_size": 2}, 4,
+            "--pipeline-model-parallel-size 2 and --tensor-model-parallel-size 2 do not work together; use one of them,"
+            " or expert and data parallelism beside the pipeline",
+        ),
+        (
+            {"pipeline_model_parallel_size": 2, "precision": "fp16"}, 2,
+            "--pipeline-model-parallel-size 2 works in bf16 and fp32, not in fp16; use --bf16",
+        ),
+        (
+            MOE | {"pipeline_model_parallel_size": 2, "moe_expert_parallel_size": 4}, 4,
+            "--moe-expert-parallel-size 4 must not exceed the number of data-parallel processes, 2; use 2, or start 4"
+            " data-parallel processes",
+        ),
         (
             {"num_attention_heads": 5}, 4,
             "--num-attention-heads 5 must divide --hidden-size 64 (64 = 12 x 5 + 4); use 4 or 8 heads",

@@ -121,7 +121,7 @@ def expert_groups(tensor: int, expert: int, shard_experts: bool) -> tuple[list[i
     rank, size = dist.get_rank(), dist.get_world_size()
     topology = build_groups(parallel, Launch(rank, size, rank, "127.0.0.1", 0, "test"), torch.device("cpu"))
     deepspeed_internals.start()
-    deepspeed_internals.forget_expert_groups()
+    deepspeed_internals.forget_groups()
     deepspeed_internals.create_expert_groups(expert, deepspeed_internals.ModelParallelUnit(topology))
     name = deepspeed_internals.expert_group_name(expert)
     theirs = dist.get_process_group_ranks(groups._get_expert_parallel_group(name))
@@ -147,3 +147,59 @@ def test_deepspeeds_expert_groups_are_ours(tensor, expert, shard_experts, member
     assert [mine for mine, _, _ in seen] == members
     assert [sorted(mine) for _, mine, _ in seen] == [sorted(group) for group in replicas]
     assert all(agree for _, _, agree in seen)
+
+
+def inspect_pipeline() -> dict:
+    from megatron.engine.pipeline import build_engine
+    from megatron.parallel.initialize import build_groups
+    from megatron.parallel.launch import Launch
+
+    rank, size = dist.get_rank(), dist.get_world_size()
+    run = RunConfig(
+        model=ModelConfig(num_layers=2, hidden_size=16, num_attention_heads=2, seq_length=SEQ),
+        moe=MoEConfig(num_experts=(4,)),
+        parallel=ParallelConfig(pipeline_model_parallel_size=2, moe_expert_parallel_size=2),
+        training=TrainingConfig(train_tokens=10_000, micro_batch_size=MICRO, global_batch_size=MICRO * size),
+    )
+    topology = build_groups(run.parallel, Launch(rank, size, rank, "127.0.0.1", 0, "test"), torch.device("cpu"))
+    made = build_engine(run, topology, VOCAB)
+    steps = []
+    for count in (3, 1):
+        made.train_step([batch(number) for number in range(count)], SEQ)
+        steps.append((made._engine.micro_batches, made._engine.gradient_accumulation_steps()))
+    grid = made._module.mpu()
+    from deepspeed.utils import groups
+
+    def ranks(group) -> list[int]:
+        return dist.get_process_group_ranks(group)
+
+    return {
+        "steps": steps,
+        "stage": (grid.get_stage_id(), topology.pipeline_parallel_rank),
+        "data": (ranks(grid.get_data_parallel_group()), ranks(topology.data_parallel_group)),
+        "experts": (ranks(groups._get_expert_parallel_group("ep_size_2")), ranks(topology.expert_parallel_group)),
+        "optimizer groups": [group["name"] for group in made._adam.param_groups],
+        "has experts": bool(made._experts),
+        "replicas": made._replicas,
+        "names": {name for name, _ in made.model.named_parameters()},
+        "marker": [float(p.abs().sum()) for p in made._module.marker.parameters()],
+    }
+
+
+@pytest.mark.distributed
+def test_a_pipeline_has_our_groups_our_steps_and_one_token_table_too_many():
+    stages = run_distributed(inspect_pipeline, 4)
+    for seen in stages:
+        assert seen["steps"] == [(3, 3), (1, 1)]
+        for name in ("stage", "data", "experts"):
+            theirs, ours = seen[name]
+            assert theirs == ours, name
+        # the gradient norm is reduced group by group, so each stage must have as many, in the same order
+        assert seen["optimizer groups"] == stages[0]["optimizer groups"]
+        assert len(seen["optimizer groups"]) == 4
+    first, last = stages[0], stages[3]
+    assert (first["has experts"], last["has experts"]) == (False, True)
+    assert first["marker"] == [0.0, 0.0]
+    assert last["marker"] == []
+    assert first["replicas"] == set()
+    assert last["replicas"] == first["names"] & last["names"] == {"embedding.word_embeddings.weight"}

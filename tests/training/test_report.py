@@ -25,6 +25,7 @@ RUN = {
     "active_parameters": 350_000_000,
     "vocab_size": 50257,
     "world_size": 64,
+    "pipeline_parallel": 1,
     "expert_parallel": 64,
     "tensor_parallel": 1,
     "device": "GPU",

@@ -1,0 +1,92 @@
+"""The engine of a pipeline: DeepSpeed's 1F1B schedule behind the seam of :class:`megatron.engine.engine.Engine`."""
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from megatron.checkpoint import ShardedTensor
+from megatron.config import RunConfig
+from megatron.engine.engine import Engine, LossSums, StepResult, micro_batch_seed
+from megatron.model.gpt import GPTModel
+from megatron.parallel.initialize import Topology
+from megatron.planning.placement import place
+
+
+class PipelineEngine(Engine):
+    """Trains one stage of a model, together with the processes that have the others.
+
+    All stages of a pipeline are given the same micro-batches: the first reads their tokens, the last their labels, and
+    every one their sample numbers, from which it seeds what is random. ``sums`` hold what this stage knows: the LM loss
+    on the last one, MoE losses and counts where the layer is. Added over all processes they are those of the model.
+
+    The token table exists twice, on the first and on the last stage. DeepSpeed adds up the gradients of both, so both
+    make the same updates; in the gradient norm and in checkpoints the first one counts.
+    """
+
+    def __init__(self, config: RunConfig, topology: Topology, vocab_size: int) -> None:
+        os.environ.setdefault("DS_ACCELERATOR", topology.device.type)
+        from megatron.engine import deepspeed_internals
+        from megatron.engine.pipeline_module import PlacedPipeline
+
+        deepspeed_internals.start()
+        self._module = PlacedPipeline(config, topology, vocab_size, place(config, vocab_size).layers)
+        super().__init__(self._module.stage, config, topology)
+        self._replicas = {name for name, p in self.model.named_parameters() if deepspeed_internals.is_tied_replica(p)}
+
+    def _trained_module(self, model: nn.Module, marker: nn.Module | None) -> nn.Module:
+        self._module.marker = marker
+        return self._module
+
+    def train_step(self, micro_batches: Sequence[Mapping[str, Any]], tokens_after: int) -> StepResult:
+        """One optimizer update; see :meth:`Engine.train_step`."""
+        if not micro_batches:
+            raise ValueError("a step needs at least one micro-batch; got none")
+        lr = self._set_learning_rate(tokens_after)
+        scale = self._loss_scale()
+        count, engine = len(micro_batches), self._engine
+        engine.set_train_batch_size(count * engine.train_micro_batch_size_per_gpu() * engine.dp_world_size)
+        self._module.begin(self._seeds(micro_batches), scale / count)
+        engine.train_batch(self._inputs(micro_batches))
+        return self._result(self._module.sums, lr, scale)
+
+    @torch.no_grad()
+    def evaluate(self, micro_batches: Iterable[Mapping[str, Any]]) -> LossSums:
+        """Losses of micro-batches in evaluation mode, all of them in one run of the pipeline."""
+        batches = list(micro_batches)
+        if not batches:
+            raise ValueError("the validation set is empty; raise --eval-iters or give validation documents in --split")
+        self._module.begin(self._seeds(batches), 1.0)
+        self._engine.eval_batch(self._inputs(batches), bcast_loss=False, num_micro_batches=len(batches))
+        return self._module.sums
+
+    def _seeds(self, micro_batches: Sequence[Mapping[str, Any]]) -> list[int]:
+        return [micro_batch_seed(self._config.training.seed, int(batch["sample_index"])) for batch in micro_batches]
+
+    def _inputs(self, micro_batches: Sequence[Mapping[str, Any]]):
+        """Micro-batches in the form DeepSpeed takes them: what enters the first stage, what the loss needs."""
+        for batch in micro_batches:
+            on_device = self._to_device(batch)
+            yield on_device["tokens"], (on_device["labels"], on_device["loss_mask"])
+
+    def saved_tensors(self) -> list[ShardedTensor]:
+        """As :meth:`Engine.saved_tensors`, without the last stage's copy of the token table."""
+        return [entry for entry in super().saved_tensors() if entry.name.split(".", 1)[1] not in self._replicas]
+
+
+def build_engine(config: RunConfig, topology: Topology, vocab_size: int) -> Engine:
+    """The model of a run, or this process's stage of it, and the engine that trains it."""
+    if topology.pipeline_parallel_size > 1:
+        return PipelineEngine(config, topology, vocab_size)
+    model = GPTModel(
+        config.model,
+        config.moe,
+        vocab_size,
+        topology.expert_group,
+        topology.tensor_group,
+        seed=config.training.seed,
+        checkpoint_activations=config.training.checkpoint_activations,
+    )
+    return Engine(model, config, topology)

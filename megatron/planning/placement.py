@@ -1,0 +1,102 @@
+"""Which transformer layers stand on which pipeline stage.
+
+A pipeline is as fast as its slowest stage, so layers are placed such that the costliest stage costs as little as
+possible. The cost of a layer is its share of the model's time plus ``MEMORY_WEIGHT`` times its share of the memory
+of one process per stage:
+
+* time: forward FLOPs of a token. A top-1 MoE layer takes about the time of a dense one.
+* memory: parameters that one process holds. An MoE layer has E / EP experts there.
+* The embedding (no FLOPs, a token table) stands on the first stage, the head (its FLOPs, and the table again) on the
+  last one.
+"""
+
+import dataclasses
+
+from megatron.config import RunConfig
+from megatron.planning.flops import head_flops_per_token, layer_flops_per_token
+
+MEMORY_WEIGHT = 0.1
+"""What a share of the memory costs, compared with the same share of the time: time decides, memory breaks ties."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Number of transformer layers and cost of each stage; the costs of all stages add up to 1."""
+
+    layers: tuple[int, ...]
+    costs: tuple[float, ...]
+
+    def __str__(self) -> str:
+        first, stages = 0, []
+        for count, cost in zip(self.layers, self.costs, strict=True):
+            stages.append(f"layers {first}-{first + count - 1} ({cost:.1%})")
+            first += count
+        return "pipeline stages: " + ", ".join(stages) + "; set --pipeline-layer-split to place them otherwise"
+
+
+def place(config: RunConfig, vocab_size: int) -> Placement:
+    """Place the layers of a run as ``--pipeline-layer-split`` says, by default by cost.
+
+    Args:
+        config: a configuration that has been validated.
+        vocab_size: padded.
+    """
+    costs = layer_costs(config, vocab_size)
+    split = config.parallel.pipeline_layer_split
+    if split is None:
+        layers = balanced(costs, config.parallel.pipeline_model_parallel_size)
+    else:
+        layers = tuple(int(word) for word in split.split(","))
+    ends = [sum(layers[: stage + 1]) for stage in range(len(layers))]
+    starts = [0, *ends[:-1]]
+    return Placement(layers, tuple(sum(costs[a:b]) for a, b in zip(starts, ends, strict=True)))
+
+
+def layer_costs(config: RunConfig, vocab_size: int) -> list[float]:
+    """Cost of each transformer layer, the embedding's added to the first and the head's to the last; their sum is 1."""
+    model, moe, hidden = config.model, config.moe, config.model.hidden_size
+    time = [layer_flops_per_token(model, moe, layer, model.seq_length) for layer in range(model.num_layers)]
+    memory = []
+    for layer in range(model.num_layers):
+        experts, residual = moe.experts_of_layer(layer), moe.mlp_type == "residual"
+        feed_forwards = 1 if experts == 1 else experts / config.parallel.moe_expert_parallel_size + residual
+        memory.append(4 * hidden**2 + feed_forwards * 2 * hidden * model.ffn_size)
+    time[-1] += head_flops_per_token(model, vocab_size)
+    memory[0] += (vocab_size + model.position_rows) * hidden
+    memory[-1] += vocab_size * hidden
+    total_time, total_memory = sum(time), sum(memory)
+    return [
+        (t / total_time + MEMORY_WEIGHT * m / total_memory) / (1 + MEMORY_WEIGHT)
+        for t, m in zip(time, memory, strict=True)
+    ]
+
+
+def balanced(costs: list[float], stages: int) -> tuple[int, ...]:
+    """Cut ``costs`` into ``stages`` stretches, none empty, with the smallest largest sum; returns their lengths.
+
+    Dynamic programming over (stages, layers); among equally good cuts it takes one with a small sum of squares.
+
+    Raises:
+        ValueError: there are more stages than layers.
+    """
+    if not 1 <= stages <= len(costs):
+        raise ValueError(f"{len(costs)} layers cannot fill {stages} pipeline stages; use {len(costs)} stages or fewer")
+    before = [0.0]
+    for cost in costs:
+        before.append(before[-1] + cost)
+    # best[n]: (largest sum, sum of squares, lengths) of the first n layers on the stages so far
+    best: list[tuple[float, float, tuple[int, ...]] | None] = [(0.0, 0.0, ()), *[None] * len(costs)]
+    for _ in range(stages):
+        new: list[tuple[float, float, tuple[int, ...]] | None] = [None] * (len(costs) + 1)
+        for end in range(1, len(costs) + 1):
+            for start in range(end):
+                if best[start] is None:
+                    continue
+                largest, squares, lengths = best[start]
+                cost = before[end] - before[start]
+                # rounded: sums of equal costs that differ in the last bit are equally good
+                found = (round(max(largest, cost), 9), round(squares + cost**2, 9), (*lengths, end - start))
+                if new[end] is None or found < new[end]:
+                    new[end] = found
+        best = new
+    return best[-1][2]
