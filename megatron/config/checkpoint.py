@@ -11,7 +11,7 @@ class CheckpointConfig:
 
     save: str | None = option(None, "Folder to save checkpoints in.", metavar="DIR")
     load: str | None = option(
-        None, "Folder to resume from (its latest checkpoint) or one checkpoint's own folder; an empty one starts anew.",
+        None, "Folder of a run (its latest checkpoint) or of one checkpoint to resume; empty only if it is --save too.",
         metavar="DIR",
     )  # fmt: skip
     save_interval: int = option(

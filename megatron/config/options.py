@@ -6,7 +6,6 @@ a whole :class:`RunConfig` and are exact inverses of each other.
 """
 
 import dataclasses
-import math
 import types
 import typing
 from collections.abc import Mapping
@@ -71,8 +70,8 @@ class Option:
                 raise ConfigError(str(error) if self.parse else wrong) from None
         if isinstance(value, str) != (self.kind is str):
             raise ConfigError(wrong + (" (put it in quotes)" if self.kind is str else ""))
-        if self.kind in (int, float) and not math.isfinite(value):
-            raise ConfigError(f"got {value}; expected a finite number")
+        if self.kind in (int, float) and not (-1e30 < value < 1e30):
+            raise ConfigError(f"got {str(value)[:40]}; expected a finite number of a sensible size")
         if self.kind is int and value != int(value):
             raise ConfigError(wrong)
         if self.choices and value not in self.choices:

@@ -5,25 +5,13 @@ from collections.abc import Iterator
 from megatron.config.run import RunConfig
 
 
-def model_parallel_size(config: RunConfig) -> int:
-    """Processes that hold one copy of the model between them, expert parallelism aside."""
-    return config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size
-
-
-def pipeline_problems(config: RunConfig, world_size: int) -> Iterator[str]:
-    """What is wrong with the pipeline's stages, their layers, and the processes for them."""
+def pipeline_problems(config: RunConfig) -> Iterator[str]:
+    """What is wrong with the pipeline's stages and their layers."""
     stages, tensor = config.parallel.pipeline_model_parallel_size, config.parallel.tensor_model_parallel_size
     layers, split = config.model.num_layers, config.parallel.pipeline_layer_split
     flag = f"--pipeline-model-parallel-size {stages}"
-    size = model_parallel_size(config)
     if stages > layers:
         yield f"{flag} must not exceed --num-layers {layers}: every stage needs a layer; use {layers} or fewer"
-    if stages > 1 and world_size % size:
-        yield (
-            f"{flag} x --tensor-model-parallel-size {tensor} = {size} must divide the number of processes,"
-            f" {world_size} ({world_size} = {world_size // size} x {size} + {world_size % size}); start a multiple of"
-            f" {size} processes"
-        )
     if stages > 1 and tensor > 1:
         yield (
             f"{flag} and --tensor-model-parallel-size {tensor} do not work together; use one of them, or expert and"

@@ -228,7 +228,7 @@ def _topk(config: RunConfig, world_size: int) -> Iterator[str]:
 
 @_rule("num_layers", "tensor_model_parallel_size", "pipeline_model_parallel_size", "pipeline_layer_split", "precision")
 def _pipeline(config: RunConfig, world_size: int) -> Iterator[str]:
-    yield from pipeline_problems(config, world_size)
+    yield from pipeline_problems(config)
 
 
 @_rule("num_experts", "moe_expert_parallel_size", "tensor_model_parallel_size", "pipeline_model_parallel_size")

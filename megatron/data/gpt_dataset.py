@@ -31,6 +31,9 @@ __all__ = ["GPTSamples", "batches", "build_datasets"]
 
 logger = logging.getLogger(__name__)
 
+# A run that reads its data more often than this is a mistake, and its sample index would not fit into memory.
+_MOST_EPOCHS = 1000
+
 
 class GPTSamples(Dataset[dict[str, torch.Tensor]]):
     """Samples 0 .. num_samples - 1 of one split, in the order of the run.
@@ -157,6 +160,11 @@ def _split_problems(prefix: str, shares: list[float], wanted: list[int], config:
             problems.append(
                 f"{place} has {tokens} tokens in {documents} documents, but one sample takes {seq + 1} "
                 f"(--seq-length {seq}, and one for the last label). Give it a larger share or more data"
+            )
+        elif alone and samples * seq > _MOST_EPOCHS * tokens:
+            problems.append(
+                f"{place} has {tokens} tokens, and {samples} samples of {seq} would read them "
+                f"{samples * seq // tokens} times; give more data or a smaller --train-tokens"
             )
         elif name == "valid" and alone and samples > (tokens - 1) // seq:
             logger.warning(

@@ -11,7 +11,11 @@ from megatron.config.errors import ConfigError
 _OURS_ALONE = {
     "optimizer": "use --lr, --weight-decay, --adam-beta1 and their like",
     "scheduler": "use --lr-decay-style, --lr-warmup-tokens and --lr-decay-tokens",
-    "pipeline": "pipeline parallelism is not set in DeepSpeed's file",
+    "pipeline": "use --pipeline-model-parallel-size",
+    "zero_optimization.offload_optimizer": "keep the optimizer on the device",
+    "zero_optimization.offload_param": "keep the parameters on the device",
+    "prescale_gradients": "the engine averages gradients itself",
+    "gradient_predivide_factor": "the engine averages gradients itself",
 }
 
 
@@ -51,9 +55,6 @@ def merge(ours: dict[str, Any], theirs: dict[str, Any], config: RunConfig, where
             given for the whole run (``train_batch_size`` as --global-batch-size).
     """
     problems = []
-    for key, advice in _OURS_ALONE.items():
-        if key in theirs:
-            problems.append(f"{where}: {key!r} is set by flags here; remove it and {advice}")
     batch = {"train_batch_size": config.training.global_batch_size}
     steps = theirs.get("gradient_accumulation_steps", "auto")
     whole_run = config.training.global_batch_size // ours["train_batch_size"]
@@ -67,7 +68,13 @@ def merge(ours: dict[str, Any], theirs: dict[str, Any], config: RunConfig, where
         merged = dict(into)
         for key, value in extra.items():
             name = f"{path}{key}"
-            if name in _OURS_ALONE or name == "gradient_accumulation_steps" or value == "auto":
+            if name in _OURS_ALONE:
+                problems.append(f"{where}: {name!r} is not for this file; remove it: {_OURS_ALONE[name]}")
+                continue
+            if name == "gradient_accumulation_steps" or value == "auto":
+                continue
+            if key in into and isinstance(into[key], dict) != isinstance(value, dict):
+                problems.append(f"{where}: {name} is {value!r}, expected something like {json.dumps(into[key])}")
                 continue
             if isinstance(value, dict):
                 merged[key] = add(merged.get(key, {}), value, f"{name}.")
@@ -81,7 +88,8 @@ def merge(ours: dict[str, Any], theirs: dict[str, Any], config: RunConfig, where
 
     merged = add(ours, theirs, "")
     for precision in ("fp16", "bf16"):
-        if theirs.get(precision, {}).get("enabled") is True and config.optimizer.precision != precision:
+        section = theirs.get(precision, {})
+        if isinstance(section, dict) and section.get("enabled") is True and config.optimizer.precision != precision:
             problems.append(
                 f"{where}: {precision}.enabled is true, but the flags say {config.optimizer.precision}; "
                 f"add --{precision}"

@@ -42,11 +42,11 @@ class Launch:
                     f"RANK is set but {', '.join(missing)} is not; start with torchrun, deepspeed or srun"
                 )
             return cls(
-                rank=int(env["RANK"]),
-                world_size=int(env["WORLD_SIZE"]),
-                local_rank=int(env["LOCAL_RANK"]),
+                rank=_number(env, "RANK"),
+                world_size=_number(env, "WORLD_SIZE"),
+                local_rank=_number(env, "LOCAL_RANK"),
                 master_addr=env["MASTER_ADDR"],
-                master_port=int(env["MASTER_PORT"]),
+                master_port=_number(env, "MASTER_PORT"),
                 starter="torchrun" if "TORCHELASTIC_RUN_ID" in env else "launcher",
             )
         if "SLURM_STEP_NODELIST" in env and "SLURM_PROCID" in env:
@@ -75,6 +75,15 @@ class Launch:
         env["LOCAL_RANK"] = str(self.local_rank)
         env["MASTER_ADDR"] = self.master_addr
         env["MASTER_PORT"] = str(self.master_port)
+
+
+def _number(env: Mapping[str, str], name: str) -> int:
+    try:
+        return int(env[name])
+    except ValueError:
+        raise LaunchError(
+            f"{name} is {env[name]!r}, expected a whole number; the starter of processes sets it"
+        ) from None
 
 
 def _first_host(nodelist: str) -> str:

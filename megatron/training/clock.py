@@ -48,9 +48,12 @@ class Clock:
         return dataclasses.asdict(self)
 
 
-def total_samples(config: TrainingConfig, seq_length: int) -> int:
-    """Samples of the whole run: as many whole batches as it takes to reach ``--train-tokens``."""
-    samples = 0
+def total_samples(config: TrainingConfig, seq_length: int, consumed_samples: int = 0) -> int:
+    """Samples of the whole run: as many whole batches as it takes to reach ``--train-tokens``.
+
+    A run that goes on from ``consumed_samples`` counts its batches from there: their size may have changed.
+    """
+    samples = consumed_samples
     wanted = -(-(config.train_tokens or 0) // seq_length)
     ramp_end = config.rampup_batch_size[2] if config.rampup_batch_size else 0
     while samples < min(ramp_end, wanted):

@@ -1,15 +1,12 @@
 """From a configuration to a finished run."""
 
 import dataclasses
-import os
 import sys
-from pathlib import Path
 
 import torch
 
-from megatron.checkpoint import CheckpointError, latest, load, read_meta
+from megatron.checkpoint import CheckpointError, load
 from megatron.config import RunConfig
-from megatron.config.errors import ConfigError
 from megatron.config.flags import to_dict
 from megatron.config.validation import validate
 from megatron.data.gpt_dataset import build_datasets
@@ -23,26 +20,32 @@ from megatron.planning.placement import place
 from megatron.training.clock import Clock, total_samples
 from megatron.training.report import Report
 from megatron.training.resume import check, clock_from
+from megatron.training.start import check_outputs, check_precision, find_checkpoint, only_run_in
 from megatron.training.trainer import Trainer, TrainingDiverged
 
 
 def pretrain(config: RunConfig) -> int:
     """Train as ``config`` says. Returns the exit status; what the user can mend is printed, not raised."""
-    launch = Launch.from_environment()
+    rank = 0
     try:
+        launch = Launch.from_environment()
+        rank = launch.rank
         validate(config, launch.world_size)
         deepspeed_config.build(config, config.parallel.data_parallel_size(launch.world_size))
-        _protect_checkpoints(config)
+        check_outputs(config)
         device = choose_device(config.training.device, launch.local_rank)
+        check_precision(config, device)
         # expert parallelism means nothing to a dense model, so that --num-experts alone tells the two apart
         degree = config.parallel.moe_expert_parallel_size if config.moe.enabled else 1
         parallel = dataclasses.replace(config.parallel, moe_expert_parallel_size=degree)
     except (ValueError, OSError, CheckpointError) as error:  # the same on every rank
-        if launch.rank == 0:
+        if rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     try:
-        _run(config, initialize(parallel, launch, device))
+        topology = initialize(parallel, launch, device)
+        with only_run_in(config.checkpoint.save, topology):
+            _run(config, topology)
     except (ValueError, OSError, TrainingDiverged, CheckpointError) as error:
         # The process groups are left as they are: other ranks may be inside a collective, and the starter ends them.
         print(f"error on rank {launch.rank}: {error}", file=sys.stderr, flush=True)
@@ -51,57 +54,43 @@ def pretrain(config: RunConfig) -> int:
     return 0
 
 
-def _protect_checkpoints(config: RunConfig) -> None:
-    """Refuse to write into the folder of another run, and find out now that a folder cannot be written to."""
-    save, load = config.checkpoint.save, config.checkpoint.load
-    if save is None:
-        return
-    folder = Path(save)
-    folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK):
-        raise ConfigError(f"--save {save}: no permission to write there; choose another folder")
-    resumed = None if load is None else Path(load).resolve()
-    found = latest(folder)
-    if found is not None and folder.resolve() not in (resumed, resumed and resumed.parent):
-        raise ConfigError(
-            f"--save {save} holds the checkpoints of a run already ({found.name}); "
-            f"add --load {save} to continue it, or choose another folder"
-        )
-
-
 def _run(config: RunConfig, topology: Topology) -> None:
     tokenizer = build_tokenizer(config.data)
-    samples = total_samples(config.training, config.model.seq_length)
-    valid_samples = config.training.eval_iters * config.training.global_batch_size
-    if config.training.eval_interval == 0:
-        valid_samples = 0
+    vocab_size = config.model.padded_vocab_size(tokenizer.vocab_size, topology.tensor_parallel_size)
+    clock, warnings, source = Clock(config.model.seq_length), [], None
+    found = find_checkpoint(config, topology)
+    if found is not None:
+        source, meta = found
+        if meta["vocab_size"] % topology.tensor_parallel_size == 0:
+            vocab_size = meta["vocab_size"]  # padded for the layout that the run began with
+        warnings = check(meta, config, vocab_size, tokenizer)
+        clock = clock_from(meta)
+    samples = total_samples(config.training, config.model.seq_length, clock.samples)
+    valid_samples = (
+        config.training.eval_iters * config.training.global_batch_size if config.training.eval_interval else 0
+    )
     train_data, valid_data, _ = build_datasets(config, tokenizer, (samples, valid_samples, 0))
 
-    source = None if config.checkpoint.load is None else latest(config.checkpoint.load)
-    meta = None if source is None else read_meta(source)
-    vocab_size = config.model.padded_vocab_size(tokenizer.vocab_size, topology.tensor_parallel_size)
-    if meta is not None and meta["vocab_size"] % topology.tensor_parallel_size == 0:
-        vocab_size = meta["vocab_size"]  # padded for the layout that the run began with
-    warnings = [] if meta is None else check(meta, config, vocab_size, tokenizer)
-
     engine = build_engine(config, topology, vocab_size)
-    clock = Clock(config.model.seq_length)
-    if meta is not None:
+    if found is not None:
         with engine.loading() as tensors:
             load(source, tensors, group=topology.control_group)
         engine.load_scalar_state(meta["optimizer"])
-        clock = clock_from(meta)
 
     name = config.logging.run_name or "gpt"
     report = Report(config.logging, name, config.checkpoint.save, topology.is_first)
     try:
-        _announce(report, config, topology, tokenizer, clock, vocab_size, name, resumed=meta is not None)
+        train_tokens = samples * config.model.seq_length
+        _announce(report, config, topology, tokenizer, clock, vocab_size, train_tokens, name, resumed=found is not None)
         if topology.is_first:
             if topology.pipeline_parallel_size > 1:
                 print(place(config, vocab_size), flush=True)
             for warning in warnings:
                 print(f"warning: this run differs from the checkpoint's: {warning}", flush=True)
-        Trainer(config, topology, engine, tokenizer, (train_data, valid_data), clock, report, vocab_size).run()
+        data = (train_data, valid_data)
+        Trainer(
+            config, topology, engine, tokenizer, data, clock, report, vocab_size, resumed_from=found and source
+        ).run()
     finally:
         report.close()
 
@@ -113,6 +102,7 @@ def _announce(
     tokenizer: Tokenizer,
     clock: Clock,
     vocab_size: int,
+    train_tokens: int,
     name: str,
     resumed: bool,
 ) -> None:
@@ -121,7 +111,7 @@ def _announce(
         "run",
         step=clock.steps,
         tokens=clock.tokens,
-        train_tokens=total_samples(config.training, config.model.seq_length) * config.model.seq_length,
+        train_tokens=train_tokens,
         name=name,
         parameters=count.total,
         active_parameters=count.active,

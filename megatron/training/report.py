@@ -91,8 +91,10 @@ class Console:
         )
 
     def _save(self, record: dict[str, Any]) -> str:
-        how = "in the background" if record["background"] else f"in {record['seconds']:.1f} s"
-        return f"{self._progress(record)} | saved {record['folder']} {how}"
+        what = f"saved {record['folder']} in {record['seconds']:.1f} s"
+        if record["background"]:
+            what = f"saving {record['folder']}"
+        return f"{self._progress(record)} | {what}"
 
     def _stop(self, record: dict[str, Any]) -> str:
         return f"{self._progress(record)} | stopped: {record['reason']}"
@@ -103,11 +105,13 @@ class JsonLines:
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("a+b")
+        if self._file.tell() and path.read_bytes()[-1:] != b"\n":
+            self._file.write(b"\n")  # a killed run left half a line; what follows must not be lost with it
 
     def write(self, record: dict[str, Any]) -> None:
         """Append the record and flush. Numbers that are not finite become null: they are no JSON."""
-        self._file.write(json.dumps(_finite(record)) + "\n")
+        self._file.write(json.dumps(_finite(record)).encode() + b"\n")
         self._file.flush()
 
     def close(self) -> None:

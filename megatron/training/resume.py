@@ -8,29 +8,17 @@ import torch
 
 from megatron.checkpoint import CheckpointError
 from megatron.config import RunConfig
-from megatron.config.flags import to_dict
+from megatron.config.flags import from_dict, to_dict
 from megatron.data.tokenizer import Tokenizer
 from megatron.training.clock import Clock
 
-# A checkpoint's tensors fit only a run that agrees in these.
-_STRUCTURE = {
-    "model": (
-        "num_layers",
-        "hidden_size",
-        "num_attention_heads",
-        "ffn_hidden_size",
-        "seq_length",
-        "max_position_embeddings",
-    ),
-    "moe": ("num_experts", "expert_interval", "mlp_type"),
+# Options that may change at a resume without changing how the run goes on.
+_HARMLESS = {
+    *("device", "num_workers", "data_cache_path", "vocab_file", "merge_file", "tokenizer_model", "tokenizer_type"),
+    *("eval_interval", "eval_iters", "checkpoint_activations", "max_skipped_updates", "moe_eval_capacity_factor"),
+    *("ffn_hidden_size", "max_position_embeddings", "num_experts", "expert_interval", "make_vocab_size_divisible_by"),
 }
-# A run that changes these goes on, but not as it would have.
-_CONTINUITY = {
-    "training": ("train_tokens", "global_batch_size", "micro_batch_size", "rampup_batch_size", "seed"),
-    "optimizer": ("lr", "min_lr", "lr_warmup_tokens", "lr_decay_tokens", "lr_decay_style", "precision"),
-    "data": ("data_path", "split"),
-    "moe": ("topk", "moe_train_capacity_factor", "moe_token_dropping", "moe_noise_policy", "moe_rts"),
-}
+_COMPARED = ("model", "moe", "optimizer", "training", "data")
 
 
 def describe(
@@ -48,17 +36,23 @@ def describe(
     }
 
 
-def _differences(meta: dict[str, Any], config: RunConfig, fields: dict[str, tuple[str, ...]]) -> list[str]:
-    now = to_dict(config)
-    found = []
-    for section, names in fields.items():
-        then = meta["config"].get(section, {})
-        found += [
-            f"--{name.replace('_', '-')}: checkpoint {then.get(name)!r}, this run {now[section][name]!r}"
-            for name in names
-            if then.get(name) != now[section][name]
-        ]
-    return found
+def _structure(config: RunConfig) -> dict[str, Any]:
+    """What a model must agree in for the tensors of a checkpoint to fit, under the names of the flags."""
+    model, moe = config.model, config.moe
+    return {
+        "--num-layers": model.num_layers,
+        "--hidden-size": model.hidden_size,
+        "--num-attention-heads": model.num_attention_heads,
+        "--ffn-hidden-size": model.ffn_size,
+        "--seq-length": model.seq_length,
+        "--max-position-embeddings": model.position_rows,
+        "--num-experts of each layer": [moe.experts_of_layer(layer) for layer in range(model.num_layers)],
+        "--mlp-type": moe.mlp_type if moe.enabled else "standard",
+    }
+
+
+def _describe(differences: dict[str, tuple[Any, Any]]) -> list[str]:
+    return [f"{flag}: checkpoint {then!r}, this run {now!r}" for flag, (then, now) in differences.items()]
 
 
 def check(meta: dict[str, Any], config: RunConfig, vocab_size: int, tokenizer: Tokenizer) -> list[str]:
@@ -70,7 +64,9 @@ def check(meta: dict[str, Any], config: RunConfig, vocab_size: int, tokenizer: T
     Raises:
         CheckpointError: the model or the tokenizer is another one.
     """
-    problems = _differences(meta, config, _STRUCTURE)
+    saved = from_dict(meta["config"])
+    then, now = _structure(saved), _structure(config)
+    problems = _describe({flag: (then[flag], now[flag]) for flag in now if then[flag] != now[flag]})
     if meta["vocab_size"] != vocab_size:
         problems.append(f"padded vocabulary: checkpoint {meta['vocab_size']}, this run {vocab_size}")
     if meta["tokenizer"]["fingerprint"] != tokenizer.fingerprint:
@@ -83,7 +79,14 @@ def check(meta: dict[str, Any], config: RunConfig, vocab_size: int, tokenizer: T
             "the checkpoint belongs to another model; start with the flags it was trained with, "
             "or give another --load:\n  " + "\n  ".join(problems)
         )
-    return _differences(meta, config, _CONTINUITY)
+    changed = {}
+    for section in _COMPARED:
+        before, after = vars(getattr(saved, section)), vars(getattr(config, section))
+        for name, value in after.items():
+            flag = f"--{name.replace('_', '-')}"
+            if name not in _HARMLESS and flag not in now and before[name] != value:
+                changed[flag] = (before[name], value)
+    return _describe(changed)
 
 
 def clock_from(meta: dict[str, Any]) -> Clock:

@@ -40,13 +40,14 @@ class Trainer:
         clock: Clock,
         report: Report,
         vocab_size: int,
+        resumed_from: Path | None = None,
     ) -> None:
         self.config, self.topology, self.engine, self.clock, self.report = config, topology, engine, clock, report
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
         self._train_data, self._valid_data = datasets
-        self._total = total_samples(config.training, config.model.seq_length)
+        self._total = total_samples(config.training, config.model.seq_length, clock.samples)
         self._saver = AsyncSaver(topology.control_group) if config.checkpoint.async_save else None
-        self._last_saved: Path | None = None
+        self._last_saved = resumed_from
         self._skipped_in_a_row = 0
         self._window = StepWindow(
             model_flops_per_token(config.model, config.moe, vocab_size),
@@ -73,7 +74,7 @@ class Trainer:
         while self.clock.samples < end and reason is None:
             size = global_batch_size(self.config.training, self.clock.samples)
             now = self.clock.samples + size
-            result = self.engine.train_step(list(itertools.islice(data, self._share(size))), now * seq)
+            result = self.engine.train_step(self._next(data, self._share(size)), now * seq)
             validate = self.clock.crosses(now, self.config.training.eval_interval, batch)
             keep = self.clock.crosses(now, self.config.checkpoint.save_interval, batch)
             self.clock.samples = now
@@ -90,6 +91,14 @@ class Trainer:
         if reason is None:
             reason = "all tokens are trained on" if self.clock.samples >= self._total else f"--exit-tokens {limit}"
         self._log("stop", reason=reason)
+
+    def _next(self, data: Iterator[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+        micro_batches = list(itertools.islice(data, count))
+        if len(micro_batches) < count:
+            raise RuntimeError(
+                f"the data ended after {self.clock.samples} samples, before the {self._total} of the run"
+            )
+        return micro_batches
 
     def _share(self, size: int) -> int:
         """Micro-batches of this rank in a global batch of ``size`` sequences."""
@@ -116,7 +125,7 @@ class Trainer:
             raise TrainingDiverged(
                 f"{self._skipped_in_a_row} updates in a row had a loss or gradient that is not finite "
                 f"(--max-skipped-updates {most}), at {self.clock.tokens} tokens. "
-                f"Last good checkpoint: {self._last_saved or self.config.checkpoint.load or 'none'}. "
+                f"Last good checkpoint: {self._last_saved or 'none'}. "
                 "Resume from it with a lower --lr or a longer --lr-warmup-tokens, or look at the data of these steps"
             )
 

@@ -67,8 +67,8 @@ def test_valid(values, world_size):
         ),
         (
             {"pipeline_model_parallel_size": 4}, 6,
-            "--pipeline-model-parallel-size 4 x --tensor-model-parallel-size 1 = 4 must divide the number of processes,"
-            " 6 (6 = 1 x 4 + 2); start a multiple of 4 processes",
+            "--tensor-model-parallel-size 1 x --pipeline-model-parallel-size 4 = 4 must divide the number of processes,"
+            " 6 (6 = 1 x 4 + 2); start 4 or 8 processes, or use --tensor-model-parallel-size 1",
         ),
         (
             {"pipeline_model_parallel_size": 2, "pipeline_layer_split": "2,1,1"}, 2,
@@ -95,8 +95,8 @@ def test_valid(values, world_size):
         ),
         (
             MOE | {"pipeline_model_parallel_size": 2, "moe_expert_parallel_size": 4}, 4,
-            "--moe-expert-parallel-size 4 must not exceed the number of data-parallel processes, 2; use 2, or start 4"
-            " data-parallel processes",
+            "--moe-expert-parallel-size 4 must not exceed the number of data-parallel replicas, 2; use 2, or start 8"
+            " processes",
         ),
         (
             {"num_attention_heads": 5}, 4,
@@ -272,7 +272,7 @@ def test_valid(values, world_size):
         ({"lr": "fast"}, 4, "--lr: got 'fast'; expected a number"),
         ({"num_layers": "4"}, 4, "--num-layers: got '4'; expected int"),
         ({"num_experts": [8]}, 4, "--num-experts: got [8]; expected a tuple"),
-        ({"lr": float("nan")}, 4, "--lr: got nan; expected a finite number"),
+        ({"lr": float("nan")}, 4, "--lr: got nan; expected a finite number of a sensible size"),
     ],
 )  # fmt: skip
 def test_message_names_the_numbers_the_rule_and_the_fix(values, world_size, message):

@@ -1,0 +1,126 @@
+"""What a run makes sure of before it starts: folders it may write to, and the checkpoint that all ranks go on from."""
+
+import contextlib
+import errno
+import fcntl
+import importlib.util
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron.checkpoint import latest, read_meta
+from megatron.config import RunConfig
+from megatron.config.errors import ConfigError
+from megatron.parallel.initialize import Topology
+
+
+def check_outputs(config: RunConfig) -> None:
+    """Find out now, and not after hours, what cannot be written; refuse to write among another run's checkpoints.
+
+    Raises:
+        ConfigError: naming the flag and what to do.
+    """
+    logging, save = config.logging, config.checkpoint.save
+    if logging.wandb_project and importlib.util.find_spec("wandb") is None:
+        raise ConfigError("--wandb-project needs Weights & Biases; run: pip install -e '.[wandb]', or leave it out")
+    log_folder = None if logging.log_file is None else str(Path(logging.log_file).parent)
+    for flag, folder in (("--save", save), ("--log-file", log_folder), ("--tensorboard-dir", logging.tensorboard_dir)):
+        if folder is None:
+            continue
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"{flag}: the folder {folder} cannot be made: {error}; choose another one") from None
+        if not os.access(folder, os.W_OK):
+            raise ConfigError(f"{flag}: no permission to write in {folder}; choose another folder")
+    found = None if save is None else latest(save)
+    if found is not None and not _continues(config):
+        raise ConfigError(
+            f"--save {save} holds the checkpoints of a run already ({found.name}); "
+            f"add --load {save} to continue it, or choose another folder"
+        )
+
+
+def check_precision(config: RunConfig, device: torch.device) -> None:
+    """Raises ConfigError where the device cannot train in the precision asked for."""
+    if config.optimizer.precision == "fp16" and device.type == "cpu":
+        raise ConfigError("--fp16 needs a GPU; on a CPU use --fp32 or --bf16")
+
+
+def _continues(config: RunConfig) -> bool:
+    """Whether ``--load`` is the folder of ``--save``, or a checkpoint in it."""
+    save, load = config.checkpoint.save, config.checkpoint.load
+    if save is None or load is None:
+        return False
+    return Path(save).resolve() in (Path(load).resolve(), Path(load).resolve().parent)
+
+
+def find_checkpoint(config: RunConfig, topology: Topology) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint to go on from and its metadata, as the first rank sees them; None to start anew.
+
+    Raises:
+        ConfigError: ``--load`` holds no checkpoint, and it is not the folder where this run saves.
+        CheckpointError: it holds only damaged ones.
+    """
+    load = config.checkpoint.load
+    if load is None:
+        return None
+
+    def find() -> tuple[Path, dict[str, Any]] | None:
+        source = latest(load)
+        if source is not None:
+            return source, read_meta(source)
+        if _continues(config):
+            return None
+        raise ConfigError(f"--load {load}: there is no checkpoint; give the folder of a run, or leave the flag out")
+
+    return _as_first_rank(find, topology)
+
+
+def _as_first_rank(function: Any, topology: Topology) -> Any:
+    """What ``function()`` returns or raises on the first rank, on all ranks."""
+    answer: list[Any] = [None, None]
+    if topology.is_first:
+        try:
+            answer[0] = function()
+        except (ValueError, OSError, RuntimeError) as error:
+            answer[1] = error
+    if topology.launch.world_size > 1:
+        dist.broadcast_object_list(answer, src=0, group=topology.control_group)
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]
+
+
+@contextlib.contextmanager
+def only_run_in(save: str | None, topology: Topology) -> Iterator[None]:
+    """Keep a second run out of the folder ``save`` while this one lasts.
+
+    Raises:
+        ConfigError: another one is writing there.
+    """
+    held: list[int] = []
+
+    def lock() -> None:
+        if save is None:
+            return
+        held.append(os.open(Path(save) / ".lock", os.O_RDWR | os.O_CREAT, 0o644))
+        try:
+            fcntl.flock(held[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                raise ConfigError(
+                    f"--save {save}: another run is writing there; wait for it or choose another folder"
+                ) from None
+            # otherwise a file system without locks, and nothing to be had from it
+
+    _as_first_rank(lock, topology)
+    try:
+        yield
+    finally:
+        for descriptor in held:
+            os.close(descriptor)
