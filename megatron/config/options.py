@@ -70,7 +70,7 @@ class Option:
                 raise ConfigError(str(error) if self.parse else wrong) from None
         if isinstance(value, str) != (self.kind is str):
             raise ConfigError(wrong + (" (put it in quotes)" if self.kind is str else ""))
-        if self.kind in (int, float) and not (-1e30 < value < 1e30):
+        if self.kind in (int, float) and not (-1e100 < value < 1e100):
             raise ConfigError(f"got {str(value)[:40]}; expected a finite number of a sensible size")
         if self.kind is int and value != int(value):
             raise ConfigError(wrong)
