@@ -106,8 +106,12 @@ class JsonLines:
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a+b")
-        if self._file.tell() and path.read_bytes()[-1:] != b"\n":
+        if self._file.tell() and self._last_byte() != b"\n":
             self._file.write(b"\n")  # a killed run left half a line; what follows must not be lost with it
+
+    def _last_byte(self) -> bytes:
+        self._file.seek(-1, 2)
+        return self._file.read(1)
 
     def write(self, record: dict[str, Any]) -> None:
         """Append the record and flush. Numbers that are not finite become null: they are no JSON."""
