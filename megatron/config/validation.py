@@ -226,7 +226,7 @@ def _topk(config: RunConfig, world_size: int) -> Iterator[str]:
         yield f"--topk {topk} must not exceed the {fewest} experts of a layer; use --topk {fewest}"
 
 
-@_rule("num_layers", "tensor_model_parallel_size", "pipeline_model_parallel_size", "pipeline_layer_split", "precision")
+@_rule("num_layers", "pipeline_model_parallel_size", "pipeline_layer_split")
 def _pipeline(config: RunConfig, world_size: int) -> Iterator[str]:
     yield from pipeline_problems(config)
 

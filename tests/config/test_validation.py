@@ -85,15 +85,6 @@ def test_valid(values, world_size):
             " out",
         ),
         (
-            {"pipeline_model_parallel_size": 2, "tensor_model_parallel_size": 2}, 4,
-            "--pipeline-model-parallel-size 2 and --tensor-model-parallel-size 2 do not work together; use one of them,"
-            " or expert and data parallelism beside the pipeline",
-        ),
-        (
-            {"pipeline_model_parallel_size": 2, "precision": "fp16"}, 2,
-            "--pipeline-model-parallel-size 2 works in bf16 and fp32, not in fp16; use --bf16",
-        ),
-        (
             MOE | {"pipeline_model_parallel_size": 2, "moe_expert_parallel_size": 4}, 4,
             "--moe-expert-parallel-size 4 must not exceed the number of data-parallel replicas, 2; use 2, or start 8"
             " processes",

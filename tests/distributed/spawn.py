@@ -6,8 +6,8 @@
 
     results = run_distributed(work, 2, "hello")
 
-The processes are forked from a server which has imported torch and done nothing else, because importing torch takes
-seconds. The server starts with the first call and ends with the test session.
+The processes are forked from a server which has imported what they need (:mod:`distributed.preloaded`) and done nothing
+else, because that takes seconds. The server starts with the first call and ends with the test session.
 """
 
 import datetime
@@ -27,6 +27,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+TESTS = Path(__file__).parent.parent
 TIMEOUT_SECONDS = 120.0
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -79,16 +80,15 @@ def _start_server() -> multiprocessing.context.BaseContext:
     from multiprocessing import forkserver
 
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch"])
-    before = os.environ.get("OMP_NUM_THREADS")
+    context.set_forkserver_preload(["distributed.preloaded"])
+    before = dict(os.environ)
     os.environ["OMP_NUM_THREADS"] = "1"  # torch reads it when it is imported
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(TESTS), str(TESTS.parent), before.get("PYTHONPATH", "")])
     try:
         forkserver.ensure_running()
     finally:
-        if before is None:
-            del os.environ["OMP_NUM_THREADS"]
-        else:
-            os.environ["OMP_NUM_THREADS"] = before
+        os.environ.clear()
+        os.environ.update(before)
     return context
 
 
