@@ -1,7 +1,7 @@
 """The matrix: every layout trains as plain torch on one process does.
 
-Loss, global gradient norm, MoE losses, expert counts and every parameter after several updates with clipping and gradient
-accumulation, in fp32 to 1e-5, in bf16 and fp16 to stated tolerances.
+Loss, global gradient norm, MoE losses, expert counts and every parameter after several updates with clipping and
+gradient accumulation, in fp32 to 1e-5, in bf16 and fp16 to stated tolerances.
 
 ``python tests/distributed/test_layouts.py`` prints the table of docs/results.md.
 """

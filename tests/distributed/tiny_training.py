@@ -37,7 +37,9 @@ TOP2 = MoEConfig(num_experts=(4, 8), topk=2, **LOUD)
 DROPLESS = MoEConfig(num_experts=(8,), moe_token_dropping=False, mlp_type="residual", **LOUD)
 
 
-def run_config(moe: MoEConfig, precision: str = "fp32", recompute: bool = False, **parallel) -> RunConfig:
+def run_config(
+    moe: MoEConfig, precision: str = "fp32", recompute: bool = False, device: str = "cpu", **parallel
+) -> RunConfig:
     """A run of ``STEPS`` updates in the layout that ``parallel``, options of :class:`ParallelConfig`, says."""
     return RunConfig(
         model=MODEL,
@@ -51,7 +53,7 @@ def run_config(moe: MoEConfig, precision: str = "fp32", recompute: bool = False,
             micro_batch_size=MICRO,
             global_batch_size=BATCH,
             checkpoint_activations=recompute,
-            device="cpu",
+            device=device,
         ),
     )
 
@@ -125,12 +127,12 @@ def _train_plainly(moe: MoEConfig) -> Trained:
 def build(run: RunConfig):
     """The engine of this process; all processes have met already."""
     from megatron.engine.pipeline import build_engine
-    from megatron.parallel.initialize import build_groups
+    from megatron.parallel.initialize import build_groups, choose_device
     from megatron.parallel.launch import Launch
 
     rank = dist.get_rank()
     launch = Launch(rank, dist.get_world_size(), rank, "127.0.0.1", 0, "test")
-    return build_engine(run, build_groups(run.parallel, launch, torch.device("cpu")), VOCAB)
+    return build_engine(run, build_groups(run.parallel, launch, choose_device(run.training.device, rank)), VOCAB)
 
 
 def share(engine, first: int, end: int, poison: int | None = None) -> list[dict]:
@@ -165,7 +167,9 @@ def updates(engine, first: int, end: int) -> Trained:
 def whole(engine, prefix: str = "model.") -> dict[str, torch.Tensor]:
     """All global tensors, gathered from the boxes that each process would save; NaN where no process has a piece."""
     pieces: list = [None] * dist.get_world_size()
-    mine = [(t.name, t.global_shape, b.offsets, b.tensor.clone()) for t in engine.saved_tensors() for b in t.boxes]
+    mine = [
+        (t.name, t.global_shape, b.offsets, b.tensor.cpu().clone()) for t in engine.saved_tensors() for b in t.boxes
+    ]
     dist.all_gather_object(pieces, mine)
     tensors: dict[str, torch.Tensor] = {}
     for name, shape, offsets, tensor in (piece for rank in pieces for piece in rank):
