@@ -26,12 +26,13 @@ DROPLESS = MoEConfig(num_experts=(8,), moe_token_dropping=False, mlp_type="resid
 
 
 def config(
-    moe: MoEConfig, expert_parallel: int = 1, precision: str = "fp32", layout: dict | None = None, **training
+    moe: MoEConfig, expert_parallel: int | tuple = 1, precision: str = "fp32", layout: dict | None = None, **training
 ) -> RunConfig:
+    degrees = (expert_parallel,) if isinstance(expert_parallel, int) else expert_parallel
     return RunConfig(
         model=MODEL,
         moe=moe,
-        parallel=ParallelConfig(moe_expert_parallel_size=expert_parallel, **(layout or {})),
+        parallel=ParallelConfig(moe_expert_parallel_size=degrees, **(layout or {})),
         optimizer=OptimizerConfig(lr=1e-2, min_lr=1e-3, clip_grad=0.5, adam_eps=EPS, precision=precision),
         training=TrainingConfig(
             train_tokens=STEPS * BATCH * SEQ, micro_batch_size=MICRO, global_batch_size=BATCH, device="cpu", **training

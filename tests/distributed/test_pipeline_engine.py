@@ -8,7 +8,7 @@ import torch.distributed as dist
 from distributed.spawn import run_distributed
 from distributed.test_engine import BATCH, DENSE, MICRO, SEQ, STEPS, VOCAB, config, micro_batch, reference, whole
 
-from megatron.config import MoEConfig, ParallelConfig, RunConfig
+from megatron.config import MoEConfig, RunConfig
 
 # MoE losses large enough that leaving one stage's out, or scaling it wrongly, changes everything
 LOUD = {"moe_loss_coeff": 0.5, "moe_z_loss_coeff": 0.1}
@@ -19,12 +19,15 @@ DROPLESS = MoEConfig(num_experts=(8,), moe_token_dropping=False, mlp_type="resid
 
 
 def layout(
-    moe: MoEConfig, stages: int, expert_parallel: int = 1, precision: str = "fp32", split: str | None = None, **training
+    moe: MoEConfig,
+    stages: int,
+    expert_parallel: int | tuple = 1,
+    precision: str = "fp32",
+    split: str | None = None,
+    **training,
 ) -> RunConfig:
-    parallel = ParallelConfig(
-        pipeline_model_parallel_size=stages, moe_expert_parallel_size=expert_parallel, pipeline_layer_split=split
-    )
-    return dataclasses.replace(config(moe, expert_parallel, precision, **training), parallel=parallel)
+    flags = {"pipeline_model_parallel_size": stages, "pipeline_layer_split": split}
+    return config(moe, expert_parallel, precision, flags, **training)
 
 
 def build(run: RunConfig):
