@@ -1,6 +1,7 @@
-"""The error of a wrong configuration, and suggestions for misspelt names."""
+"""The error of a wrong configuration, and suggestions for misspelt names and numbers that do not fit."""
 
 import difflib
+import math
 from collections.abc import Iterable
 
 
@@ -22,3 +23,21 @@ def nearest(word: str, valid: Iterable[str]) -> str:
     """The member of ``valid`` that is spelt most like ``word``."""
     valid = sorted(valid)
     return (difflib.get_close_matches(word, valid, n=1, cutoff=0.0) or valid)[0]
+
+
+def divisors(number: int) -> list[int]:
+    """All divisors of ``number``, ascending."""
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})
+
+
+def around(value: float, valid: Iterable[int]) -> str:
+    """The nearest members of ``valid`` below and above ``value``, in words."""
+    valid = sorted(valid)
+    below, above = [x for x in valid if x <= value][-1:], [x for x in valid if x >= value][:1]
+    return " or ".join(str(x) for x in sorted({*below, *above}))
+
+
+def remainder(number: int, by: int) -> str:
+    """The division of ``number`` by ``by`` as an equation."""
+    return f"{number} = {number // by} x {by} + {number % by}"

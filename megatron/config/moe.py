@@ -1,8 +1,14 @@
 """Which feed-forward layers are mixtures of experts, and how tokens are routed."""
 
 import dataclasses
+from collections.abc import Sequence
 
 from megatron.config.fields import option
+
+
+def one_for_all_or_each(values: Sequence[int], place: int) -> int:
+    """The value of MoE layer number ``place`` of an option that lists one number for all MoE layers or one for each."""
+    return values[0] if len(values) == 1 else values[place]
 
 
 @dataclasses.dataclass
@@ -42,11 +48,11 @@ class MoEConfig:
 
     def experts_of_layer(self, layer: int) -> int:
         """Experts of layer number ``layer`` (from 0); 1 for a dense layer."""
-        if not self.is_moe_layer(layer):
-            return 1
-        if len(self.num_experts) == 1:
-            return self.num_experts[0]
-        return self.num_experts[(layer + 1) // self.expert_interval - 1]
+        return one_for_all_or_each(self.num_experts, self.place(layer)) if self.is_moe_layer(layer) else 1
+
+    def place(self, layer: int) -> int:
+        """Which of the MoE layers, from 0, layer number ``layer`` (from 0) is."""
+        return (layer + 1) // self.expert_interval - 1
 
     @property
     def enabled(self) -> bool:

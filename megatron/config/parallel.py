@@ -23,9 +23,10 @@ class ParallelConfig:
     pipeline_layer_split: str | None = option(
         None, "Transformer layers of each pipeline stage, such as 6,6,6,6 (default: placed by cost).", metavar="N,N,..."
     )
-    moe_expert_parallel_size: int = option(
-        1, "Processes that share the experts of a layer between them; divides the number of experts and of processes."
-    )
+    moe_expert_parallel_size: tuple[int, ...] = option(
+        (1,), "Processes that share the experts of an MoE layer: one number for all, or one per MoE layer. Divides the "
+        "layer's experts and the data-parallel replicas.", nargs="+",
+    )  # fmt: skip
     enable_expert_tensor_parallelism: bool = option(
         False, "Share the experts' matrices over the tensor-parallel processes too, instead of splitting their tokens."
     )

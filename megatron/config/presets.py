@@ -60,7 +60,7 @@ def _experts(count: int) -> dict[str, Any]:
         "moe_eval_capacity_factor": None,
         "moe_min_capacity": 4,
         "moe_token_dropping": True,
-        "moe_expert_parallel_size": 64,
+        "moe_expert_parallel_size": (64,),
         "lr_decay_tokens": 300 * _BILLION,
     }
 

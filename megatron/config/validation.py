@@ -8,7 +8,8 @@ all problems are reported at once. Each names what was got, the rule with its nu
 import math
 from collections.abc import Callable, Iterable, Iterator
 
-from megatron.config.errors import ConfigError
+from megatron.config.errors import ConfigError, around, divisors, remainder
+from megatron.config.expert_rules import expert_layer_problems, expert_parallel_problems
 from megatron.config.files import file_problems
 from megatron.config.options import OPTIONS, Option, flatten
 from megatron.config.pipeline_rules import pipeline_problems
@@ -110,18 +111,6 @@ def _words(value: object) -> str:
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def _divisors(number: int) -> list[int]:
-    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
-    return sorted({*small, *(number // d for d in small)})
-
-
-def _around(value: float, valid: Iterable[int]) -> str:
-    """The nearest members of ``valid`` below and above ``value``, in words."""
-    valid = sorted(valid)
-    below, above = [x for x in valid if x <= value][-1:], [x for x in valid if x >= value][:1]
-    return " or ".join(str(x) for x in sorted({*below, *above}))
-
-
 def _multiples(value: int, step: int) -> list[int]:
     """The multiples of ``step`` just below and above ``value``; without 0."""
     below = value // step * step
@@ -134,7 +123,7 @@ def _heads(config: RunConfig, world_size: int) -> Iterator[str]:
     if hidden % heads:
         yield (
             f"--num-attention-heads {heads} must divide --hidden-size {hidden} ({hidden} = {hidden // heads} x {heads}"
-            f" + {hidden % heads}); use {_around(heads, _divisors(hidden))} heads"
+            f" + {hidden % heads}); use {around(heads, divisors(hidden))} heads"
         )
 
 
@@ -145,9 +134,9 @@ def _model_parallel(config: RunConfig, world_size: int) -> Iterator[str]:
         start = " or ".join(str(x) for x in _multiples(world_size, tensor * stages))
         yield (
             f"--tensor-model-parallel-size {tensor} x --pipeline-model-parallel-size {stages} = {tensor * stages} must"
-            f" divide the number of processes, {world_size} ({_remainder(world_size, tensor * stages)}); start {start}"
+            f" divide the number of processes, {world_size} ({remainder(world_size, tensor * stages)}); start {start}"
             f" processes, or use --tensor-model-parallel-size"
-            f" {_around(tensor, _divisors(max(world_size // stages, 1)))}"
+            f" {around(tensor, divisors(max(world_size // stages, 1)))}"
         )
 
 
@@ -160,8 +149,8 @@ def _tensor_parallel(config: RunConfig, world_size: int) -> Iterator[str]:
     ):
         if number % size:
             yield (
-                f"--tensor-model-parallel-size {size} must divide {flag} {number} ({_remainder(number, size)}); use"
-                f" {_around(size, _divisors(number))}"
+                f"--tensor-model-parallel-size {size} must divide {flag} {number} ({remainder(number, size)}); use"
+                f" {around(size, divisors(number))}"
             )
 
 
@@ -178,7 +167,7 @@ def _sequence_parallel(config: RunConfig, world_size: int) -> Iterator[str]:
     elif length % size:
         yield (
             f"--sequence-parallel: --tensor-model-parallel-size {size} must divide --seq-length {length}"
-            f" ({_remainder(length, size)}); use --seq-length {_around(length, _multiples(length, size))}"
+            f" ({remainder(length, size)}); use --seq-length {around(length, _multiples(length, size))}"
         )
 
 
@@ -202,26 +191,15 @@ def _positions(config: RunConfig, world_size: int) -> Iterator[str]:
         )
 
 
-@_rule("num_layers", "num_experts", "expert_interval")
+@_rule("num_layers", "num_experts", "expert_interval", "moe_expert_parallel_size")
 def _moe_layers(config: RunConfig, world_size: int) -> Iterator[str]:
-    layers, interval, given = config.model.num_layers, config.moe.expert_interval, len(config.moe.num_experts)
-    if not config.moe.enabled:
-        return
-    if interval > layers:
-        yield (
-            f"--expert-interval {interval} must be from 1 to --num-layers {layers}, or no layer has experts;"
-            f" use --expert-interval {min(2, layers)}"
-        )
-    elif given not in (1, layers // interval):
-        yield (
-            f"--num-experts lists {given} numbers; {layers} layers with --expert-interval {interval} have {layers} //"
-            f" {interval} = {layers // interval} MoE layers; give one number for all of them or {layers // interval}"
-        )
+    yield from expert_layer_problems(config)
 
 
 @_rule("num_experts", "topk")
 def _topk(config: RunConfig, world_size: int) -> Iterator[str]:
-    topk, fewest = config.moe.topk, min(_expert_counts(config), default=config.moe.topk)
+    topk = config.moe.topk
+    fewest = min((count for count in config.moe.num_experts if count > 1), default=topk)
     if topk > fewest:
         yield f"--topk {topk} must not exceed the {fewest} experts of a layer; use --topk {fewest}"
 
@@ -231,22 +209,12 @@ def _pipeline(config: RunConfig, world_size: int) -> Iterator[str]:
     yield from pipeline_problems(config)
 
 
-@_rule("num_experts", "moe_expert_parallel_size", "tensor_model_parallel_size", "pipeline_model_parallel_size")
+@_rule(
+    *("num_layers", "num_experts", "expert_interval", "moe_expert_parallel_size"),
+    *("tensor_model_parallel_size", "pipeline_model_parallel_size"),
+)
 def _expert_parallel(config: RunConfig, world_size: int) -> Iterator[str]:
-    size, counts = config.parallel.moe_expert_parallel_size, _expert_counts(config)
-    if not counts:
-        return
-    flag = f"--moe-expert-parallel-size {size}"
-    replicas, what = _replicas(config, world_size)
-    fix = f"use {_around(size, _divisors(math.gcd(replicas, *counts)))}"
-    if size > replicas:
-        needed = size * (world_size // replicas)
-        yield f"{flag} must not exceed the number of {what}, {replicas}; {fix}, or start {needed} processes"
-    elif replicas % size:
-        yield f"{flag} must divide the number of {what}, {replicas} ({_remainder(replicas, size)}); {fix}"
-    for count in counts:
-        if count % size:
-            yield f"{flag} must divide the {count} experts of a layer ({_remainder(count, size)}); {fix}"
+    yield from expert_parallel_problems(config, world_size, *_replicas(config, world_size))
 
 
 def _replicas(config: RunConfig, world_size: int) -> tuple[int, str]:
@@ -255,26 +223,18 @@ def _replicas(config: RunConfig, world_size: int) -> tuple[int, str]:
     return replicas, "processes" if replicas == world_size else "data-parallel replicas"
 
 
-def _expert_counts(config: RunConfig) -> list[int]:
-    return sorted({count for count in config.moe.num_experts if count > 1})
-
-
-def _remainder(number: int, by: int) -> str:
-    return f"{number} = {number // by} x {by} + {number % by}"
-
-
 @_rule("micro_batch_size", "global_batch_size", "tensor_model_parallel_size", "pipeline_model_parallel_size")
 def _batch(config: RunConfig, world_size: int) -> Iterator[str]:
     micro, batch = config.training.micro_batch_size, config.training.global_batch_size
     replicas, what = _replicas(config, world_size)
     step = micro * replicas
     if batch % step:
-        fix = f"--global-batch-size {_around(batch, _multiples(batch, step))}"
+        fix = f"--global-batch-size {around(batch, _multiples(batch, step))}"
         if batch % replicas == 0:
-            fix += f", or --micro-batch-size {_around(micro, _divisors(batch // replicas))}"
+            fix += f", or --micro-batch-size {around(micro, divisors(batch // replicas))}"
         yield (
             f"--global-batch-size {batch} must be a multiple of --micro-batch-size {micro} x {replicas} {what}"
-            f" = {step} ({_remainder(batch, step)}); use {fix}"
+            f" = {step} ({remainder(batch, step)}); use {fix}"
         )
 
 
@@ -297,13 +257,13 @@ def _rampup(config: RunConfig, world_size: int) -> Iterator[str]:
     unit = f"--micro-batch-size {config.training.micro_batch_size} x {replicas} {what} = {step}"
     uneven = [(name, value) for name, value in (("START", start), ("INCREMENT", increment)) if value % step]
     for name, value in uneven:
-        yield f"{flag}: {name} {value} must be a multiple of {unit} ({_remainder(value, step)}); {fix}"
+        yield f"{flag}: {name} {value} must be a multiple of {unit} ({remainder(value, step)}); {fix}"
     if start > batch:
         yield f"{flag}: START {start} must not exceed --global-batch-size {batch}; {fix}"
     elif (batch - start) % increment and not uneven:
         yield (
             f"{flag}: INCREMENT {increment} must divide --global-batch-size {batch} - START {start} = {batch - start}"
-            f" ({_remainder(batch - start, increment)}); {fix}"
+            f" ({remainder(batch - start, increment)}); {fix}"
         )
 
 
@@ -313,7 +273,7 @@ def _nearest_ramp(start: int, increment: int, samples: int, batch: int, step: in
     start = min(starts, key=lambda x: abs(x - start))
     if batch % step or start >= batch:
         return "--rampup-batch-size none" + (f", or first a multiple of {step} as global batch" if batch % step else "")
-    increments = [step * d for d in _divisors((batch - start) // step)]
+    increments = [step * d for d in divisors((batch - start) // step)]
     increment = min(increments, key=lambda x: abs(x - increment))
     return f"--rampup-batch-size {start} {increment} {samples}, or none"
 

@@ -10,9 +10,10 @@ changes any of it.
 
 import dataclasses
 import logging
+import math
 import types
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import deepspeed.ops
 import torch
@@ -23,6 +24,7 @@ from deepspeed.utils import groups, logger
 from torch import nn
 from torch.distributed import ProcessGroup
 
+from megatron.config import RunConfig
 from megatron.parallel.initialize import Topology
 from megatron.parallel.sharding import shards_of
 
@@ -43,32 +45,41 @@ def start() -> None:
 
 
 class ExpertMarker(MoE):
-    """Tells DeepSpeed that a model has experts.
+    """Tells DeepSpeed that a model has experts which ``degree`` processes share.
 
     DeepSpeed treats expert parameters apart only if it finds one of its own MoE layers among the model's modules. Ours
     is not one, so the model carries this one beside it.
 
     The gradient norm of each optimizer group is reduced over all pipeline stages, so all must have the same groups. For
-    a stage without experts (``empty``) the marker has a weight and a bias of none: zeros whose gradient is zero.
+    a stage without experts of this degree (``empty``) the marker has a weight and a bias of none: zeros whose gradient
+    is zero.
     """
 
-    def __init__(self, num_experts: int, expert_parallel_size: int, *, empty: bool = False) -> None:
+    def __init__(self, num_experts: int, degree: int, *, empty: bool = False) -> None:
         nn.Module.__init__(self)
         if empty:
             self.weight, self.bias = nn.Parameter(torch.zeros(1, 1, 1)), nn.Parameter(torch.zeros(1, 1))
-            self.weight.is_expert = self.bias.is_expert = True
+            for parameter in (self.weight, self.bias):
+                parameter.is_expert, parameter.expert_parallel_size = True, degree
         self.num_experts = num_experts
-        self.num_local_experts = num_experts // expert_parallel_size
-        self.ep_size = expert_parallel_size
-        self.expert_group_name = expert_group_name(expert_parallel_size)
+        self.num_local_experts = num_experts // degree
+        self.ep_size = degree
+        self.expert_group_name = expert_group_name(degree)
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
         """Nothing to do: the groups exist already."""
 
 
-def expert_group_name(expert_parallel_size: int) -> str:
+def mark_experts(config: RunConfig, model: nn.Module) -> nn.ModuleList:
+    """A marker for each degree of expert parallelism in the run, whatever part of its model ``model`` is."""
+    here = {p.expert_parallel_size for p in model.parameters() if getattr(p, "is_expert", False)}
+    degrees = config.expert_parallel_degrees()
+    return nn.ModuleList(ExpertMarker(max(config.expert_counts(d)), d, empty=d not in here) for d in degrees)
+
+
+def expert_group_name(degree: int) -> str:
     """DeepSpeed's name of the groups for one degree of expert parallelism."""
-    return f"ep_size_{expert_parallel_size}"
+    return f"ep_size_{degree}"
 
 
 class ModelParallelUnit:
@@ -76,7 +87,6 @@ class ModelParallelUnit:
 
     def __init__(self, topology: Topology) -> None:
         self._topology = topology
-        self.shards_experts = topology.expert_tensor_parallel
 
     def get_data_parallel_group(self) -> ProcessGroup:
         """Ranks that hold the same part of the model."""
@@ -124,25 +134,22 @@ class ModelParallelUnit:
         return self._topology.pipeline_parallel_size
 
 
-def create_expert_groups(expert_parallel_size: int, unit: ModelParallelUnit) -> None:
-    """Make DeepSpeed's expert-parallel and expert-data-parallel groups.
+def register_groups(topology: Topology, unit: ModelParallelUnit, degrees: Sequence[int]) -> None:
+    """Give DeepSpeed our groups for these degrees of expert parallelism, in place of those of an earlier engine.
 
-    Experts that are sharded over tensor-parallel ranks are reduced among equal tensor ranks. Where experts are
-    replicated instead, the tensor ranks serve different tokens: they belong to one expert-data-parallel group, so that
-    their gradients are added, and ZeRO spreads the optimizer's state over them too.
+    It looks them up by name in dictionaries, and would make groups of its own for names that it does not find.
     """
     groups.mpu = unit
-    groups.expert_tensor_parallel_world_size = 1
-    if expert_group_name(expert_parallel_size) in groups._get_expert_parallel_group_dict():
-        return
-    if unit.shards_experts:
-        groups._create_expert_data_and_model_parallel(expert_parallel_size, unit)
-    else:
-        groups._create_expert_and_data_parallel(
-            expert_parallel_size,
-            mp_size=unit.get_tensor_model_parallel_world_size(),
-            pp_size=unit.get_pipeline_model_parallel_world_size(),
-        )
+    groups.expert_tensor_parallel_world_size = topology.tensor_parallel_size if topology.expert_tensor_parallel else 1
+    for known, ranks, ours in (
+        (groups._EXPERT_PARALLEL_GROUP, groups._EXPERT_PARALLEL_GROUP_RANKS, topology.expert_parallel_groups),
+        (groups._EXPERT_DATA_PARALLEL_GROUP, groups._EXPERT_DATA_PARALLEL_GROUP_RANKS, topology.expert_data_groups),
+    ):
+        known.clear()
+        ranks.clear()
+        for degree in degrees:
+            known[expert_group_name(degree)] = ours[degree]
+            ranks[expert_group_name(degree)] = torch.distributed.get_process_group_ranks(ours[degree])
 
 
 def mark_model_parallel(module: nn.Module) -> None:
@@ -155,22 +162,21 @@ def mark_model_parallel(module: nn.Module) -> None:
             parameter.tensor_model_parallel = parameter.model_parallel = True
 
 
-def forget_groups() -> None:
-    """Drop the groups of an earlier engine in this process; torch has destroyed them."""
-    groups.mpu = None
-    groups._EXPERT_PARALLEL_GROUP.clear()
-    groups._EXPERT_DATA_PARALLEL_GROUP.clear()
-
-
-def mark_expert(parameter: nn.Parameter, expert_parallel_size: int) -> None:
-    """Mark a parameter as an expert's: reduced over its expert-data-parallel group alone."""
+def mark_expert(parameter: nn.Parameter) -> None:
+    """Mark a parameter as an expert's: reduced over the expert-data-parallel group of its degree alone."""
     parameter.allreduce = False
-    parameter.group_name = expert_group_name(expert_parallel_size)
+    parameter.group_name = expert_group_name(parameter.expert_parallel_size)
 
 
 def split_expert_groups(param_groups: list[dict]) -> list[dict]:
-    """Split optimizer groups so that none holds experts and other parameters together."""
-    return list(split_params_into_different_moe_groups_for_optimizer(param_groups))
+    """Split optimizer groups so that none holds experts and other parameters, or experts of two degrees, together.
+
+    Gradients and norms are reduced group by group, so all processes need the same groups in the same order: those
+    without experts, then by degree. DeepSpeed alone would order degrees as a set of names, differently in each process,
+    and cut large groups, into more of them on a pipeline stage with more experts.
+    """
+    split = split_params_into_different_moe_groups_for_optimizer(param_groups, max_group_size=math.inf)
+    return sorted(split, key=lambda group: int(group["name"].rpartition("_")[2]) if group.get("moe") else 0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -95,17 +95,13 @@ class Engine:
         self._shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         self._experts = {name for name, p in model.named_parameters() if getattr(p, "is_expert", False)}
         self._shards = {name: shards_of(p) for name, p in model.named_parameters()}
-        size = topology.expert_parallel_size
-        marker = None
         unit = deepspeed_internals.ModelParallelUnit(topology)
         deepspeed_internals.start()
-        deepspeed_internals.forget_groups()
-        if config.moe.enabled:
-            deepspeed_internals.create_expert_groups(size, unit)
-            marker = deepspeed_internals.ExpertMarker(max(config.moe.num_experts), size, empty=not self._experts)
+        deepspeed_internals.register_groups(topology, unit, config.expert_parallel_degrees())
+        marker = deepspeed_internals.mark_experts(config, model) if config.moe.enabled else None
         deepspeed_internals.mark_model_parallel(model)
         module = self._trained_module(model, marker).to(topology.device)
-        self._adam = build_adam(module, config.optimizer, size)
+        self._adam = build_adam(module, config.optimizer)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=module,
             optimizer=self._adam,

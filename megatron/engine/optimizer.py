@@ -7,7 +7,7 @@ from megatron.config import OptimizerConfig
 from megatron.engine.deepspeed_internals import mark_expert, split_expert_groups
 
 
-def build_adam(model: nn.Module, config: OptimizerConfig, expert_parallel_size: int) -> torch.optim.AdamW:
+def build_adam(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     """AdamW over all parameters of ``model``; weight decay on matrices only, experts in groups of their own.
 
     Biases and norms are the tensors with one dimension, plus the stacked biases of experts, which have two.
@@ -16,7 +16,7 @@ def build_adam(model: nn.Module, config: OptimizerConfig, expert_parallel_size: 
     for name, parameter in model.named_parameters():
         is_expert = getattr(parameter, "is_expert", False)
         if is_expert:
-            mark_expert(parameter, expert_parallel_size)
+            mark_expert(parameter)
         (decay if parameter.dim() - is_expert >= 2 else no_decay).append((name, parameter))
     groups = [
         {"params": [p for _, p in decay], "weight_decay": config.weight_decay, "name": "decay"},

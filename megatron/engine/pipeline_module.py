@@ -50,7 +50,7 @@ class PlacedPipeline(PipelineModule):
         ]  # fmt: skip
         for layer in range(model.num_layers):
             experts = moe.experts_of_layer(layer)
-            group = topology.expert_group(experts) if experts > 1 else ExpertGroup(size=1, rank=0, group=None)
+            group = topology.expert_group(moe.place(layer)) if experts > 1 else ExpertGroup(size=1, rank=0, group=None)
             specs.append(LayerSpec(TransformerLayer, model, moe, layer, group, config.training.seed, tensor))
         specs.append(LayerSpec(LayerNorm, model.hidden_size, model.layernorm_epsilon, tensor))
         specs.append(

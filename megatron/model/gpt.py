@@ -39,7 +39,8 @@ class GPTModel(nn.Module):
         model: its shape.
         moe: which feed-forward layers are experts, and how tokens get there.
         vocab_size: rows of the token table, padding included.
-        expert_group: the processes that share the experts of a layer, by its number of experts; alone by default.
+        expert_group: the processes that share an MoE layer's experts, by its place among these layers; alone by
+            default.
         tensor_group: the processes that share every layer's matrices; alone by default.
         seed: initial values depend on this and on each parameter's name only.
         checkpoint_activations: keep only each layer's input for the backward pass and compute the rest again.
@@ -72,8 +73,8 @@ class GPTModel(nn.Module):
         )
         self.layers = nn.ModuleList()
         for layer in range(model.num_layers):
-            experts = moe.experts_of_layer(layer)
-            group = expert_group(experts) if expert_group and experts > 1 else alone
+            has_experts = moe.experts_of_layer(layer) > 1
+            group = expert_group(moe.place(layer)) if expert_group and has_experts else alone
             self.layers.append(TransformerLayer(model, moe, layer, group, seed, tensor_group))
         self.final_layernorm = LayerNorm(model.hidden_size, model.layernorm_epsilon, tensor_group)
         initialize(self, model.init_method_std, model.num_layers, seed)

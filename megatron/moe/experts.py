@@ -18,8 +18,8 @@ class Experts(nn.Module):
     """L feed-forwards gelu(x @ w1 + b1) @ w2 + b2, with GELU in its tanh form as in GPT-2.
 
     Parameters are stacked: ``w1`` [L, H, F], ``b1`` [L, F], ``w2`` [L, F, H], ``b2`` [L, H]. Row i is expert
-    ``expert_group.rank * L + i`` of the layer. Each carries ``is_expert = True`` and ``num_experts = E``, so that the
-    optimizer and checkpoints know them.
+    ``expert_group.rank * L + i`` of the layer. Each carries ``is_expert = True`` and ``expert_parallel_size``, the
+    number of processes that share the layer's experts: the optimizer reduces its gradient accordingly.
 
     A ``tensor_group`` that shards experts shares the F inner units, and the answers are then partial: their sum over
     the group counts. It shares ``b2`` too, [L, H / size]: each process adds its piece to its answers' columns.
@@ -54,7 +54,7 @@ class Experts(nn.Module):
         self.b2 = nn.Parameter(torch.empty(L, outputs))
         for parameter, dim in ((self.w1, 2), (self.b1, 1), (self.w2, 1), (self.b2, 1)):
             parameter.is_expert = True
-            parameter.num_experts = num_experts
+            parameter.expert_parallel_size = expert_group.size
             set_shards(parameter, Shard(0, expert_group.size, expert_group.rank), Shard(dim, cut.size, cut.rank))
 
     @torch.no_grad()

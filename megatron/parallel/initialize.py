@@ -2,13 +2,15 @@
 
 import dataclasses
 import datetime
-import warnings
-from collections.abc import Callable
+from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
 
 from megatron.config import ParallelConfig
+from megatron.config.moe import one_for_all_or_each
+from megatron.parallel import core_state
+from megatron.parallel.grid import Grid
 from megatron.parallel.groups import ExpertGroup, TensorGroup
 from megatron.parallel.launch import Launch
 
@@ -17,9 +19,13 @@ from megatron.parallel.launch import Launch
 class Topology:
     """The process groups of this rank.
 
-    Rank = tensor rank + tensor size * (data rank + data size * stage). Among the data-parallel ranks,
-    ``expert_parallel_size`` neighbours share the experts between them; ranks at the same place of such groups hold the
-    same experts (expert-data-parallel). Groups of one process are None, but for ``data_parallel_group``.
+    Rank = tensor rank + tensor size * (data rank + data size * stage). Among the data-parallel ranks, as many
+    neighbours as a layer's expert-parallel degree says share its experts between them; ranks at the same place of such
+    runs hold the same experts (:class:`megatron.parallel.grid.Grid`). The tensor and pipeline groups of one process are
+    None.
+
+    Equal copies of a parameter stand on the ranks of ``data_parallel_group``, and on those of ``tensor_parallel_group``
+    too if it is not cut; copies of experts on those of ``expert_data_group(degree)`` and nowhere else.
     """
 
     launch: Launch
@@ -36,9 +42,9 @@ class Topology:
     data_parallel_rank: int
     data_parallel_group: dist.ProcessGroup
     model_parallel_group: dist.ProcessGroup  # tensor and pipeline: the ranks that hold one copy of the model
-    expert_parallel_size: int
-    expert_parallel_rank: int
-    expert_parallel_group: dist.ProcessGroup | None
+    expert_parallel_sizes: tuple[int, ...]  # one for all MoE layers, or one for each
+    expert_parallel_groups: Mapping[int, dist.ProcessGroup]  # by degree
+    expert_data_groups: Mapping[int, dist.ProcessGroup]  # by degree
     control_group: dist.ProcessGroup  # gloo: flags and file-system agreements, never on the GPU's queue
 
     @property
@@ -57,13 +63,15 @@ class Topology:
             self.expert_tensor_parallel,
         )
 
-    def expert_group(self, num_experts: int) -> ExpertGroup:
-        """The group over which a layer of ``num_experts`` experts is spread."""
-        if num_experts % self.expert_parallel_size:
-            raise ValueError(
-                f"{num_experts} experts cannot be spread evenly over {self.expert_parallel_size} processes"
-            )
-        return ExpertGroup(self.expert_parallel_size, self.expert_parallel_rank, self.expert_parallel_group)
+    def expert_group(self, place: int) -> ExpertGroup:
+        """The group over which the experts of MoE layer number ``place`` (from 0, of the MoE layers) are spread."""
+        degree = one_for_all_or_each(self.expert_parallel_sizes, place)
+        group = self.expert_parallel_groups[degree] if degree > 1 else None
+        return ExpertGroup(degree, self.data_parallel_rank % degree, group)
+
+    def expert_data_group(self, degree: int) -> dist.ProcessGroup:
+        """The ranks that hold the same experts of the layers with this degree of expert parallelism."""
+        return self.expert_data_groups[degree]
 
     def agree_max(self, value: int) -> int:
         """The largest of every rank's ``value``."""
@@ -106,44 +114,55 @@ def initialize(config: ParallelConfig, launch: Launch, device: torch.device) -> 
 
 
 def build_groups(config: ParallelConfig, launch: Launch, device: torch.device) -> Topology:
-    """Build the groups of processes that have met already."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
-        from megatron.core import parallel_state
-
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=config.tensor_model_parallel_size,
-        pipeline_model_parallel_size=config.pipeline_model_parallel_size,
-        expert_model_parallel_size=config.moe_expert_parallel_size,
-        # so that expert-parallel groups join ranks of one tensor-parallel rank, as DeepSpeed's do
-        expert_tensor_parallel_size=config.tensor_model_parallel_size,
-        distributed_timeout_minutes=max(1, int(config.distributed_timeout_minutes)),
-        create_gloo_process_groups=False,
-    )
-
-    def group(size: int, get: Callable[[], dist.ProcessGroup]) -> dist.ProcessGroup | None:
-        return get() if size > 1 else None
-
+    """Build the groups of processes that have met already, each group once."""
     tensor, pipeline = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
-    expert = config.moe_expert_parallel_size
+    rank, degrees = launch.rank, sorted(set(config.moe_expert_parallel_size))
+    grid = Grid(launch.world_size, tensor, pipeline, config.enable_expert_tensor_parallelism)
+
+    def build(kind: str, degree: int = 1) -> dist.ProcessGroup:
+        """This rank's group. Every rank names all groups, in one order; torch does no work for those of others."""
+        mine, description = grid.group_of(rank, kind, degree), f"{kind} {degree}"
+        for ranks in grid.groups(kind, degree).tolist():
+            made = dist.new_group(ranks, timeout=_timeout(config), group_desc=description)
+            if ranks == mine:
+                group = made
+        return group
+
+    def build_expert_data(degree: int) -> dist.ProcessGroup:
+        same = grid.group_of(rank, "expert_data", degree) == grid.group_of(rank, "data")
+        return data_group if same else build("expert_data", degree)
+
+    tensor_group, pipeline_group, data_group = build("tensor"), build("pipeline"), build("data")
+    model_group = build("model")
+    expert_groups = {degree: build("expert", degree) for degree in degrees}
+    expert_data_groups = {degree: build_expert_data(degree) for degree in degrees}
+    one = degrees[0] if len(degrees) == 1 else None
+    core_state.register(
+        tensor=tensor_group,
+        pipeline=pipeline_group,
+        data=data_group,
+        model=model_group,
+        expert=expert_groups.get(one),
+        expert_data=expert_data_groups.get(one),
+    )
     return Topology(
         launch=launch,
         device=device,
         tensor_parallel_size=tensor,
+        tensor_parallel_rank=rank % tensor,
+        tensor_parallel_group=tensor_group if tensor > 1 else None,
         sequence_parallel=config.sequence_parallel,
         expert_tensor_parallel=config.enable_expert_tensor_parallelism,
-        tensor_parallel_rank=parallel_state.get_tensor_model_parallel_rank(),
-        tensor_parallel_group=group(tensor, parallel_state.get_tensor_model_parallel_group),
         pipeline_parallel_size=pipeline,
-        pipeline_parallel_rank=parallel_state.get_pipeline_model_parallel_rank(),
-        pipeline_parallel_group=group(pipeline, parallel_state.get_pipeline_model_parallel_group),
-        data_parallel_size=launch.world_size // (tensor * pipeline),
-        data_parallel_rank=parallel_state.get_data_parallel_rank(),
-        data_parallel_group=parallel_state.get_data_parallel_group(),
-        model_parallel_group=parallel_state.get_model_parallel_group(),
-        expert_parallel_size=expert,
-        expert_parallel_rank=parallel_state.get_expert_model_parallel_rank(),
-        expert_parallel_group=group(expert, parallel_state.get_expert_model_parallel_group),
+        pipeline_parallel_rank=rank // (tensor * grid.data),
+        pipeline_parallel_group=pipeline_group if pipeline > 1 else None,
+        data_parallel_size=grid.data,
+        data_parallel_rank=rank // tensor % grid.data,
+        data_parallel_group=data_group,
+        model_parallel_group=model_group,
+        expert_parallel_sizes=config.moe_expert_parallel_size,
+        expert_parallel_groups=expert_groups,
+        expert_data_groups=expert_data_groups,
         control_group=dist.new_group(backend="gloo", timeout=_timeout(config)),
     )
 
@@ -154,9 +173,7 @@ def _timeout(config: ParallelConfig) -> datetime.timedelta:
 
 def forget_groups() -> None:
     """Drop the groups of :func:`build_groups`, so that others can be built in this process."""
-    from megatron.core import parallel_state
-
-    parallel_state.destroy_model_parallel()
+    core_state.forget()
 
 
 def shut_down() -> None:

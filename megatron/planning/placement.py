@@ -5,7 +5,7 @@ possible. The cost of a layer is its share of the model's time plus ``MEMORY_WEI
 of one process per stage:
 
 * time: forward FLOPs of a token. A top-1 MoE layer takes about the time of a dense one.
-* memory: parameters that one process holds. An MoE layer has E / EP experts there.
+* memory: parameters that one process holds. An MoE layer has E / EP experts there, EP being its own degree.
 * The embedding (no FLOPs, a token table) stands on the first stage, the head (its FLOPs, and the table again) on the
   last one.
 """
@@ -59,7 +59,7 @@ def layer_costs(config: RunConfig, vocab_size: int) -> list[float]:
     memory = []
     for layer in range(model.num_layers):
         experts, residual = moe.experts_of_layer(layer), moe.mlp_type == "residual"
-        feed_forwards = 1 if experts == 1 else experts / config.parallel.moe_expert_parallel_size + residual
+        feed_forwards = 1 if experts == 1 else experts / config.expert_parallel_degree(layer) + residual
         memory.append(4 * hidden**2 + feed_forwards * 2 * hidden * model.ffn_size)
     time[-1] += head_flops_per_token(model, vocab_size)
     memory[0] += (vocab_size + model.position_rows) * hidden

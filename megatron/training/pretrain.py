@@ -36,8 +36,8 @@ def pretrain(config: RunConfig) -> int:
         device = choose_device(config.training.device, launch.local_rank)
         check_precision(config, device)
         # expert parallelism means nothing to a dense model, so that --num-experts alone tells the two apart
-        degree = config.parallel.moe_expert_parallel_size if config.moe.enabled else 1
-        parallel = dataclasses.replace(config.parallel, moe_expert_parallel_size=degree)
+        degrees = config.parallel.moe_expert_parallel_size if config.moe.enabled else (1,)
+        parallel = dataclasses.replace(config.parallel, moe_expert_parallel_size=degrees)
     except (ValueError, OSError, CheckpointError) as error:  # the same on every rank
         if rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -118,7 +118,7 @@ def _announce(
         vocab_size=tokenizer.vocab_size,
         world_size=topology.launch.world_size,
         pipeline_parallel=topology.pipeline_parallel_size,
-        expert_parallel=topology.expert_parallel_size,
+        expert_parallel=sorted(set(topology.expert_parallel_sizes)),
         tensor_parallel=topology.tensor_parallel_size,
         device=torch.cuda.get_device_name(topology.device) if topology.device.type == "cuda" else "cpu",
         precision=config.optimizer.precision,

@@ -56,11 +56,12 @@ class Console:
 
     def _run(self, record: dict[str, Any]) -> str:
         start = "starting" if record["resumed_at_tokens"] is None else f"resuming at {human(record['tokens'])} tokens"
+        degrees = ", ".join(map(str, record["expert_parallel"]))
         return (
             f"{record['name']}: {human(record['parameters'])} parameters, "
             f"{human(record['active_parameters'])} active a token; "
             f"{record['world_size']} process(es) on {record['device']}, tensor parallel {record['tensor_parallel']}, "
-            f"pipeline parallel {record['pipeline_parallel']}, expert parallel {record['expert_parallel']}, "
+            f"pipeline parallel {record['pipeline_parallel']}, expert parallel {degrees}, "
             f"{record['precision']}; {start}"
         )
 

@@ -27,6 +27,7 @@ FROZEN_FLAGS = {
 # A value other than the default for every option, as it stands in the dataclass.
 OTHER_VALUES = {
     "num_experts": (4, 1, 16),
+    "moe_expert_parallel_size": (2, 1, 4),
     "data_path": ("0.3", "web text", "0.7", "code"),
     "rampup_batch_size": (32, 32, 1_953_125),
     "split": "90,5,5",

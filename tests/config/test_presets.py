@@ -43,7 +43,7 @@ def test_values_are_the_published_ones(name):
     if "MoE" in name:
         assert (moe.expert_interval, moe.topk, moe.moe_loss_coeff, moe.moe_min_capacity) == (2, 1, 0.01, 4)
         assert (moe.moe_train_capacity_factor, moe.moe_eval_capacity_factor) == (1.0, None)
-        assert config.parallel.moe_expert_parallel_size == 64
+        assert config.parallel.moe_expert_parallel_size == (64,)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

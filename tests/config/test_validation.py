@@ -12,7 +12,7 @@ from megatron.config.validation import _RANGES, ConfigError, validate, validate_
 
 GOOD = {"num_layers": 4, "hidden_size": 64, "num_attention_heads": 4, "seq_length": 32, "train_tokens": 10**6}
 GOOD |= {"micro_batch_size": 2, "global_batch_size": 16}
-MOE = {"num_experts": (8,), "moe_expert_parallel_size": 2}
+MOE = {"num_experts": (8,), "moe_expert_parallel_size": (2,)}
 
 
 def problems(values: dict, world_size: int = 4) -> tuple[str, ...]:
@@ -33,7 +33,11 @@ def problems(values: dict, world_size: int = 4) -> tuple[str, ...]:
         (MOE | {"num_experts": (8, 4), "topk": 4}, 4),
         (MOE | {"expert_interval": 4}, 2),
         (MOE | {"expert_interval": 1, "num_experts": (2, 4, 8, 16)}, 2),
-        ({"moe_expert_parallel_size": 64}, 1),  # without experts there is nothing to divide
+        ({"num_experts": (4, 8), "moe_expert_parallel_size": (2, 4)}, 4),
+        ({"num_experts": (8, 1), "moe_expert_parallel_size": (4, 64)}, 4),  # the second MoE layer is dense
+        ({"num_experts": (4, 8), "moe_expert_parallel_size": (2, 4), "tensor_model_parallel_size": 2}, 8),
+        ({"moe_expert_parallel_size": (64, 2, 3)}, 1),
+        ({"moe_expert_parallel_size": (64,)}, 1),  # without experts there is nothing to divide
         ({"rampup_batch_size": (8, 8, 1000)}, 4),
         ({"rampup_batch_size": (16, 8, 1000)}, 4),
         ({"max_position_embeddings": 64}, 4),
@@ -85,7 +89,7 @@ def test_valid(values, world_size):
             " out",
         ),
         (
-            MOE | {"pipeline_model_parallel_size": 2, "moe_expert_parallel_size": 4}, 4,
+            MOE | {"pipeline_model_parallel_size": 2, "moe_expert_parallel_size": (4,)}, 4,
             "--moe-expert-parallel-size 4 must not exceed the number of data-parallel replicas, 2; use 2, or start 8"
             " processes",
         ),
@@ -112,16 +116,29 @@ def test_valid(values, world_size):
             "--topk 5 must not exceed the 4 experts of a layer; use --topk 4",
         ),
         (
-            MOE | {"moe_expert_parallel_size": 8}, 4,
+            MOE | {"moe_expert_parallel_size": (8,)}, 4,
             "--moe-expert-parallel-size 8 must not exceed the number of processes, 4; use 4, or start 8 processes",
         ),
         (
-            MOE | {"num_experts": (6,), "moe_expert_parallel_size": 4}, 8,
+            MOE | {"num_experts": (6,), "moe_expert_parallel_size": (4,)}, 8,
             "--moe-expert-parallel-size 4 must divide the 6 experts of a layer (6 = 1 x 4 + 2); use 2",
         ),
         (
-            MOE | {"num_experts": (12,), "moe_expert_parallel_size": 3}, 4,
+            MOE | {"num_experts": (12,), "moe_expert_parallel_size": (3,)}, 4,
             "--moe-expert-parallel-size 3 must divide the number of processes, 4 (4 = 1 x 3 + 1); use 2 or 4",
+        ),
+        (
+            MOE | {"moe_expert_parallel_size": (2, 2, 4)}, 4,
+            "--moe-expert-parallel-size lists 3 numbers; 4 layers with --expert-interval 2 have 4 // 2 = 2 MoE layers;"
+            " give one number for all of them or 2",
+        ),
+        (
+            {"num_experts": (4, 12), "moe_expert_parallel_size": (2, 8)}, 8,
+            "--moe-expert-parallel-size 2 8: 8 must divide the 12 experts of a layer (12 = 1 x 8 + 4); use 4",
+        ),
+        (
+            {"num_experts": (4, 8), "moe_expert_parallel_size": (2, 8)}, 4,
+            "--moe-expert-parallel-size 2 8: 8 must not exceed the number of processes, 4; use 4, or start 8 processes",
         ),
         (
             {"tensor_model_parallel_size": 4}, 6,

@@ -36,7 +36,7 @@ def not_finite(run: RunConfig) -> tuple:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("layout", [{EP: 2}, {PP: 2}, {TP: 2, SP: True}], ids=str)
+@pytest.mark.parametrize("layout", [{EP: (2,)}, {PP: 2}, {TP: 2, SP: True}], ids=str)
 def test_a_gradient_that_is_not_finite_on_one_process_skips_the_update_on_all(precision: str, layout: dict):
     for result in run_distributed(not_finite, 2, run_config(TOP1, precision, **layout)):
         assert result == (True, [], False, True, 2)
@@ -64,7 +64,7 @@ def ramp_up_and_evaluate(run: RunConfig) -> tuple:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    ("size", "layout"), [(2, {PP: 2}), (4, {PP: 2, EP: 2}), (4, {PP: 2, TP: 2, SP: True}), (2, {EP: 2})], ids=str
+    ("size", "layout"), [(2, {PP: 2}), (4, {PP: 2, EP: (2,)}), (4, {PP: 2, TP: 2, SP: True}), (2, {EP: (2,)})], ids=str
 )
 def test_a_batch_ramp_up_and_evaluations_are_those_of_one_process(size: int, layout: dict):
     history, valid, weights = run_distributed(ramp_up_and_evaluate, 1, run_config(TOP1))[0]

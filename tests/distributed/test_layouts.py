@@ -41,7 +41,7 @@ ETP = "enable_expert_tensor_parallelism"
 LAYOUTS: dict[str, tuple[int, dict]] = {
     "1 process": (1, {}),
     "DP2": (2, {}),
-    "EP2": (2, {EP: 2}),
+    "EP2": (2, {EP: (2,)}),
     "TP2": (2, {TP: 2}),
     "TP2 SP": (2, {TP: 2, SP: True}),
     "ETP2": (2, {TP: 2, ETP: True}),
@@ -49,37 +49,39 @@ LAYOUTS: dict[str, tuple[int, dict]] = {
     "DP3": (3, {}),
     "PP3, layers 2,1,1": (3, {PP: 3, "pipeline_layer_split": "2,1,1"}),
     "DP4": (4, {}),
-    "EP2 x DP2 (expert-DP 2)": (4, {EP: 2}),
-    "EP4": (4, {EP: 4}),
+    "EP2 x DP2 (expert-DP 2)": (4, {EP: (2,)}),
+    "EP4": (4, {EP: (4,)}),
     "TP2 x DP2": (4, {TP: 2}),
-    "TP2 x EP2": (4, {TP: 2, EP: 2}),
-    "TP2 SP x EP2": (4, {TP: 2, SP: True, EP: 2}),
+    "TP2 x EP2": (4, {TP: 2, EP: (2,)}),
+    "TP2 SP x EP2": (4, {TP: 2, SP: True, EP: (2,)}),
     "TP4 SP": (4, {TP: 4, SP: True}),
-    "ETP2 SP x EP2": (4, {TP: 2, SP: True, ETP: True, EP: 2}),
+    "ETP2 SP x EP2": (4, {TP: 2, SP: True, ETP: True, EP: (2,)}),
     "ETP4": (4, {TP: 4, ETP: True}),
     "PP4": (4, {PP: 4}),
     "PP2 x DP2": (4, {PP: 2}),
-    "PP2 x EP2": (4, {PP: 2, EP: 2}),
+    "PP2 x EP2": (4, {PP: 2, EP: (2,)}),
     "PP2 x TP2": (4, {PP: 2, TP: 2}),
     "PP2 x TP2 SP": (4, {PP: 2, TP: 2, SP: True}),
     "PP2 x ETP2": (4, {PP: 2, TP: 2, ETP: True}),
+    "EP2, EP4 by layer": (4, {EP: (2, 4)}),
     "TP2 x DP3": (6, {TP: 2}),
     "DP8": (8, {}),
-    "EP2 x DP4 (expert-DP 4)": (8, {EP: 2}),
-    "EP4 x DP2 (expert-DP 2)": (8, {EP: 4}),
-    "TP2 SP x EP2 x DP2": (8, {TP: 2, SP: True, EP: 2}),
-    "PP2 x EP2 x DP2": (8, {PP: 2, EP: 2}),
-    "PP4 x EP2": (8, {PP: 4, EP: 2}),
-    "PP2 x TP2 x EP2": (8, {PP: 2, TP: 2, EP: 2}),
-    "PP2 x TP2 SP x EP2": (8, {PP: 2, TP: 2, SP: True, EP: 2}),
-    "PP2 x ETP2 SP x EP2": (8, {PP: 2, TP: 2, SP: True, ETP: True, EP: 2}),
+    "EP2 x DP4 (expert-DP 4)": (8, {EP: (2,)}),
+    "EP4 x DP2 (expert-DP 2)": (8, {EP: (4,)}),
+    "TP2 SP x EP2 x DP2": (8, {TP: 2, SP: True, EP: (2,)}),
+    "PP2 x EP2 x DP2": (8, {PP: 2, EP: (2,)}),
+    "PP4 x EP2": (8, {PP: 4, EP: (2,)}),
+    "PP2 x TP2 x EP2": (8, {PP: 2, TP: 2, EP: (2,)}),
+    "PP2 x TP2 SP x EP2": (8, {PP: 2, TP: 2, SP: True, EP: (2,)}),
+    "PP2 x TP2 x EP1, EP2 by layer": (8, {PP: 2, TP: 2, EP: (1, 2)}),
+    "PP2 x ETP2 SP x EP2": (8, {PP: 2, TP: 2, SP: True, ETP: True, EP: (2,)}),
 }  # fmt: skip
 
 
 def cases(layout: str) -> dict[str, tuple]:
     """Name -> run of every model that the layout can hold; a dense one has no experts to spread."""
     options = LAYOUTS[layout][1]
-    models = {n: m for n, m in MODELS.items() if m.enabled or not (options.get(ETP) or options.get(EP, 1) > 1)}
+    models = {n: m for n, m in MODELS.items() if m.enabled or not (options.get(ETP) or EP in options)}
     return {name: run_config(moe, **options) for name, moe in models.items()}
 
 

@@ -24,7 +24,7 @@ def engine():
     run = RunConfig(
         model=ModelConfig(num_layers=2, hidden_size=16, num_attention_heads=2, seq_length=SEQ),
         moe=MoEConfig(num_experts=(4,)),
-        parallel=ParallelConfig(moe_expert_parallel_size=2),
+        parallel=ParallelConfig(moe_expert_parallel_size=(2,)),
         training=TrainingConfig(train_tokens=10_000, micro_batch_size=MICRO, global_batch_size=MICRO * size),
     )
     topology = build_groups(run.parallel, Launch(rank, size, rank, "127.0.0.1", 0, "test"), torch.device("cpu"))
@@ -106,7 +106,8 @@ def test_deepspeed_runs_zero_1_knows_of_the_experts_and_compiles_nothing(seen):
         assert rank["flags"] <= {"bool", "float", "Tensor"}
 
 
-def expert_groups(tensor: int, expert: int, shard_experts: bool) -> tuple[list[int], list[int], bool]:
+def expert_groups(tensor: int, degrees: tuple[int, ...], shard_experts: bool) -> list[tuple[list[int], list[int]]]:
+    """Expert-parallel and expert-data group that DeepSpeed finds for each degree."""
     from deepspeed.utils import groups
 
     from megatron.engine import deepspeed_internals
@@ -115,38 +116,65 @@ def expert_groups(tensor: int, expert: int, shard_experts: bool) -> tuple[list[i
 
     parallel = ParallelConfig(
         tensor_model_parallel_size=tensor,
-        moe_expert_parallel_size=expert,
+        moe_expert_parallel_size=degrees,
         enable_expert_tensor_parallelism=shard_experts,
     )
     rank, size = dist.get_rank(), dist.get_world_size()
     topology = build_groups(parallel, Launch(rank, size, rank, "127.0.0.1", 0, "test"), torch.device("cpu"))
     deepspeed_internals.start()
-    deepspeed_internals.forget_groups()
-    deepspeed_internals.create_expert_groups(expert, deepspeed_internals.ModelParallelUnit(topology))
-    name = deepspeed_internals.expert_group_name(expert)
-    theirs = dist.get_process_group_ranks(groups._get_expert_parallel_group(name))
-    ours = topology.expert_parallel_group
-    agree = ours is None or dist.get_process_group_ranks(ours) == theirs
-    return theirs, dist.get_process_group_ranks(groups._get_expert_data_parallel_group(name)), agree
+    made = dist.distributed_c10d._world.group_count
+    deepspeed_internals.register_groups(topology, deepspeed_internals.ModelParallelUnit(topology), degrees)
+    assert groups._get_expert_model_parallel_world_size() == (tensor if shard_experts else 1)
+    assert dist.distributed_c10d._world.group_count == made, "no group is made a second time"
+    found = []
+    for degree in degrees:
+        name = deepspeed_internals.expert_group_name(degree)
+        expert, data = groups._get_expert_parallel_group(name), groups._get_expert_data_parallel_group(name)
+        assert expert is topology.expert_parallel_groups[degree]
+        assert data is topology.expert_data_group(degree)
+        assert groups._get_expert_data_parallel_group_ranks(name) == dist.get_process_group_ranks(data)
+        found.append((dist.get_process_group_ranks(expert), dist.get_process_group_ranks(data)))
+    return found
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    ("tensor", "expert", "shard_experts", "members", "replicas"),
+    ("tensor", "degrees", "shard_experts", "members", "replicas"),
     [
-        (1, 2, False, [[0, 1], [0, 1], [2, 3], [2, 3]], [[0, 2], [1, 3], [0, 2], [1, 3]]),
-        (2, 2, False, [[0, 2], [1, 3], [0, 2], [1, 3]], [[0, 1], [0, 1], [2, 3], [2, 3]]),
-        (2, 1, False, [[0], [1], [2], [3]], [[0, 2, 1, 3]] * 4),
-        (2, 2, True, [[0, 2], [1, 3], [0, 2], [1, 3]], [[0], [1], [2], [3]]),
-        (2, 1, True, [[0], [1], [2], [3]], [[0, 2], [1, 3], [0, 2], [1, 3]]),
+        (1, (2,), False, [[[0, 1], [0, 1], [2, 3], [2, 3]]], [[[0, 2], [1, 3], [0, 2], [1, 3]]]),
+        (2, (2,), True, [[[0, 2], [1, 3], [0, 2], [1, 3]]], [[[0], [1], [2], [3]]]),
+        (2, (1,), True, [[[0], [1], [2], [3]]], [[[0, 2], [1, 3], [0, 2], [1, 3]]]),
+        (
+            2, (2, 1), False,
+            [[[0, 2], [1, 3], [0, 2], [1, 3]], [[0], [1], [2], [3]]],
+            [[[0, 1], [0, 1], [2, 3], [2, 3]], [[0, 1, 2, 3]] * 4],
+        ),
+        (1, (2, 4), False, [[[0, 1], [0, 1], [2, 3], [2, 3]], [[0, 1, 2, 3]] * 4],
+         [[[0, 2], [1, 3], [0, 2], [1, 3]], [[0], [1], [2], [3]]]),
     ],
-)
-def test_deepspeeds_expert_groups_are_ours(tensor, expert, shard_experts, members, replicas):
+)  # fmt: skip
+def test_deepspeed_finds_our_expert_groups(tensor, degrees, shard_experts, members, replicas):
     """Replicated experts are reduced over the tensor-parallel ranks too, sharded ones are not."""
-    seen = run_distributed(expert_groups, 4, tensor, expert, shard_experts)
-    assert [mine for mine, _, _ in seen] == members
-    assert [sorted(mine) for _, mine, _ in seen] == [sorted(group) for group in replicas]
-    assert all(agree for _, _, agree in seen)
+    seen = run_distributed(expert_groups, 4, tensor, degrees, shard_experts)
+    for number in range(len(degrees)):
+        assert [rank[number][0] for rank in seen] == members[number]
+        assert [rank[number][1] for rank in seen] == replicas[number]
+
+
+def test_optimizer_groups_are_in_one_order_on_all_processes():
+    from megatron.engine.deepspeed_internals import mark_expert, split_expert_groups
+
+    def parameter(degree: int) -> torch.nn.Parameter:
+        made = torch.nn.Parameter(torch.zeros(3))
+        if degree:
+            made.expert_parallel_size = degree
+            mark_expert(made)
+        return made
+
+    degrees = (4, 0, 32, 2, 16, 8, 64)
+    groups = [{"params": [parameter(d) for d in degrees], "name": name} for name in ("decay", "no_decay")]
+    names = [group["name"] for group in split_expert_groups(groups)]
+    assert names == ["decay", "no_decay", *(f"ep_size_{d}" for d in (2, 4, 8, 16, 32, 64) for _ in range(2))]
 
 
 def inspect_pipeline() -> dict:
@@ -158,7 +186,7 @@ def inspect_pipeline() -> dict:
     run = RunConfig(
         model=ModelConfig(num_layers=2, hidden_size=16, num_attention_heads=2, seq_length=SEQ),
         moe=MoEConfig(num_experts=(4,)),
-        parallel=ParallelConfig(pipeline_model_parallel_size=2, moe_expert_parallel_size=2),
+        parallel=ParallelConfig(pipeline_model_parallel_size=2, moe_expert_parallel_size=(2,)),
         training=TrainingConfig(train_tokens=10_000, micro_batch_size=MICRO, global_batch_size=MICRO * size),
     )
     topology = build_groups(run.parallel, Launch(rank, size, rank, "127.0.0.1", 0, "test"), torch.device("cpu"))
@@ -177,7 +205,7 @@ def inspect_pipeline() -> dict:
         "steps": steps,
         "stage": (grid.get_stage_id(), topology.pipeline_parallel_rank),
         "data": (ranks(grid.get_data_parallel_group()), ranks(topology.data_parallel_group)),
-        "experts": (ranks(groups._get_expert_parallel_group("ep_size_2")), ranks(topology.expert_parallel_group)),
+        "experts": (ranks(groups._get_expert_parallel_group("ep_size_2")), ranks(topology.expert_parallel_groups[2])),
         "optimizer groups": [group["name"] for group in made._adam.param_groups],
         "has experts": bool(made._experts),
         "replicas": made._replicas,

@@ -197,12 +197,12 @@ def test_heads_must_divide_the_width():
 def test_expert_group_is_asked_for_moe_layers_only():
     asked = []
 
-    def expert_group(num_experts):
+    def expert_group(place):
         from megatron.parallel.groups import ExpertGroup
 
-        asked.append(num_experts)
+        asked.append(place)
         return ExpertGroup(1, 0, None)
 
     GPTModel(SMALL, MoEConfig(num_experts=(2, 4)), VOCAB, expert_group)
     GPTModel(SMALL, MoEConfig(num_experts=(1, 6)), VOCAB, expert_group)
-    assert asked == [2, 4, 6]
+    assert asked == [0, 1, 1], "layers are named by their place among the MoE layers"

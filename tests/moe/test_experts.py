@@ -83,7 +83,7 @@ def test_initial_values_do_not_depend_on_how_many_processes_share_them(size):
 def test_parameters_say_that_they_are_experts():
     for parameter in make_experts(group=ExpertGroup(2, 1, None)).parameters():
         assert parameter.is_expert is True
-        assert parameter.num_experts == 4
+        assert parameter.expert_parallel_size == 2
         assert parameter.size(0) == 2
 
 

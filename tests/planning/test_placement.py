@@ -12,7 +12,7 @@ from megatron.planning.placement import balanced, layer_costs, place
 
 def run(layers: int = 24, stages: int = 4, experts: int = 1, expert_parallel: int = 1, split: str | None = None):
     parallel = ParallelConfig(
-        pipeline_model_parallel_size=stages, moe_expert_parallel_size=expert_parallel, pipeline_layer_split=split
+        pipeline_model_parallel_size=stages, moe_expert_parallel_size=(expert_parallel,), pipeline_layer_split=split
     )
     model = ModelConfig(num_layers=layers, hidden_size=1024, num_attention_heads=16, seq_length=2048)
     return RunConfig(model=model, moe=MoEConfig(num_experts=(experts,)), parallel=parallel)

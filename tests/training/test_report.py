@@ -26,7 +26,7 @@ RUN = {
     "vocab_size": 50257,
     "world_size": 64,
     "pipeline_parallel": 1,
-    "expert_parallel": 64,
+    "expert_parallel": [32, 64],
     "tensor_parallel": 1,
     "device": "GPU",
     "precision": "bf16",

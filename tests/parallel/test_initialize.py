@@ -1,0 +1,80 @@
+"""Groups of many ranks, seen from one of them: torch's fake backend has all the bookkeeping and no processes."""
+
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron.config import ParallelConfig
+from megatron.parallel.grid import Grid
+from megatron.parallel.initialize import Topology, build_groups, forget_groups
+from megatron.parallel.launch import Launch
+
+
+@pytest.fixture
+def build(monkeypatch):
+    """Builds the groups of one rank of many."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    new_group = dist.new_group
+    monkeypatch.setattr(dist, "new_group", lambda *args, backend=None, **kwargs: new_group(*args, **kwargs))
+
+    def of_rank(rank: int, world: int, **parallel) -> Topology:
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+        return build_groups(ParallelConfig(**parallel), Launch(rank, world, 0, "", 0, "test"), torch.device("cpu"))
+
+    yield of_rank
+    forget_groups()
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("rank", "world", "tensor", "pipeline", "degrees"),
+    [(77, 128, 1, 1, (32, 64, 64)), (1000, 1024, 8, 2, (16, 64)), (9999, 16384, 8, 16, (64, 128))],
+)
+def test_a_rank_of_many_knows_its_place_and_its_groups(build, rank, world, tensor, pipeline, degrees):
+    from megatron.core import parallel_state
+
+    begin = time.perf_counter()
+    sizes = {"tensor_model_parallel_size": tensor, "pipeline_model_parallel_size": pipeline}
+    topology = build(rank, world, moe_expert_parallel_size=degrees, **sizes)
+    assert time.perf_counter() - begin < 10
+    grid, ranks = Grid(world, tensor, pipeline), dist.get_process_group_ranks
+    data = topology.data_parallel_group
+    assert ranks(data) == grid.group_of(rank, "data")
+    assert ranks(data)[topology.data_parallel_rank] == rank
+    assert ranks(topology.model_parallel_group) == grid.group_of(rank, "model")
+    for name, size, place, group in (
+        ("tensor", tensor, topology.tensor_parallel_rank, topology.tensor_parallel_group),
+        ("pipeline", pipeline, topology.pipeline_parallel_rank, topology.pipeline_parallel_group),
+    ):
+        assert (group is None) == (size == 1)
+        if group is not None:
+            assert ranks(group) == grid.group_of(rank, name)
+            assert ranks(group)[place] == rank
+    for place, degree in enumerate(degrees):
+        group = topology.expert_group(place)
+        assert ranks(group.group) == grid.group_of(rank, "expert", degree)
+        assert ranks(group.group)[group.rank] == rank
+        assert group.size == degree
+        assert ranks(topology.expert_data_group(degree)) == grid.group_of(rank, "expert_data", degree)
+    # Megatron-core has the same groups and the same answers
+    assert parallel_state.get_data_parallel_group(with_context_parallel=True) is data
+    assert parallel_state.get_tensor_model_parallel_world_size() == tensor
+    assert parallel_state.get_pipeline_model_parallel_world_size() == pipeline
+    assert parallel_state.get_pipeline_model_parallel_rank() == topology.pipeline_parallel_rank
+    assert parallel_state.get_data_parallel_world_size() == grid.data
+    with pytest.raises(AssertionError, match="not initialized"):  # it knows one degree of expert parallelism
+        parallel_state.get_expert_model_parallel_group()
+
+
+def test_one_degree_is_known_to_megatron_core_and_equal_groups_are_one(build):
+    from megatron.core import parallel_state
+
+    topology = build(5, 8, tensor_model_parallel_size=2, enable_expert_tensor_parallelism=True)
+    assert topology.expert_group(0) == topology.expert_group(7)
+    assert topology.expert_group(0).group is None
+    assert topology.expert_data_group(1) is topology.data_parallel_group
+    assert parallel_state.get_expert_model_parallel_world_size() == 1
+    assert parallel_state.get_expert_data_parallel_group() is topology.data_parallel_group
