@@ -29,7 +29,7 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str, str], ...] = (
         max_skipped_updates exit_tokens log_interval"""),
     ("at least 0", lambda x: x >= 0, "use 0 or more", """
         min_lr lr_warmup_tokens weight_decay clip_grad loss_scale initial_loss_scale_power moe_loss_coeff
-        moe_z_loss_coeff moe_min_capacity num_workers eval_interval save_interval keep_last"""),
+        moe_z_loss_coeff moe_min_capacity check_replicas num_workers eval_interval save_interval keep_last"""),
     ("above 0", lambda x: x > 0, "use a positive number", """
         lr adam_eps init_method_std layernorm_epsilon min_loss_scale moe_train_capacity_factor
         moe_eval_capacity_factor distributed_timeout_minutes exit_duration_in_mins peak_tflops"""),
