@@ -1,4 +1,4 @@
-"""The trainer as users start it on eight processes: all kinds of parallelism at once, killed, resumed in another layout."""
+"""The trainer as users start it on eight processes: all kinds of parallelism, killed, resumed in another layout."""
 
 import os
 import re
