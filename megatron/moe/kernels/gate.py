@@ -1,0 +1,350 @@
+"""The gate of a top-1 router in two launches forward: product, softmax, choice and sums; then losses and slots.
+
+    forward    gate kernel       x, weight -> expert, gate, logsumexp of each token; sums over each block of tokens
+               order kernel      tokens of each expert in each block, in the order in which slots are given
+               place kernel      slot of each token, token of each slot; counts, aux loss and z-loss
+    backward   gate kernel       logits again, their gradient, and the input's; the weight's is one matrix product
+
+No [T, E] tensor is in memory forward; backward has the gradient of the logits, for the matrix product. Nothing is added
+atomically, so results are deterministic, and the host waits for nothing.
+
+Letters: T tokens, H hidden, E experts, C capacity, B tokens of a block, N blocks.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+
+class Gating(NamedTuple):
+    """What the router decides. The first three carry gradients."""
+
+    gate_T: torch.Tensor  # fp32; 0 for a token that found no room
+    aux_loss: torch.Tensor  # fp32 scalar
+    z_loss: torch.Tensor  # fp32 scalar
+    expert_T: torch.Tensor  # int32
+    slot_T: torch.Tensor  # int32, place among the tokens of the expert; ``capacity`` or more: no room
+    counts_E: torch.Tensor  # int64, tokens of each expert before dropping
+    token_R: torch.Tensor  # int32 [E * C], or [T] without a capacity: the token in each row of the buffers, or -1
+
+
+def reference(
+    x_TH: torch.Tensor, weight_EH: torch.Tensor, capacity: int | None, order_T: torch.Tensor | None = None
+) -> Gating:
+    """What the kernels compute, in plain torch and in the precision of the inputs.
+
+    Args:
+        capacity: rows of each expert's buffer; None for as many as needed.
+        order_T: a permutation of the tokens; slots are given in this order (by default in that of the tokens).
+    """
+    T, E = x_TH.size(0), weight_EH.size(0)
+    logits_TE = x_TH @ weight_EH.T
+    p_TE = logits_TE.softmax(-1)
+    expert_T = logits_TE.argmax(-1)
+    gate_T = p_TE.gather(1, expert_T[:, None])[:, 0]
+    counts_E = torch.bincount(expert_T, minlength=E)
+    order_T = torch.arange(T, device=x_TH.device) if order_T is None else order_T
+    in_order_T = expert_T[order_T]
+    before_T = torch.nn.functional.one_hot(in_order_T, E).cumsum(0).gather(1, in_order_T[:, None])[:, 0] - 1
+    slot_T = torch.empty_like(expert_T)
+    slot_T[order_T] = before_T
+    if capacity is None:
+        row_T = (counts_E.cumsum(0) - counts_E)[expert_T] + slot_T
+        token_R = torch.full((T,), -1, dtype=torch.int32, device=x_TH.device)
+        kept_T = torch.ones_like(slot_T, dtype=torch.bool)
+    else:
+        kept_T = slot_T < capacity
+        row_T = expert_T * capacity + slot_T
+        token_R = torch.full((E * capacity,), -1, dtype=torch.int32, device=x_TH.device)
+    token_R[row_T[kept_T]] = torch.arange(T, dtype=torch.int32, device=x_TH.device)[kept_T]
+    return Gating(
+        gate_T=gate_T.masked_fill(~kept_T, 0.0),
+        aux_loss=E * (p_TE.sum(0) / max(T, 1) * counts_E / max(T, 1)).sum(),
+        z_loss=logits_TE.logsumexp(-1).square().sum() / max(T, 1),
+        expert_T=expert_T.int(),
+        slot_T=slot_T.int(),
+        counts_E=counts_E,
+        token_R=token_R,
+    )
+
+
+@triton.jit
+def _logits(x_ptr, w_ptr, row, T, H, E, BT: tl.constexpr, BE: tl.constexpr, BK: tl.constexpr, IEEE: tl.constexpr):
+    """fp32 [BT, BE] of the tokens ``row``; -inf beyond E. Products of half-precision numbers are exact in fp32."""
+    e = tl.arange(0, BE)
+    k = tl.arange(0, BK)
+    x_at = x_ptr + row.to(tl.int64)[:, None] * H + k[None, :]
+    w_at = w_ptr + e[None, :] * H + k[:, None]
+    acc = tl.zeros((BT, BE), dtype=tl.float32)
+    for start in range(0, H, BK):
+        inside = k < H - start
+        x = tl.load(x_at + start, mask=(row < T)[:, None] & inside[None, :], other=0.0)
+        w = tl.load(w_at + start, mask=(e < E)[None, :] & inside[:, None], other=0.0)
+        if IEEE:
+            acc = tl.dot(x.to(tl.float32), w.to(tl.float32), acc, input_precision="ieee")
+        else:
+            acc = tl.dot(x, w, acc)
+    return tl.where((e < E)[None, :], acc, float("-inf"))
+
+
+@triton.jit
+def _gate_forward(
+    x_ptr, w_ptr, expert_ptr, gate_ptr, lse_ptr, p_sum_ptr, z_sum_ptr, T, H, E,
+    BT: tl.constexpr, BE: tl.constexpr, BK: tl.constexpr, IEEE: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0)
+    row = block * BT + tl.arange(0, BT)
+    e = tl.arange(0, BE)
+    logits = _logits(x_ptr, w_ptr, row, T, H, E, BT, BE, BK, IEEE)
+    most = tl.max(logits, axis=1)
+    p = tl.exp(logits - most[:, None])
+    total = tl.sum(p, axis=1)
+    lse = most + tl.log(total)
+    expert = tl.min(tl.where(logits == most[:, None], e[None, :], BE), axis=1)  # of equal ones the first
+    expert = tl.minimum(expert, E - 1)  # NaN equals nothing; the loss will tell
+    tl.store(expert_ptr + row, expert, mask=row < T)
+    tl.store(gate_ptr + row, 1.0 / total, mask=row < T)
+    tl.store(lse_ptr + row, lse, mask=row < T)
+    real = (row < T).to(tl.float32)
+    tl.store(p_sum_ptr + block * BE + e, tl.sum(p * (real / total)[:, None], axis=0))
+    tl.store(z_sum_ptr + block, tl.sum(lse * lse * real, axis=0))
+
+
+@triton.jit
+def _mix(x, key):
+    """A 32-bit hash of x and key (murmur3's finalizer)."""
+    x = (x ^ key).to(tl.uint32)
+    x = (x ^ (x >> 16)) * 0x85EBCA6B
+    x = (x ^ (x >> 13)) * 0xC2B2AE35
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _shuffle(i, low, high, seed):
+    """A random bijection of [0, 2^(low + high)): six Feistel rounds over numbers of ``low`` and ``high`` bits."""
+    for turn in tl.static_range(3):
+        a = i >> low
+        b = i & ((1 << low) - 1)
+        a = a ^ (_mix(b, (seed >> (8 * turn)).to(tl.uint32) + 2 * turn).to(tl.int64) & ((1 << high) - 1))
+        b = b ^ (_mix(a, (seed >> (8 * turn + 4)).to(tl.uint32) + 2 * turn + 1).to(tl.int64) & ((1 << low) - 1))
+        i = (a << low) | b
+    return i
+
+
+@triton.jit
+def _token_in_order(i, T, low, high, seed_ptr, RANDOM: tl.constexpr):
+    """The i-th token in the order in which slots are given."""
+    token = i.to(tl.int64)
+    if RANDOM:
+        seed = tl.load(seed_ptr)
+        token = _shuffle(tl.where(i < T, token, 0), low, high, seed)
+        outside = token >= T
+        while tl.max(outside.to(tl.int32), axis=0) > 0:  # walk along the bijection's cycle until inside
+            token = tl.where(outside, _shuffle(token, low, high, seed), token)
+            outside = token >= T
+    return token
+
+
+@triton.jit
+def _order(
+    expert_ptr, count_ptr, token_ptr, seed_ptr, T, E, R, low, high, blocks,
+    B: tl.constexpr, BE: tl.constexpr, CHUNK: tl.constexpr, RANDOM: tl.constexpr,
+):  # fmt: skip
+    """Count the tokens of each expert in a block of the order; and mark a stretch of the buffers' rows as empty."""
+    block = tl.program_id(0)
+    e = tl.arange(0, BE)
+    counts = tl.zeros((BE,), dtype=tl.int32)
+    for start in tl.static_range(0, B, CHUNK):
+        i = block * B + start + tl.arange(0, CHUNK)
+        token = _token_in_order(i, T, low, high, seed_ptr, RANDOM)
+        expert = tl.load(expert_ptr + token, mask=i < T, other=-1)
+        counts += tl.sum((expert[:, None] == e[None, :]).to(tl.int32), axis=0)
+    tl.store(count_ptr + block * BE + e, counts)
+    stretch = tl.cdiv(R, blocks)
+    for start in range(0, stretch, B):
+        at = start + tl.arange(0, B)
+        row = block * stretch + at
+        tl.store(token_ptr + row, tl.full((B,), -1, tl.int32), mask=(at < stretch) & (row < R))
+
+
+@triton.jit
+def _place(
+    expert_ptr, gate_ptr, slot_ptr, token_ptr, count_ptr, p_sum_ptr, z_sum_ptr, counts_ptr, losses_ptr, seed_ptr,
+    T, E, C, low, high, blocks, gate_blocks,
+    B: tl.constexpr, BE: tl.constexpr, RANDOM: tl.constexpr, DROP: tl.constexpr,
+):  # fmt: skip
+    """Give a block's tokens their slots; the program after the last block sums up losses and counts."""
+    block = tl.program_id(0)
+    e = tl.arange(0, BE)
+    before = tl.zeros((BE,), dtype=tl.int32)  # tokens of each expert in earlier blocks
+    for b in range(0, block if DROP else blocks):
+        counts = tl.load(count_ptr + b * BE + e)
+        before += counts if DROP or block == blocks else tl.where(b < block, counts, 0)
+    if block == blocks:
+        p_sum = tl.zeros((BE,), dtype=tl.float32)
+        z_sum = 0.0
+        for b in range(0, gate_blocks):
+            p_sum += tl.load(p_sum_ptr + b * BE + e)
+            z_sum += tl.load(z_sum_ptr + b)
+        tokens = tl.maximum(T, 1).to(tl.float32)
+        tl.store(counts_ptr + e, before.to(tl.int64), mask=e < E)
+        share = before.to(tl.float32) / tokens
+        tl.store(losses_ptr, tl.sum(p_sum / tokens * share, axis=0) * E)
+        tl.store(losses_ptr + 1, z_sum / tokens)
+    else:
+        first = tl.zeros((BE,), dtype=tl.int32)  # row at which each expert's tokens begin
+        if DROP:
+            first += e * C
+        else:
+            total = tl.zeros((BE,), dtype=tl.int32)
+            for b in range(0, blocks):
+                total += tl.load(count_ptr + b * BE + e)
+            first += tl.cumsum(total, axis=0) - total
+        i = block * B + tl.arange(0, B)
+        token = _token_in_order(i, T, low, high, seed_ptr, RANDOM)
+        expert = tl.load(expert_ptr + token, mask=i < T, other=-1)
+        earlier = (expert[:, None] == expert[None, :]) & (tl.arange(0, B)[None, :] < tl.arange(0, B)[:, None])
+        mine = expert[:, None] == e[None, :]
+        slot = tl.sum(earlier.to(tl.int32), axis=1) + tl.sum(tl.where(mine, before[None, :], 0), axis=1)
+        row = slot + tl.sum(tl.where(mine, first[None, :], 0), axis=1)
+        tl.store(slot_ptr + token, slot, mask=i < T)
+        if DROP:
+            tl.store(gate_ptr + token, tl.zeros((B,), tl.float32), mask=(i < T) & (slot >= C))
+        kept = (i < T) & ((slot < C) | (not DROP))
+        tl.store(token_ptr + row, token.to(tl.int32), mask=kept)
+
+
+@triton.jit
+def _gate_backward(
+    x_ptr, w_ptr, expert_ptr, lse_ptr, kept_gate_ptr, counts_ptr, d_gate_ptr, d_losses_ptr, d_logits_ptr, dx_ptr,
+    T, H, E,
+    BT: tl.constexpr, BE: tl.constexpr, BK: tl.constexpr, IEEE: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * BT + tl.arange(0, BT)
+    e = tl.arange(0, BE)
+    logits = _logits(x_ptr, w_ptr, row, T, H, E, BT, BE, BK, IEEE)
+    lse = tl.load(lse_ptr + row, mask=row < T, other=0.0)
+    p = tl.exp(logits - lse[:, None])
+    tokens = tl.maximum(T, 1).to(tl.float32)
+    share = tl.load(counts_ptr + e, mask=e < E, other=0).to(tl.float32) / tokens
+    d_aux, d_z = tl.load(d_losses_ptr), tl.load(d_losses_ptr + 1)
+    expert = tl.load(expert_ptr + row, mask=row < T, other=-1)
+    d_gate = tl.load(d_gate_ptr + row, mask=row < T, other=0.0).to(tl.float32)
+    d_gate = tl.where(tl.load(kept_gate_ptr + row, mask=row < T, other=0.0) > 0, d_gate, 0.0)
+    dp = tl.where(expert[:, None] == e[None, :], d_gate[:, None], 0.0) + (d_aux * E / tokens * share)[None, :]
+    d_logits = p * (dp - tl.sum(dp * p, axis=1)[:, None] + (d_z * 2.0 * lse / tokens)[:, None])
+    d_logits = tl.where((row < T)[:, None], d_logits, 0.0)
+    stored = d_logits.to(d_logits_ptr.dtype.element_ty)
+    tl.store(d_logits_ptr + row.to(tl.int64)[:, None] * E + e[None, :], stored, mask=(row < T)[:, None] & (e < E)[None, :])
+    k = tl.arange(0, BK)
+    dx_at = dx_ptr + row.to(tl.int64)[:, None] * H + k[None, :]
+    w_at = w_ptr + e[:, None] * H + k[None, :]
+    for start in range(0, H, BK):
+        inside = k < H - start
+        where = (row < T)[:, None] & inside[None, :]
+        w = tl.load(w_at + start, mask=(e < E)[:, None] & inside[None, :], other=0.0)
+        if IEEE:
+            dx = tl.dot(d_logits, w.to(tl.float32), input_precision="ieee")
+        else:
+            dx = tl.dot(stored, w)
+        if ADD:
+            dx += tl.load(dx_at + start, mask=where, other=0.0).to(tl.float32)
+        tl.store(dx_at + start, dx.to(dx_ptr.dtype.element_ty), mask=where)
+
+
+def _tile(E: int) -> tuple[int, int, int, int]:
+    """Tokens of a block, experts rounded up, columns at a time, warps: accumulators fill the registers at most half."""
+    BE = max(16, triton.next_power_of_2(E))
+    if BE <= 128:
+        return 64, BE, 64, 4
+    return max(16, 16384 // BE), BE, 64 if BE <= 256 else 32, 8
+
+
+def _placed(BE: int) -> int:
+    """Tokens of a block of the order."""
+    return min(256, max(16, 32768 // BE))
+
+
+class _Gate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_TH, weight_EH, capacity, random):
+        T, H = x_TH.shape
+        E = weight_EH.size(0)
+        BT, BE, BK, warps = _tile(E)
+        ieee = not (x_TH.dtype == weight_EH.dtype and x_TH.dtype in (torch.bfloat16, torch.float16))
+        B = _placed(BE)
+        gate_blocks, blocks = triton.cdiv(T, BT), triton.cdiv(T, B)
+        R = T if capacity is None else E * capacity
+        new = x_TH.new_empty
+        expert_T, slot_T, token_R = (new(size, dtype=torch.int32) for size in (T, T, R))
+        gate_T, lse_T = (new(T, dtype=torch.float32) for _ in range(2))
+        p_sum, z_sum = new((gate_blocks, BE), dtype=torch.float32), new(gate_blocks, dtype=torch.float32)
+        count = new((blocks, BE), dtype=torch.int32)
+        counts_E, losses = new(E, dtype=torch.int64), new(2, dtype=torch.float32)
+        bits = max(T - 1, 1).bit_length()
+        low, high = (bits + 1) // 2, bits // 2
+        seed = torch.randint(2**62, (), device=x_TH.device) if random else counts_E
+        if T:
+            _gate_forward[(gate_blocks,)](
+                x_TH, weight_EH, expert_T, gate_T, lse_T, p_sum, z_sum, T, H, E, BT, BE, BK, ieee,
+                num_warps=warps, num_stages=3,
+            )  # fmt: skip
+            _order[(blocks,)](
+                expert_T, count, token_R, seed, T, E, R, low, high, blocks,
+                B, BE, min(B, max(16, 8192 // BE)), random,
+            )  # fmt: skip
+        else:
+            token_R.fill_(-1)
+        _place[(blocks + 1,)](
+            expert_T, gate_T, slot_T, token_R, count, p_sum, z_sum, counts_E, losses, seed,
+            T, E, capacity or 0, low, high, blocks, gate_blocks, B, BE, random, capacity is not None,
+            num_warps=8,
+        )  # fmt: skip
+        ctx.save_for_backward(x_TH, weight_EH, expert_T, lse_T, gate_T, counts_E)
+        ctx.ieee = ieee
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(expert_T, slot_T, counts_E, token_R)
+        aux_loss, z_loss = losses.unbind()
+        return x_TH.view_as(x_TH), gate_T, aux_loss.clone(), z_loss.clone(), expert_T, slot_T, counts_E, token_R
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dx_TH, d_gate_T, d_aux, d_z, *_):
+        x_TH, weight_EH, expert_T, lse_T, gate_T, counts_E = ctx.saved_tensors
+        T, H = x_TH.shape
+        E = weight_EH.size(0)
+        BT, BE, BK, warps = _tile(E)
+        zero = lse_T.new_zeros(())
+        d_losses = torch.stack([zero if d is None else d.float() for d in (d_aux, d_z)])
+        d_gate_T = torch.zeros_like(lse_T) if d_gate_T is None else d_gate_T.contiguous()
+        add = dx_TH is not None
+        dx_TH = dx_TH.contiguous() if add else torch.empty_like(x_TH)
+        d_logits_TE = x_TH.new_empty((T, E), dtype=torch.float32 if ctx.ieee else x_TH.dtype)
+        if T:
+            _gate_backward[(triton.cdiv(T, BT),)](
+                x_TH, weight_EH, expert_T, lse_T, gate_T, counts_E, d_gate_T, d_losses, d_logits_TE, dx_TH,
+                T, H, E, BT, BE, BK, ctx.ieee, add, num_warps=warps, num_stages=3,
+            )  # fmt: skip
+        d_weight_EH = d_logits_TE.T @ x_TH.to(d_logits_TE.dtype)
+        return dx_TH, d_weight_EH.to(weight_EH.dtype), None, None
+
+
+def gate(
+    x_TH: torch.Tensor, weight_EH: torch.Tensor, capacity: int | None, *, random: bool
+) -> tuple[torch.Tensor, Gating]:
+    """Route each token to its best expert.
+
+    Args:
+        x_TH: in bf16, fp16 or fp32; contiguous.
+        weight_EH: of the router, E at most 1 024.
+        capacity: rows of each expert's buffer; None for as many as needed.
+        random: an over-full expert keeps a random choice of its tokens instead of the first; drawn by a random order of
+            the tokens, which follows from one number of torch's default generator of the device.
+
+    Returns:
+        ``x_TH`` to go on with (its gradient is then added to the router's where that is computed), and the decisions.
+    """
+    x_TH, gate_T, aux_loss, z_loss, *rest = _Gate.apply(x_TH, weight_EH.contiguous(), capacity, random)
+    return x_TH, Gating(gate_T, aux_loss, z_loss, *rest)

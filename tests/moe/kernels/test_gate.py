@@ -1,0 +1,102 @@
+"""The fused gate against plain torch in float64: on a GPU, or in Triton's interpreter."""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+pytest.importorskip("triton")
+from megatron.moe.kernels import gate as module  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
+
+
+def inputs(T: int, H: int, E: int, dtype: torch.dtype, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x_TH = torch.randn(T, H, generator=generator)
+    weight_EH = torch.randn(E, H, generator=generator) / H**0.5
+    weight_EH[: max(1, E // 4)] *= 2  # some experts are chosen more than others
+    return x_TH.to(DEVICE, dtype), weight_EH.to(DEVICE, dtype)
+
+
+SIZES = [(100, 64, 8), (64, 32, 16), (1, 32, 4), (300, 48, 3), (257, 80, 40), (33, 32, 130)]
+
+
+@pytest.mark.parametrize("capacity_factor", [None, 0.5, 1.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("T", "H", "E"), SIZES)
+def test_decisions_losses_and_gradients_are_those_of_float64(T, H, E, dtype, capacity_factor):
+    capacity = None if capacity_factor is None else max(1, int(T / E * capacity_factor))
+    x, weight = inputs(T, H, E, dtype)
+    exact_x, exact_weight = (t.double().requires_grad_() for t in (x, weight))
+    x.requires_grad_()
+    weight.requires_grad_()
+    passed, found = module.gate(x, weight, capacity, random=False)
+    expected = module.reference(exact_x, exact_weight, capacity)
+    for name in ("expert_T", "slot_T", "counts_E", "token_R"):
+        assert torch.equal(getattr(found, name), getattr(expected, name).to(getattr(found, name).dtype)), name
+    for name in ("gate_T", "aux_loss", "z_loss"):
+        torch.testing.assert_close(getattr(found, name).double(), getattr(expected, name), rtol=2e-6, atol=2e-6)
+    # a loss of everything that carries a gradient, the tokens themselves included
+    weights = torch.linspace(-1, 1, T, device=DEVICE)
+    for gating, tokens in ((found, passed), (expected, exact_x)):
+        loss = (gating.gate_T * weights).sum() + 3 * gating.aux_loss + 0.1 * gating.z_loss + 0.01 * tokens.sum()
+        loss.backward()
+    tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
+    for mine, exact in ((x.grad, exact_x.grad), (weight.grad, exact_weight.grad)):
+        assert (mine.double() - exact).norm() <= tolerance * exact.norm()  # NaN fails too
+
+
+def kept(T: int, E: int, capacity: int, seed: int) -> torch.Tensor:
+    x, weight = inputs(T, 32, E, torch.float32)
+    torch.manual_seed(seed)
+    _, found = module.gate(x, weight, capacity, random=True)
+    row_T = found.expert_T.long() * capacity + found.slot_T
+    inside_T = found.slot_T < capacity
+    assert torch.equal(found.token_R[row_T[inside_T]], torch.arange(T, device=DEVICE, dtype=torch.int32)[inside_T])
+    assert int((found.token_R >= 0).sum()) == int(inside_T.sum()) == int(found.counts_E.clamp(max=capacity).sum())
+    for expert in range(E):  # slots of an expert are 0, 1, 2 ...
+        slots = found.slot_T[found.expert_T == expert].sort().values
+        assert torch.equal(slots, torch.arange(len(slots), device=DEVICE, dtype=torch.int32))
+    assert torch.equal(found.gate_T > 0, inside_T)
+    return inside_T.cpu()
+
+
+@pytest.mark.parametrize(("T", "E", "capacity"), [(64, 4, 6), (100, 4, 9), (33, 2, 5), (2, 2, 1), (300, 3, 40)])
+def test_random_selection_keeps_as_many_as_there_is_room_for_and_repeats_with_the_seed(T, E, capacity):
+    first, again, other = (kept(T, E, capacity, seed) for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    if T > 2:
+        assert not torch.equal(first, other)
+
+
+def test_random_selection_keeps_every_token_equally_often():
+    T, E, capacity, draws = 60, 3, 8, 300
+    x, weight = inputs(T, 32, E, torch.float32)
+    expert_T = (x @ weight.T).argmax(-1).cpu()
+    counts_E = torch.bincount(expert_T, minlength=E)
+    share_T = sum(kept(T, E, capacity, seed).double() for seed in range(draws)) / draws
+    expected_T = (capacity / counts_E).clamp(max=1.0)[expert_T]
+    spread_T = (expected_T * (1 - expected_T) / draws).sqrt()
+    assert (share_T - expected_T).abs().max() <= 4.5 * spread_T.max()
+    # and pairs are independent: two tokens of an over-full expert are kept together about as often as chance has it
+    expert = int(counts_E.argmax())
+    members = (expert_T == expert).nonzero()[:2, 0]
+    together = sum(bool(kept(T, E, capacity, seed)[members].all()) for seed in range(draws)) / draws
+    n = int(counts_E[expert])
+    chance = capacity * (capacity - 1) / (n * (n - 1))
+    assert abs(together - chance) <= 4.5 * (chance * (1 - chance) / draws) ** 0.5
+
+
+def test_no_tokens():
+    x, weight = inputs(0, 32, 4, torch.float32)
+    x.requires_grad_()
+    _, found = module.gate(x, weight, 4, random=True)
+    assert found.counts_E.tolist() == [0] * 4
+    assert float(found.aux_loss) == float(found.z_loss) == 0.0
+    assert (found.token_R == -1).all()
+    (found.aux_loss + found.gate_T.sum()).backward()
+    assert x.grad.shape == (0, 32)
