@@ -2,7 +2,6 @@
 
 import functools
 import logging
-import os
 
 import torch
 
@@ -15,8 +14,6 @@ def _why_not(device_type: str) -> str | None:
         import triton  # noqa: F401
     except ImportError as error:
         return f"Triton is not installed ({error})"
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return None
     if device_type != "cuda":
         return f"Triton kernels do not run on the device type {device_type!r}"
     if torch.version.cuda and torch.cuda.get_device_capability() < (8, 0):

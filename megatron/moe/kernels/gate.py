@@ -82,7 +82,7 @@ def _logits(x_ptr, w_ptr, row, T, H, E, BT: tl.constexpr, BE: tl.constexpr, BK: 
         inside = k < H - start
         x = tl.load(x_at + start, mask=(row < T)[:, None] & inside[None, :], other=0.0)
         w = tl.load(w_at + start, mask=(e < E)[None, :] & inside[:, None], other=0.0)
-        if IEEE:
+        if IEEE:  # noqa: SIM108
             acc = tl.dot(x.to(tl.float32), w.to(tl.float32), acc, input_precision="ieee")
         else:
             acc = tl.dot(x, w, acc)
@@ -237,7 +237,9 @@ def _gate_backward(
     d_logits = p * (dp - tl.sum(dp * p, axis=1)[:, None] + (d_z * 2.0 * lse / tokens)[:, None])
     d_logits = tl.where((row < T)[:, None], d_logits, 0.0)
     stored = d_logits.to(d_logits_ptr.dtype.element_ty)
-    tl.store(d_logits_ptr + row.to(tl.int64)[:, None] * E + e[None, :], stored, mask=(row < T)[:, None] & (e < E)[None, :])
+    tl.store(
+        d_logits_ptr + row.to(tl.int64)[:, None] * E + e[None, :], stored, mask=(row < T)[:, None] & (e < E)[None, :]
+    )
     k = tl.arange(0, BK)
     dx_at = dx_ptr + row.to(tl.int64)[:, None] * H + k[None, :]
     w_at = w_ptr + e[:, None] * H + k[None, :]
@@ -245,7 +247,7 @@ def _gate_backward(
         inside = k < H - start
         where = (row < T)[:, None] & inside[None, :]
         w = tl.load(w_at + start, mask=(e < E)[:, None] & inside[None, :], other=0.0)
-        if IEEE:
+        if IEEE:  # noqa: SIM108
             dx = tl.dot(d_logits, w.to(tl.float32), input_precision="ieee")
         else:
             dx = tl.dot(stored, w)
