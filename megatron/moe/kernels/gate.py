@@ -26,7 +26,9 @@ class Gating(NamedTuple):
     z_loss: torch.Tensor  # fp32 scalar
     expert_T: torch.Tensor  # int32
     slot_T: torch.Tensor  # int32, place among the tokens of the expert; ``capacity`` or more: no room
+    row_T: torch.Tensor  # int32, row in the buffers of all experts, or -1
     counts_E: torch.Tensor  # int64, tokens of each expert before dropping
+    dropped: torch.Tensor  # int64 scalar, tokens that found no room
     token_R: torch.Tensor  # int32 [E * C], or [T] without a capacity: the token in each row of the buffers, or -1
 
 
@@ -65,7 +67,9 @@ def reference(
         z_loss=logits_TE.logsumexp(-1).square().sum() / max(T, 1),
         expert_T=expert_T.int(),
         slot_T=slot_T.int(),
+        row_T=row_T.where(kept_T, -1).int(),
         counts_E=counts_E,
+        dropped=(~kept_T).sum(),
         token_R=token_R,
     )
 
@@ -171,8 +175,8 @@ def _order(
 
 @triton.jit
 def _place(
-    expert_ptr, gate_ptr, slot_ptr, token_ptr, count_ptr, p_sum_ptr, z_sum_ptr, counts_ptr, losses_ptr, seed_ptr,
-    T, E, C, low, high, blocks, gate_blocks,
+    expert_ptr, gate_ptr, slot_ptr, row_ptr, token_ptr, count_ptr, p_sum_ptr, z_sum_ptr, counts_ptr, losses_ptr,
+    seed_ptr, T, E, C, low, high, blocks, gate_blocks,
     B: tl.constexpr, BE: tl.constexpr, RANDOM: tl.constexpr, DROP: tl.constexpr,
 ):  # fmt: skip
     """Give a block's tokens their slots; the program after the last block sums up losses and counts."""
@@ -190,6 +194,7 @@ def _place(
             z_sum += tl.load(z_sum_ptr + b)
         tokens = tl.maximum(T, 1).to(tl.float32)
         tl.store(counts_ptr + e, before.to(tl.int64), mask=e < E)
+        tl.store(counts_ptr + E, tl.sum(tl.maximum(before - C, 0), axis=0).to(tl.int64) if DROP else 0)
         share = before.to(tl.float32) / tokens
         tl.store(losses_ptr, tl.sum(p_sum / tokens * share, axis=0) * E)
         tl.store(losses_ptr + 1, z_sum / tokens)
@@ -213,6 +218,7 @@ def _place(
         if DROP:
             tl.store(gate_ptr + token, tl.zeros((B,), tl.float32), mask=(i < T) & (slot >= C))
         kept = (i < T) & ((slot < C) | (not DROP))
+        tl.store(row_ptr + token, tl.where(kept, row, -1), mask=i < T)
         tl.store(token_ptr + row, token.to(tl.int32), mask=kept)
 
 
@@ -280,14 +286,14 @@ class _Gate(torch.autograd.Function):
         gate_blocks, blocks = triton.cdiv(T, BT), triton.cdiv(T, B)
         R = T if capacity is None else E * capacity
         new = x_TH.new_empty
-        expert_T, slot_T, token_R = (new(size, dtype=torch.int32) for size in (T, T, R))
+        expert_T, slot_T, row_T, token_R = (new(size, dtype=torch.int32) for size in (T, T, T, R))
         gate_T, lse_T = (new(T, dtype=torch.float32) for _ in range(2))
         p_sum, z_sum = new((gate_blocks, BE), dtype=torch.float32), new(gate_blocks, dtype=torch.float32)
         count = new((blocks, BE), dtype=torch.int32)
-        counts_E, losses = new(E, dtype=torch.int64), new(2, dtype=torch.float32)
+        counts, losses = new(E + 1, dtype=torch.int64), new(2, dtype=torch.float32)
         bits = max(T - 1, 1).bit_length()
         low, high = (bits + 1) // 2, bits // 2
-        seed = torch.randint(2**62, (), device=x_TH.device) if random else counts_E
+        seed = torch.randint(2**62, (), device=x_TH.device) if random else counts
         if T:
             _gate_forward[(gate_blocks,)](
                 x_TH, weight_EH, expert_T, gate_T, lse_T, p_sum, z_sum, T, H, E, BT, BE, BK, ieee,
@@ -300,16 +306,18 @@ class _Gate(torch.autograd.Function):
         else:
             token_R.fill_(-1)
         _place[(blocks + 1,)](
-            expert_T, gate_T, slot_T, token_R, count, p_sum, z_sum, counts_E, losses, seed,
+            expert_T, gate_T, slot_T, row_T, token_R, count, p_sum, z_sum, counts, losses, seed,
             T, E, capacity or 0, low, high, blocks, gate_blocks, B, BE, random, capacity is not None,
             num_warps=8,
         )  # fmt: skip
+        counts_E, dropped = counts[:E], counts[E]
         ctx.save_for_backward(x_TH, weight_EH, expert_T, lse_T, gate_T, counts_E)
         ctx.ieee = ieee
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(expert_T, slot_T, counts_E, token_R)
+        decided = expert_T, slot_T, row_T, counts_E, dropped, token_R
+        ctx.mark_non_differentiable(*decided)
         aux_loss, z_loss = losses.unbind()
-        return x_TH.view_as(x_TH), gate_T, aux_loss.clone(), z_loss.clone(), expert_T, slot_T, counts_E, token_R
+        return x_TH.view_as(x_TH), gate_T, aux_loss.clone(), z_loss.clone(), *decided
 
     @staticmethod
     @torch.autograd.function.once_differentiable

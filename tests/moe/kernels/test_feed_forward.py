@@ -77,8 +77,7 @@ def test_the_whole_layer_and_all_gradients_are_those_of_float64(T, H, F, E, fact
     exact = [value.double().requires_grad_() for value in values]
     x, weight, *weights = mine
     passed, routed = gate.gate(x, weight, capacity, random=False)
-    row_T = torch.where(routed.slot_T < capacity, routed.expert_T * capacity + routed.slot_T, -1)
-    found = feed_forward(passed, routed.gate_T, tuple(weights), routed.token_R, row_T, routed.expert_T)
+    found = feed_forward(passed, routed.gate_T, tuple(weights), routed.token_R, routed.row_T, routed.expert_T)
     expected, exact_routed = plain(exact[0], exact[1], exact[2:], capacity)
     assert torch.equal(routed.expert_T, exact_routed.expert_T)
     assert near(found, expected, TOLERANCE[dtype])

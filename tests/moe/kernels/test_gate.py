@@ -32,7 +32,7 @@ def test_decisions_losses_and_gradients_are_those_of_float64(T, H, E, dtype, cap
     weight.requires_grad_()
     passed, found = module.gate(x, weight, capacity, random=False)
     expected = module.reference(exact_x, exact_weight, capacity)
-    for name in ("expert_T", "slot_T", "counts_E", "token_R"):
+    for name in ("expert_T", "slot_T", "row_T", "counts_E", "dropped", "token_R"):
         assert torch.equal(getattr(found, name), getattr(expected, name).to(getattr(found, name).dtype)), name
     for name in ("gate_T", "aux_loss", "z_loss"):
         torch.testing.assert_close(getattr(found, name).double(), getattr(expected, name), rtol=2e-6, atol=2e-6)
