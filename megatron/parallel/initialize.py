@@ -9,8 +9,9 @@ import torch
 import torch.distributed as dist
 
 from megatron.config import ParallelConfig
-from megatron.parallel.groups import ExpertGroup, TensorGroup
+from megatron.parallel.groups import ExpertGroup, NodeGroups, TensorGroup
 from megatron.parallel.launch import Launch
+from megatron.parallel.nodes import meet_by_node
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +40,8 @@ class Topology:
     expert_parallel_size: int
     expert_parallel_rank: int
     expert_parallel_group: dist.ProcessGroup | None
+    expert_node_groups: NodeGroups | None
+    overlap_chunks: int
     control_group: dist.ProcessGroup  # gloo: flags and file-system agreements, never on the GPU's queue
 
     @property
@@ -63,7 +66,13 @@ class Topology:
             raise ValueError(
                 f"{num_experts} experts cannot be spread evenly over {self.expert_parallel_size} processes"
             )
-        return ExpertGroup(self.expert_parallel_size, self.expert_parallel_rank, self.expert_parallel_group)
+        return ExpertGroup(
+            self.expert_parallel_size,
+            self.expert_parallel_rank,
+            self.expert_parallel_group,
+            self.expert_node_groups,
+            self.overlap_chunks,
+        )
 
     def agree_max(self, value: int) -> int:
         """The largest of every rank's ``value``."""
@@ -126,6 +135,11 @@ def build_groups(config: ParallelConfig, launch: Launch, device: torch.device) -
 
     tensor, pipeline = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
     expert = config.moe_expert_parallel_size
+    control_group = dist.new_group(backend="gloo", timeout=_timeout(config))
+    node_groups = None
+    if config.moe_hierarchical_all_to_all and expert > 1:
+        ranks = dist.get_process_group_ranks(parallel_state.get_expert_model_parallel_group())
+        node_groups = meet_by_node(ranks, launch.node, control_group, _timeout(config))
     return Topology(
         launch=launch,
         device=device,
@@ -144,7 +158,9 @@ def build_groups(config: ParallelConfig, launch: Launch, device: torch.device) -
         expert_parallel_size=expert,
         expert_parallel_rank=parallel_state.get_expert_model_parallel_rank(),
         expert_parallel_group=group(expert, parallel_state.get_expert_model_parallel_group),
-        control_group=dist.new_group(backend="gloo", timeout=_timeout(config)),
+        expert_node_groups=node_groups,
+        overlap_chunks=config.moe_overlap_chunks,
+        control_group=control_group,
     )
 
 
