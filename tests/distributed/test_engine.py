@@ -86,8 +86,9 @@ def build(run: RunConfig):
     from megatron.parallel.launch import Launch
 
     rank = dist.get_rank()
-    launch = Launch(rank, dist.get_world_size(), rank, "127.0.0.1", 0, "test")
+    launch = Launch(rank, dist.get_world_size(), rank, "127.0.0.1", 0, "test", node=rank // 2)
     topology = build_groups(run.parallel, launch, torch.device("cpu"))
+    assert (topology.expert_node_groups is not None) == run.parallel.moe_hierarchical_all_to_all
     model = GPTModel(
         run.model,
         run.moe,
@@ -165,6 +166,25 @@ def test_any_number_of_processes_trains_as_plain_torch(size):
                 msg=lambda m, key=key, where=message: f"{key}: {m}; {where}",
             )
         assert expected[0][1] > 0.5, "clipping must be active for this test to mean anything"
+
+
+@pytest.mark.distributed
+def test_tokens_in_chunks_and_by_way_of_nodes_train_as_plain_torch():
+    exchange = {"moe_hierarchical_all_to_all": True, "moe_overlap_chunks": 3}
+    chunks = {"moe_overlap_chunks": 2}
+    cases = [
+        (MOE, config(MOE, 4, layout=exchange, checkpoint_activations=True)),
+        (DROPLESS, config(DROPLESS, 4, layout={"moe_hierarchical_all_to_all": True})),
+        (MOE_TOP2, config(MOE_TOP2, 2, layout=chunks, checkpoint_activations=True)),
+    ]
+    results = run_distributed(train, 4, [run for _, run in cases])[0]
+    for (moe, _), (history, parameters) in zip(cases, results, strict=True):
+        expected, weights = reference(moe)
+        torch.testing.assert_close(torch.tensor(history), torch.tensor(expected), rtol=1e-5, atol=1e-5)
+        for key, value in weights.items():
+            torch.testing.assert_close(parameters[key], value, rtol=1e-5, atol=1e-5)
+    low, plain = run_distributed(train, 2, [config(MOE, 2, "bf16", chunks), config(MOE, 2, "bf16")])[0]
+    torch.testing.assert_close(torch.tensor(low[0]), torch.tensor(plain[0]), rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.distributed
