@@ -44,7 +44,7 @@ def build_node_groups(
         grids = [split_by_node(ranks, node_of) for ranks in expert_groups]
     except ValueError as error:
         if dist.get_rank() == 0:
-            logger.warning("--moe-hierarchical-all-to-all has no effect: %s", error)
+            logger.warning("tokens do not go by way of nodes (--moe-hierarchical-all-to-all): %s", error)
         return None
     mine = None
     for grid in grids:
