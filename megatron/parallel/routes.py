@@ -14,6 +14,7 @@ Letters: G processes of the group = N nodes x M members, L experts on a process.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -30,10 +31,12 @@ class Swap:
     sent: Sequence[int] | None = None
     received: Sequence[int] | None = None
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """The received rows, joined in the order of the processes."""
-        rows = x.size(0) if self.received is None else sum(self.received)
-        y = x.new_empty(rows, *x.shape[1:])
+    def arriving(self, rows: int) -> int:
+        """How many rows arrive here when ``rows`` leave."""
+        return rows if self.received is None else sum(self.received)
+
+    def __call__(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Fills ``y`` with the received rows, in the order of the processes, and returns it."""
         dist.all_to_all_single(y, x.contiguous(), self.received, self.sent, group=self.group)
         return y
 
@@ -49,13 +52,19 @@ class Regroup:
     blocks: tuple[int, int]
     rows: Sequence[Sequence[int]] | None = None
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """The same rows in the other order."""
+    def arriving(self, rows: int) -> int:
+        """All."""
+        return rows
+
+    def __call__(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Fills ``y`` with the same rows in the other order, and returns it."""
         a, b = self.blocks
         if self.rows is None:
-            return x.view(a, b, x.size(0) // (a * b), *x.shape[1:]).transpose(0, 1).reshape(x.shape)
+            shape = x.size(0) // (a * b), *x.shape[1:]
+            y.view(b, a, *shape).copy_(x.view(a, b, *shape).transpose(0, 1))
+            return y
         blocks = x.split([rows for row in self.rows for rows in row])
-        return torch.cat([blocks[i * b + j] for j in range(b) for i in range(a)])
+        return torch.cat([blocks[i * b + j] for j in range(b) for i in range(a)], out=y)
 
     def undo(self) -> "Regroup":
         """The step back."""
@@ -66,11 +75,17 @@ class Regroup:
 Route = Sequence[Swap | Regroup]
 
 
-def follow(route: Route, x: torch.Tensor) -> torch.Tensor:
-    """Where the rows ``x`` of all processes end."""
-    for step in route:
-        x = step(x)
-    return x
+def follow(route: Route, x: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
+    """The rows that arrive here when ``x`` leave; ``y`` is what will hold them (:func:`landing`)."""
+    y = landing(route, x) if y is None else y
+    for step in route[:-1]:
+        x = step(x, landing([step], x))
+    return route[-1](x, y)
+
+
+def landing(route: Route, x: torch.Tensor) -> torch.Tensor:
+    """Memory for the rows that arrive here."""
+    return x.new_empty(functools.reduce(lambda rows, step: step.arriving(rows), route, x.size(0)), *x.shape[1:])
 
 
 def undo(route: Route) -> Route:
@@ -104,11 +119,8 @@ def counted_route(sent_GL: torch.Tensor, group: ExpertGroup) -> tuple[Route, tor
     N, M = by_node.nodes, by_node.members
     halfway_GL = follow(route[:2], sent_GL)  # of each member of this node, for this place of each node
     counts = torch.stack([sent_GL, halfway_GL, follow(route[2:], halfway_GL)]).cpu()
-    sent_NM, halfway_MN, received_NM = (
-        counts[0].sum(1).view(N, M),
-        counts[1].sum(1).view(M, N),
-        counts[2].sum(1).view(N, M),
-    )
+    rows = counts.sum(-1)
+    sent_NM, halfway_MN, received_NM = rows[0].view(N, M), rows[1].view(M, N), rows[2].view(N, M)
     return (
         Regroup((N, M), sent_NM.tolist()),
         Swap(by_node.inside, sent_NM.sum(0).tolist(), halfway_MN.sum(1).tolist()),

@@ -17,7 +17,7 @@ import functools
 
 import torch
 
-from megatron.parallel.routes import Route, follow, undo
+from megatron.parallel.routes import Route, follow, landing, undo
 
 
 class Trip:
@@ -34,38 +34,47 @@ class Trip:
 
 
 class _Leg:
-    """A trip in one direction."""
+    """A trip in one direction. It holds its tensors, which belong to the current stream, until that has waited for it.
+
+    So their memory is used anew in the order of that stream. (With ``record_stream`` it would be when the host sees the
+    trip's end, which is late for a host that runs ahead.)
+    """
 
     def __init__(self, route: Route) -> None:
         self.route = route
         self.back: _Leg | None = None  # of the gradient, once that has left
-        self._rows: torch.Tensor | None = None  # not to be read before the event
+        self._tensors: tuple[torch.Tensor, ...] = ()  # what leaves and what arrives, not to be read before the event
         self._done: torch.cuda.Event | None = None
 
     def start(self, x: torch.Tensor) -> None:
+        y = landing(self.route, x)
+        self._tensors = (x, y)
         if not x.is_cuda:
-            self._rows = follow(self.route, x)
+            follow(self.route, x, y)
             return
         side = _side_stream(x.device)
         side.wait_stream(torch.cuda.current_stream(x.device))
         with torch.cuda.stream(side):
-            self._rows = follow(self.route, x)
+            follow(self.route, x, y)
             self._done = side.record_event()
-        x.record_stream(side)  # so that its memory is not used anew before it was read, whoever lets go of it
 
     def finish(self) -> torch.Tensor:
-        rows, self._rows = self._rows, None
+        (_, y), self._tensors = self._tensors, ()
         if self._done is not None:
-            here = torch.cuda.current_stream(rows.device)
-            here.wait_event(self._done)
-            rows.record_stream(here)
-        return rows
+            torch.cuda.current_stream(y.device).wait_event(self._done)
+        return y
+
+    def __del__(self) -> None:
+        # Never finished: activation checkpointing stops recomputing as soon as it has what it needs.
+        for tensor in self._tensors:
+            if tensor.is_cuda:
+                tensor.record_stream(_side_stream(tensor.device))
 
 
 @functools.cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream on which all of a device's trips run, one after another."""
-    return torch.cuda.Stream(device)
+    """The stream on which all of a device's trips run, one after another, before what waits for a free processor."""
+    return torch.cuda.Stream(device, priority=-1)
 
 
 class _Depart(torch.autograd.Function):
