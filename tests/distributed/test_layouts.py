@@ -64,6 +64,7 @@ LAYOUTS: dict[str, tuple[int, dict]] = {
     "PP2 x TP2 SP": (4, {PP: 2, TP: 2, SP: True}),
     "PP2 x ETP2": (4, {PP: 2, TP: 2, ETP: True}),
     "EP2, EP4 by layer": (4, {EP: (2, 4)}),
+    "EP4 by way of 2 nodes": (4, {EP: (4,), "moe_hierarchical_all_to_all": True}),
     "TP2 x DP3": (6, {TP: 2}),
     "DP8": (8, {}),
     "EP2 x DP4 (expert-DP 4)": (8, {EP: (2,)}),
@@ -95,6 +96,15 @@ def test_every_layout_trains_as_plain_torch(layout: str):
 
 def _train(layout: str, runs: dict) -> list:
     return run_distributed(train, LAYOUTS[layout][0], list(runs.values()), timeout=300)[0]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("recompute", [False, True])
+def test_tokens_that_travel_in_chunks_and_by_way_of_nodes_change_nothing(recompute: bool):
+    options = {EP: (4,), "moe_overlap_chunks": 3, "moe_hierarchical_all_to_all": True}
+    runs = [run_config(moe, recompute=recompute, **options) for moe in (TOP1, TOP2)]
+    for moe, found in zip((TOP1, TOP2), run_distributed(train, 4, runs)[0], strict=True):
+        compare(found, reference(moe))
 
 
 RECOMPUTED = ("EP2", "TP2 SP x EP2", "PP2 x TP2 SP x EP2")

@@ -131,8 +131,10 @@ def build(run: RunConfig):
     from megatron.parallel.launch import Launch
 
     rank = dist.get_rank()
-    launch = Launch(rank, dist.get_world_size(), rank, "127.0.0.1", 0, "test")
-    return build_engine(run, build_groups(run.parallel, launch, choose_device(run.training.device, rank)), VOCAB)
+    launch = Launch(rank, dist.get_world_size(), rank, "127.0.0.1", 0, "test", node=rank // 2)
+    topology = build_groups(run.parallel, launch, choose_device(run.training.device, rank))
+    assert any(topology.expert_node_groups.values()) == run.parallel.moe_hierarchical_all_to_all
+    return build_engine(run, topology, VOCAB)
 
 
 def share(engine, first: int, end: int, poison: int | None = None) -> list[dict]:
