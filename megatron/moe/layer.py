@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from megatron.config import ModelConfig, MoEConfig
+from megatron.moe import fused
 from megatron.moe.dispatch import CapacityExchange, DroplessExchange
 from megatron.moe.experts import Experts
 from megatron.moe.initialization import fill_normal, named_generator
@@ -88,13 +89,18 @@ class MoELayer(nn.Module):
 
     def forward(self, x: torch.Tensor) -> MoEOutput:
         """Map [..., H] to [..., H]. With several processes, all of the group must call this together."""
-        plan, aux_loss, z_loss = self.router(x)
         dense: list[torch.Tensor] = []  # the dense feed-forward's output, computed while tokens travel
 
         def serve(x_TH: torch.Tensor, plan: RoutingPlan) -> torch.Tensor:
             return self._serve(x_TH, plan, lambda: None if self.mlp is None else dense.append(self.mlp(x)))
 
-        y = carry_out(serve, x, plan, self.tensor_group)
+        if fused.applies(self.router, self.experts, x):
+            y, (plan, aux_loss, z_loss) = fused.forward(self.router, self.experts, x)
+            if self.mlp is not None:
+                dense.append(self.mlp(x))
+        else:
+            plan, aux_loss, z_loss = self.router(x)
+            y = carry_out(serve, x, plan, self.tensor_group)
         if self.mlp is not None:
             weight, bias = self.coefficient.weight, self.coefficient.bias
             if self.tensor_group.sequence_parallel:
