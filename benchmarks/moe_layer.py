@@ -4,7 +4,7 @@
 
 Top-1, capacity factor 1.0, random token selection, bf16, GELU, biases; the router is part of the layer. "dense" is the
 feed-forward that every token passes through: as many FLOPs as an MoE layer that fills its buffers. Tokens are random;
-in the columns "even" the router is nearly balanced, in "skewed" the busiest expert is asked for several times its share.
+in the columns "even" the router is nearly balanced, in "skewed" the busiest expert is asked for several times its part.
 
 Before anything is timed, answers and gradients of some tokens and of one expert's weights are compared with float64.
 DeepSpeed's layer runs too where it can be imported.
