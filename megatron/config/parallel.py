@@ -30,6 +30,12 @@ class ParallelConfig:
     enable_expert_tensor_parallelism: bool = option(
         False, "Share the experts' matrices over the tensor-parallel processes too, instead of splitting their tokens."
     )
+    moe_hierarchical_all_to_all: bool = option(
+        False, "Tokens cross nodes in fewer, larger messages: first an exchange inside each node, then one across them."
+    )
+    moe_overlap_chunks: int = option(
+        1, "Chunks in which experts' buffers travel, so that some travel while others are computed."
+    )
     distributed_backend: str | None = option(
         None, "Collectives library (default: nccl with GPUs, else gloo).", choices=("nccl", "gloo")
     )

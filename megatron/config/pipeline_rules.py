@@ -7,18 +7,11 @@ from megatron.config.run import RunConfig
 
 def pipeline_problems(config: RunConfig) -> Iterator[str]:
     """What is wrong with the pipeline's stages and their layers."""
-    stages, tensor = config.parallel.pipeline_model_parallel_size, config.parallel.tensor_model_parallel_size
+    stages = config.parallel.pipeline_model_parallel_size
     layers, split = config.model.num_layers, config.parallel.pipeline_layer_split
     flag = f"--pipeline-model-parallel-size {stages}"
     if stages > layers:
         yield f"{flag} must not exceed --num-layers {layers}: every stage needs a layer; use {layers} or fewer"
-    if stages > 1 and tensor > 1:
-        yield (
-            f"{flag} and --tensor-model-parallel-size {tensor} do not work together; use one of them, or expert and"
-            " data parallelism beside the pipeline"
-        )
-    if stages > 1 and config.optimizer.precision == "fp16":
-        yield f"{flag} works in bf16 and fp32, not in fp16; use --bf16"
     if split is not None:
         yield from _split_problems(split, stages, layers)
 

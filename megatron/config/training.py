@@ -24,5 +24,9 @@ class TrainingConfig:
     max_skipped_updates: int = option(
         10, "Updates in a row with a non-finite loss or gradient (they are skipped) after which the run stops."
     )
+    check_replicas: int = option(
+        0, "Every this many updates, compare the parameters that processes must hold alike and stop if any differ; 0"
+        " never.",
+    )  # fmt: skip
     seed: int = option(1234, "Seed of initial weights, data order, dropout and routing.")
     device: str | None = option(None, "cuda or cpu (default: cuda where there is a GPU).", choices=("cuda", "cpu"))

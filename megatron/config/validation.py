@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 
 from megatron.config.errors import ConfigError, around, divisors, remainder
+from megatron.config.exchange_rules import exchange_problems
 from megatron.config.expert_rules import expert_layer_problems, expert_parallel_problems
 from megatron.config.files import file_problems
 from megatron.config.options import OPTIONS, Option, flatten
@@ -24,12 +25,12 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str, str], ...] = (
     ("at least 1", lambda x: x >= 1, "use 1 or more", """
         num_layers hidden_size num_attention_heads ffn_hidden_size seq_length max_position_embeddings
         make_vocab_size_divisible_by num_experts expert_interval topk moe_expert_parallel_size lr_decay_tokens
-        tensor_model_parallel_size pipeline_model_parallel_size
+        moe_overlap_chunks tensor_model_parallel_size pipeline_model_parallel_size
         loss_scale_window hysteresis train_tokens micro_batch_size global_batch_size rampup_batch_size eval_iters
         max_skipped_updates exit_tokens log_interval"""),
     ("at least 0", lambda x: x >= 0, "use 0 or more", """
         min_lr lr_warmup_tokens weight_decay clip_grad loss_scale initial_loss_scale_power moe_loss_coeff
-        moe_z_loss_coeff moe_min_capacity num_workers eval_interval save_interval keep_last"""),
+        moe_z_loss_coeff moe_min_capacity check_replicas num_workers eval_interval save_interval keep_last"""),
     ("above 0", lambda x: x > 0, "use a positive number", """
         lr adam_eps init_method_std layernorm_epsilon min_loss_scale moe_train_capacity_factor
         moe_eval_capacity_factor distributed_timeout_minutes exit_duration_in_mins peak_tflops"""),
@@ -171,14 +172,12 @@ def _sequence_parallel(config: RunConfig, world_size: int) -> Iterator[str]:
         )
 
 
-@_rule("tensor_model_parallel_size", "enable_expert_tensor_parallelism", "num_experts")
-def _expert_tensor_parallel(config: RunConfig, world_size: int) -> Iterator[str]:
-    parallel = config.parallel
-    if config.moe.enabled and parallel.enable_expert_tensor_parallelism and parallel.tensor_model_parallel_size == 1:
-        yield (
-            "--enable-expert-tensor-parallelism must have tensor-parallel processes to share experts over; use"
-            " --tensor-model-parallel-size 2 or more, or drop it"
-        )
+@_rule(
+    *("tensor_model_parallel_size", "enable_expert_tensor_parallelism", "num_experts", "moe_expert_parallel_size"),
+    *("moe_hierarchical_all_to_all", "moe_overlap_chunks", "moe_token_dropping"),
+)
+def _exchange(config: RunConfig, world_size: int) -> Iterator[str]:
+    yield from exchange_problems(config)
 
 
 @_rule("seq_length", "max_position_embeddings")
@@ -204,7 +203,7 @@ def _topk(config: RunConfig, world_size: int) -> Iterator[str]:
         yield f"--topk {topk} must not exceed the {fewest} experts of a layer; use --topk {fewest}"
 
 
-@_rule("num_layers", "tensor_model_parallel_size", "pipeline_model_parallel_size", "pipeline_layer_split", "precision")
+@_rule("num_layers", "pipeline_model_parallel_size", "pipeline_layer_split")
 def _pipeline(config: RunConfig, world_size: int) -> Iterator[str]:
     yield from pipeline_problems(config)
 

@@ -30,6 +30,8 @@ def from_flags(config: RunConfig, data_parallel_size: int) -> dict[str, Any]:
         "zero_optimization": {"stage": 1},
         "steps_per_print": None,
         "zero_allow_untested_optimizer": True,
+        # stages hand on activations as they are, not cut over the tensor-parallel processes
+        "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
     }
     if optimizer.precision == "bf16":
         settings["bf16"] = {"enabled": True}

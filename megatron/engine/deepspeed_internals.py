@@ -11,6 +11,7 @@ changes any of it.
 import dataclasses
 import logging
 import math
+import types
 import warnings
 from collections.abc import Iterator, Sequence
 
@@ -241,3 +242,12 @@ def fragments(module: nn.Module, adam: torch.optim.AdamW) -> Iterator[tuple[str,
 def is_tied_replica(parameter: nn.Parameter) -> bool:
     """Whether an earlier pipeline stage has this parameter too; DeepSpeed leaves it out of the gradient norm then."""
     return bool(getattr(parameter, "ds_pipe_replicated", False))
+
+
+def accumulated(parameter: nn.Parameter) -> object:
+    """``parameter`` as the pipeline reads it to add up tied gradients: its ``grad`` is what it has accumulated.
+
+    With fp16 the accumulator is apart from the gradient of the last micro-batch, and the pipeline does not know it.
+    """
+    apart = getattr(parameter, "grad_accum", None)
+    return parameter if apart is None else types.SimpleNamespace(grad=apart)

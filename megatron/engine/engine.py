@@ -15,6 +15,7 @@ from megatron.config import MoEConfig, RunConfig
 from megatron.engine.schedule import learning_rate
 from megatron.model.gpt import GPTModel
 from megatron.parallel.initialize import Topology
+from megatron.parallel.replicas import check_replicas
 from megatron.parallel.sharding import global_shape, place, shards_of
 
 MODEL, EXP_AVG, EXP_AVG_SQ = "model.", "exp_avg.", "exp_avg_sq."
@@ -168,6 +169,10 @@ class Engine:
         if sums is None:
             raise ValueError("the validation set is empty; raise --eval-iters or give validation documents in --split")
         return sums
+
+    def check_replicas(self) -> None:
+        """Compare the parameters that several ranks hold; see :func:`megatron.parallel.replicas.check_replicas`."""
+        check_replicas(self.model.named_parameters(), self._topology)
 
     def _loss_scale(self) -> float:
         return float(self._optimizer.loss_scaler.cur_scale) if self._config.optimizer.precision == "fp16" else 1.0

@@ -14,6 +14,7 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import nn
 
 from megatron.config import RunConfig
+from megatron.engine.deepspeed_internals import accumulated
 from megatron.engine.engine import LossSums
 from megatron.model.embedding import Embedding
 from megatron.model.initialization import initialize
@@ -22,6 +23,7 @@ from megatron.model.loss import cross_entropy
 from megatron.model.pipeline_stages import OutputTable, PipelineStage, add_loss
 from megatron.parallel.groups import ExpertGroup
 from megatron.parallel.initialize import Topology
+from megatron.parallel.tensor_parallel import LayerNorm
 
 TABLE = "word_embeddings.weight"
 
@@ -39,18 +41,21 @@ class PlacedPipeline(PipelineModule):
     def __init__(self, config: RunConfig, topology: Topology, vocab_size: int, layers: Sequence[int]) -> None:
         self._layers_of_stages = tuple(layers)
         model, moe = config.model, config.moe
+        self._tensor_group = tensor = topology.tensor_group
         specs: list[LayerSpec] = [
             TiedLayerSpec(
                 "embedding", Embedding, vocab_size, model.position_rows, model.hidden_size, model.hidden_dropout,
-                tied_weight_attr=TABLE,
+                tensor, tied_weight_attr=TABLE,
             )
         ]  # fmt: skip
         for layer in range(model.num_layers):
             experts = moe.experts_of_layer(layer)
             group = topology.expert_group(moe.place(layer)) if experts > 1 else ExpertGroup(size=1, rank=0, group=None)
-            specs.append(LayerSpec(TransformerLayer, model, moe, layer, group, config.training.seed))
-        specs.append(LayerSpec(nn.LayerNorm, model.hidden_size, eps=model.layernorm_epsilon))
-        specs.append(TiedLayerSpec("embedding", OutputTable, vocab_size, model.hidden_size, tied_weight_attr=TABLE))
+            specs.append(LayerSpec(TransformerLayer, model, moe, layer, group, config.training.seed, tensor))
+        specs.append(LayerSpec(LayerNorm, model.hidden_size, model.layernorm_epsilon, tensor))
+        specs.append(
+            TiedLayerSpec("embedding", OutputTable, vocab_size, model.hidden_size, tensor, tied_weight_attr=TABLE)
+        )
         grid = PipeModelDataParallelTopology(
             num_pp=topology.pipeline_parallel_size,
             num_mp=topology.tensor_parallel_size,
@@ -71,6 +76,10 @@ class PlacedPipeline(PipelineModule):
         ends = [1 + sum(self._layers_of_stages[: stage + 1]) for stage in range(len(self._layers_of_stages))]
         self.parts = [0, *ends[:-1], self._num_layers]
         self._set_bounds(start=self.parts[self.stage_id], stop=self.parts[self.stage_id + 1])
+
+    def get_tied_weights_and_groups(self) -> list:
+        """The token table's gradient where DeepSpeed adds it up between stages: fp16's is in its fp32 accumulator."""
+        return [(accumulated(weight), group) for weight, group in super().get_tied_weights_and_groups()]
 
     def _assemble(self, config: RunConfig) -> PipelineStage:
         built = dict(zip(range(self._local_start, self._local_stop), self.forward_funcs, strict=True))
@@ -112,7 +121,7 @@ class PlacedPipeline(PipelineModule):
         return x
 
     def _loss(self, logits_BSV: torch.Tensor, labels: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        loss = cross_entropy(logits_BSV, *labels)
+        loss = cross_entropy(logits_BSV, *labels, self._tensor_group)
         self.sums.losses[0] += loss.detach()
         self.sums.losses[3] += 1.0
         return loss

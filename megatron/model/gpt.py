@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -19,7 +18,7 @@ from megatron.model.layer import Routing, TransformerLayer
 from megatron.model.loss import cross_entropy
 from megatron.model.randomness import seed_layer
 from megatron.parallel.groups import ALONE, ExpertGroup, TensorGroup
-from megatron.parallel.tensor_collectives import enter, gather
+from megatron.parallel.tensor_collectives import gather
 from megatron.parallel.tensor_parallel import LayerNorm
 
 
@@ -137,4 +136,4 @@ class GPTModel(nn.Module):
 
     def head(self, x_BSH: torch.Tensor) -> torch.Tensor:
         """Logits [B, S, V]: the product with the token table. Tensor-parallel processes get V / size of them each."""
-        return F.linear(enter(x_BSH, self.tensor_group), self.embedding.word_embeddings.weight)
+        return self.embedding.word_embeddings.logits(x_BSH)

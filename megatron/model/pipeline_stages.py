@@ -6,7 +6,6 @@ Letters: B batch, S sequence, H hidden, V vocabulary (padded).
 from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -14,18 +13,20 @@ from megatron.config import MoEConfig
 from megatron.model.embedding import Embedding
 from megatron.model.layer import Routing, TransformerLayer
 from megatron.model.randomness import seed_layer
+from megatron.parallel.groups import ALONE, TensorGroup
+from megatron.parallel.tensor_parallel import VocabParallelEmbedding
 
 
 class OutputTable(nn.Module):
     """The last stage's copy of the token table. It is tied to the first stage's and reads the logits off."""
 
-    def __init__(self, vocab_size: int, hidden_size: int) -> None:
+    def __init__(self, vocab_size: int, hidden_size: int, tensor_group: TensorGroup = ALONE) -> None:
         super().__init__()
-        self.word_embeddings = nn.Embedding(vocab_size, hidden_size)
+        self.word_embeddings = VocabParallelEmbedding(vocab_size, hidden_size, tensor_group)
 
     def forward(self, x_BSH: torch.Tensor) -> torch.Tensor:
-        """Logits [B, S, V]: the product with the token table."""
-        return F.linear(x_BSH, self.word_embeddings.weight)
+        """Logits [B, S, V], of which tensor-parallel processes get V / size each."""
+        return self.word_embeddings.logits(x_BSH)
 
 
 class PipelineStage(nn.Module):

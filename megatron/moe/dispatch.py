@@ -1,23 +1,33 @@
 """Bring tokens to their experts and the answers back, as a routing plan says.
 
-With the experts spread over several processes, one all-to-all takes the tokens there and another brings the answers
-back. Two forms with the same two steps, ``dispatch`` and ``combine``:
+With the experts spread over several processes, rows travel there and back (:class:`megatron.parallel.trips.Trip`). Two
+forms with the same four steps:
+
+    trips = exchange.dispatch(x_TH)              # tokens leave
+    x = exchange.arrive(trip)                    # rows for this rank's experts
+    trip = exchange.send_back(y)                 # the experts' answers leave
+    y_TH = exchange.combine(trips)               # each token's answers, weighted
 
 * :class:`CapacityExchange`: every expert has a buffer of C rows. Shapes depend on sizes only, never on where tokens
-  go, so the host need not wait for the device. All processes of the group must hold equally many tokens.
-* :class:`DroplessExchange`: rows sorted by expert, as many as there are. The host reads the counts (it waits once).
+  go, so the host need not wait for the device. All processes of the group must hold equally many tokens. The buffers
+  may travel in several chunks, one trip each: while one is computed, others are under way.
+* :class:`DroplessExchange`: rows sorted by expert, as many as there are, in one trip. The host reads the counts (it
+  waits once).
 
 Every index operation writes each row that counts exactly once, forward and backward, so the results are deterministic.
 
 Letters: T tokens on this rank, H hidden, K experts of each token, E experts, L experts on this rank, C capacity,
-G processes of the group, R rows on this rank after the exchange, N = T * K assignments.
+c slots of a chunk, G processes of the group, R rows on this rank after the exchange, N = T * K assignments.
 """
+
+from collections.abc import Sequence
 
 import torch
 
 from megatron.moe.plan import RoutingPlan
-from megatron.parallel.collectives import all_to_all
 from megatron.parallel.groups import ExpertGroup
+from megatron.parallel.routes import counted_route, equal_route, undo
+from megatron.parallel.trips import Trip
 
 
 class CapacityExchange:
@@ -25,26 +35,36 @@ class CapacityExchange:
 
     def __init__(self, plan: RoutingPlan, expert_group: ExpertGroup) -> None:
         self._plan = plan
-        self._group = expert_group
-        self._row_N = plan.buffer_row_TK().flatten()
+        self._G = expert_group.size
+        self._route = equal_route(expert_group)
+        chunks = min(expert_group.overlap_chunks, plan.capacity) if self._G > 1 else 1
+        self._chunk = None if chunks <= 1 else -(-plan.capacity // chunks)  # slots; the last may have fewer
+        self._row_N = plan.buffer_row_TK(self._chunk).flatten()
 
-    def dispatch(self, x_TH: torch.Tensor) -> torch.Tensor:
-        """The rows for this rank's experts, [L, G * C, H]; a row that nothing was sent to is 0."""
-        E, C, H, G = self._plan.counts_E.numel(), self._plan.capacity, x_TH.size(1), self._group.size
+    def dispatch(self, x_TH: torch.Tensor) -> list[Trip]:
+        """Send each assignment's token to its slot; a slot that nothing was sent to is 0."""
+        E, C, H = self._plan.counts_E.numel(), self._plan.capacity, x_TH.size(1)
         rows = x_TH.new_zeros(E * C + 1, H)  # the last one is where dropped assignments go
-        buffer_ECH = rows.index_copy(0, self._row_N, _repeat(x_TH, self._plan))[:-1].view(E, C, H)
-        if G == 1:
-            return buffer_ECH
-        received_ECH = all_to_all(buffer_ECH, self._group.group)  # from each process its rows for our L experts
-        return received_ECH.view(G, E // G, C, H).transpose(0, 1).reshape(E // G, G * C, H)
+        rows = rows.index_copy(0, self._row_N, _repeat(x_TH, self._plan))[:-1]
+        chunks = (rows,) if self._chunk is None else rows.split(E * self._chunk)
+        return [Trip(chunk, self._route) for chunk in chunks]
 
-    def combine(self, y_LRH: torch.Tensor) -> torch.Tensor:
+    def arrive(self, trip: Trip) -> torch.Tensor:
+        """The rows of a chunk for this rank's experts, [L, G * c, H]."""
+        x = trip.finish()  # from each process its rows for our L experts
+        L, c, H = self._plan.counts_E.numel() // self._G, x.size(0) // self._plan.counts_E.numel(), x.size(-1)
+        return x.view(self._G, L, c, H).transpose(0, 1).reshape(L, self._G * c, H)
+
+    def send_back(self, y_LRH: torch.Tensor) -> Trip:
+        """Send the answers to a chunk to the processes that asked."""
+        L, R, H = y_LRH.shape
+        y = y_LRH.view(L, self._G, R // self._G, H).transpose(0, 1).reshape(L * R, H)
+        return Trip(y, undo(self._route))
+
+    def combine(self, trips: Sequence[Trip]) -> torch.Tensor:
         """The output of each token, [T, H]: its experts' answers times their gates; 0 for dropped assignments."""
-        E, C, H, G = self._plan.counts_E.numel(), self._plan.capacity, y_LRH.size(-1), self._group.size
-        if G > 1:
-            y_ECH = y_LRH.view(E // G, G, C, H).transpose(0, 1).reshape(E, C, H)
-            y_LRH = all_to_all(y_ECH, self._group.group)
-        rows = torch.cat([y_LRH.reshape(E * C, H), y_LRH.new_zeros(1, H)])
+        chunks = [trip.finish() for trip in trips]
+        rows = torch.cat([*chunks, chunks[0].new_zeros(1, chunks[0].size(-1))])
         return _weighted_sum(rows.index_select(0, self._row_N), self._plan)
 
 
@@ -56,37 +76,36 @@ class DroplessExchange:
 
     def __init__(self, plan: RoutingPlan, expert_group: ExpertGroup) -> None:
         self._plan = plan
-        self._group = expert_group
         self._row_N = plan.sorted_row_TK().flatten()
-        if expert_group.size == 1:
-            self.rows_per_expert: list[int] = plan.counts_E.tolist()
-            return
-        sent_GL = plan.counts_E.view(expert_group.size, -1)
-        received_GL = all_to_all(sent_GL, expert_group.group)
-        host = torch.stack([sent_GL, received_GL]).cpu()
-        self._sent, self._received = host.sum(-1).tolist()
-        self.rows_per_expert = host[1].sum(0).tolist()
-        # Rows arrive sorted by (process, expert). Sorting them by expert keeps the order of processes.
-        expert_L = torch.arange(sent_GL.size(1)).repeat(expert_group.size)
-        arrived_R = expert_L.repeat_interleave(host[1].flatten())
-        self._by_expert_R = arrived_R.argsort(stable=True).to(plan.counts_E.device)
-        self._by_process_R = self._by_expert_R.argsort()
+        self._route, received_GL = counted_route(plan.counts_E.view(expert_group.size, -1), expert_group)
+        self.rows_per_expert: list[int] = received_GL.sum(0).tolist()
+        self._by_expert_R = None
+        if expert_group.size > 1:
+            # Rows arrive sorted by (process, expert). Sorting them by expert keeps the order of processes.
+            expert_L = torch.arange(received_GL.size(1)).repeat(expert_group.size)
+            arrived_R = expert_L.repeat_interleave(received_GL.flatten())
+            self._by_expert_R = arrived_R.argsort(stable=True).to(plan.counts_E.device)
+            self._by_process_R = self._by_expert_R.argsort()
 
-    def dispatch(self, x_TH: torch.Tensor) -> torch.Tensor:
-        """The rows for this rank's experts, [R, H], sorted by expert."""
+    def dispatch(self, x_TH: torch.Tensor) -> list[Trip]:
+        """Send each assignment's token to its expert's process."""
         x_NH = _repeat(x_TH, self._plan)
-        x_NH = torch.empty_like(x_NH).index_copy(0, self._row_N, x_NH)
-        if self._group.size == 1:
-            return x_NH
-        x_RH = all_to_all(x_NH, self._group.group, self._received, self._sent)
-        return x_RH.index_select(0, self._by_expert_R)
+        return [Trip(torch.empty_like(x_NH).index_copy(0, self._row_N, x_NH), self._route)]
 
-    def combine(self, y_RH: torch.Tensor) -> torch.Tensor:
+    def arrive(self, trip: Trip) -> torch.Tensor:
+        """The rows for this rank's experts, [R, H], sorted by expert."""
+        x_RH = trip.finish()
+        return x_RH if self._by_expert_R is None else x_RH.index_select(0, self._by_expert_R)
+
+    def send_back(self, y_RH: torch.Tensor) -> Trip:
+        """Send the answers to the processes that asked."""
+        y_RH = y_RH if self._by_expert_R is None else y_RH.index_select(0, self._by_process_R)
+        return Trip(y_RH, undo(self._route))
+
+    def combine(self, trips: Sequence[Trip]) -> torch.Tensor:
         """The output of each token, [T, H]: its experts' answers times their gates."""
-        if self._group.size > 1:
-            y_RH = y_RH.index_select(0, self._by_process_R)
-            y_RH = all_to_all(y_RH, self._group.group, self._sent, self._received)
-        return _weighted_sum(y_RH.index_select(0, self._row_N), self._plan)
+        (trip,) = trips
+        return _weighted_sum(trip.finish().index_select(0, self._row_N), self._plan)
 
 
 def _repeat(x_TH: torch.Tensor, plan: RoutingPlan) -> torch.Tensor:

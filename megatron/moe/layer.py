@@ -3,7 +3,9 @@
 Letters: T tokens on this rank, H hidden, E experts, L experts on this rank.
 """
 
+import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -87,21 +89,33 @@ class MoELayer(nn.Module):
     def forward(self, x: torch.Tensor) -> MoEOutput:
         """Map [..., H] to [..., H]. With several processes, all of the group must call this together."""
         plan, aux_loss, z_loss = self.router(x)
-        y = carry_out(self._experts, x, plan, self.tensor_group)
+        dense: list[torch.Tensor] = []  # the dense feed-forward's output, computed while tokens travel
+
+        def serve(x_TH: torch.Tensor, plan: RoutingPlan) -> torch.Tensor:
+            return self._serve(x_TH, plan, lambda: None if self.mlp is None else dense.append(self.mlp(x)))
+
+        y = carry_out(serve, x, plan, self.tensor_group)
         if self.mlp is not None:
             weight, bias = self.coefficient.weight, self.coefficient.bias
             if self.tensor_group.sequence_parallel:
                 weight, bias = sum_gradients(self.tensor_group, weight, bias)
             c = F.linear(x, weight, bias).softmax(-1)
-            y = y * c[..., :1] + self.mlp(x) * c[..., 1:]
+            y = y * c[..., :1] + dense[0] * c[..., 1:]
         return MoEOutput(y, aux_loss, z_loss, plan.counts_E, plan.dropped)
 
-    def _experts(self, x_TH: torch.Tensor, plan: RoutingPlan) -> torch.Tensor:
+    def _serve(self, x_TH: torch.Tensor, plan: RoutingPlan, meanwhile: Callable[[], None]) -> torch.Tensor:
+        """The experts' weighted answers, [T, H]; ``meanwhile`` is called while tokens travel to the experts."""
+        exchange: CapacityExchange | DroplessExchange
+        answer: Callable[[torch.Tensor], torch.Tensor]
         if plan.capacity is not None:
-            exchange = CapacityExchange(plan, self.expert_group)
-            return exchange.combine(self.experts(exchange.dispatch(x_TH)))
-        exchange = DroplessExchange(plan, self.expert_group)
-        return exchange.combine(self.experts.forward_sorted(exchange.dispatch(x_TH), exchange.rows_per_expert))
+            exchange, answer = CapacityExchange(plan, self.expert_group), self.experts
+        else:
+            exchange = DroplessExchange(plan, self.expert_group)
+            answer = functools.partial(self.experts.forward_sorted, rows_per_expert=exchange.rows_per_expert)
+        there = exchange.dispatch(x_TH)
+        meanwhile()
+        back = [exchange.send_back(answer(exchange.arrive(trip))) for trip in there]
+        return exchange.combine(back)
 
     @torch.no_grad()
     def _initialize(self, model: ModelConfig, seed: int, layer: int) -> None:

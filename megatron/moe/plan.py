@@ -35,10 +35,19 @@ class RoutingPlan:
             return self.counts_E.new_zeros(())
         return (self.counts_E - self.capacity).clamp(min=0).sum()
 
-    def buffer_row_TK(self) -> torch.Tensor:
-        """Row of each assignment in the [E * capacity] rows of all buffers; the dropped ones get row E * capacity."""
-        rows = self.counts_E.numel() * self.capacity
-        return torch.where(self.slot_TK < self.capacity, self.expert_TK * self.capacity + self.slot_TK, rows)
+    def buffer_row_TK(self, chunk: int | None = None) -> torch.Tensor:
+        """Row of each assignment in the [E * capacity] rows of all buffers; the dropped ones get row E * capacity.
+
+        With ``chunk``, the buffers are cut into chunks of so many slots (the last one has what is left), and the rows
+        are those of all buffers' first chunks, then of their second ones, and so on.
+        """
+        C, E = self.capacity, self.counts_E.numel()
+        if chunk is None:
+            row_TK = self.expert_TK * C + self.slot_TK
+        else:
+            first_TK = self.slot_TK // chunk * chunk
+            row_TK = E * first_TK + self.expert_TK * (C - first_TK).clamp(max=chunk) + self.slot_TK - first_TK
+        return torch.where(self.slot_TK < C, row_TK, E * C)
 
     def sorted_row_TK(self) -> torch.Tensor:
         """Row of each assignment when all are sorted by expert (dropless): a permutation of 0 ... N - 1."""

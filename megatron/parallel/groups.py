@@ -6,15 +6,32 @@ import torch.distributed as dist
 
 
 @dataclasses.dataclass(frozen=True)
+class NodeGroups:
+    """An expert group spread over ``nodes`` nodes with ``members`` places on each: place = node * members + member.
+
+    ``inside`` joins the places of this process's node, ``across`` the same place of every node, both in order.
+    """
+
+    nodes: int
+    members: int
+    inside: dist.ProcessGroup
+    across: dist.ProcessGroup
+
+
+@dataclasses.dataclass(frozen=True)
 class ExpertGroup:
     """The ``size`` processes over which the experts of a layer are spread, seen from the one at place ``rank``.
 
     With E experts, place r holds the E / size experts from r * E / size on. ``group`` is None for a single process.
+    Rows travel by way of ``node_groups`` if there are any; buffers of fixed capacity in ``overlap_chunks`` pieces, of
+    which some travel while others are computed.
     """
 
     size: int
     rank: int
     group: dist.ProcessGroup | None
+    node_groups: NodeGroups | None = None
+    overlap_chunks: int = 1
 
 
 @dataclasses.dataclass(frozen=True)

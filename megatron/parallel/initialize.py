@@ -11,8 +11,9 @@ from megatron.config import ParallelConfig
 from megatron.config.moe import one_for_all_or_each
 from megatron.parallel import core_state
 from megatron.parallel.grid import Grid
-from megatron.parallel.groups import ExpertGroup, TensorGroup
+from megatron.parallel.groups import ExpertGroup, NodeGroups, TensorGroup
 from megatron.parallel.launch import Launch
+from megatron.parallel.nodes import meet_by_node
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +46,8 @@ class Topology:
     expert_parallel_sizes: tuple[int, ...]  # one for all MoE layers, or one for each
     expert_parallel_groups: Mapping[int, dist.ProcessGroup]  # by degree
     expert_data_groups: Mapping[int, dist.ProcessGroup]  # by degree
+    expert_node_groups: Mapping[int, NodeGroups | None]  # by degree
+    overlap_chunks: int
     control_group: dist.ProcessGroup  # gloo: flags and file-system agreements, never on the GPU's queue
 
     @property
@@ -67,7 +70,8 @@ class Topology:
         """The group over which the experts of MoE layer number ``place`` (from 0, of the MoE layers) are spread."""
         degree = one_for_all_or_each(self.expert_parallel_sizes, place)
         group = self.expert_parallel_groups[degree] if degree > 1 else None
-        return ExpertGroup(degree, self.data_parallel_rank % degree, group)
+        nodes = self.expert_node_groups.get(degree)
+        return ExpertGroup(degree, self.data_parallel_rank % degree, group, nodes, self.overlap_chunks)
 
     def expert_data_group(self, degree: int) -> dist.ProcessGroup:
         """The ranks that hold the same experts of the layers with this degree of expert parallelism."""
@@ -145,6 +149,12 @@ def build_groups(config: ParallelConfig, launch: Launch, device: torch.device) -
         expert=expert_groups.get(one),
         expert_data=expert_data_groups.get(one),
     )
+    control_group = dist.new_group(backend="gloo", timeout=_timeout(config))
+    node_groups = {}
+    if config.moe_hierarchical_all_to_all:
+        for degree in (degree for degree in degrees if degree > 1):
+            ranks = grid.group_of(rank, "expert", degree)
+            node_groups[degree] = meet_by_node(ranks, launch.node, control_group, _timeout(config))
     return Topology(
         launch=launch,
         device=device,
@@ -163,7 +173,9 @@ def build_groups(config: ParallelConfig, launch: Launch, device: torch.device) -
         expert_parallel_sizes=config.moe_expert_parallel_size,
         expert_parallel_groups=expert_groups,
         expert_data_groups=expert_data_groups,
-        control_group=dist.new_group(backend="gloo", timeout=_timeout(config)),
+        expert_node_groups=node_groups,
+        overlap_chunks=config.moe_overlap_chunks,
+        control_group=control_group,
     )
 
 

@@ -14,7 +14,7 @@ class LaunchError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """Place of this process among all, and where they meet."""
+    """Place of this process among all, and where they meet. Processes with equal ``node`` share a machine."""
 
     rank: int
     world_size: int
@@ -22,6 +22,7 @@ class Launch:
     master_addr: str
     master_port: int
     starter: str
+    node: int = 0
 
     @classmethod
     def from_environment(cls, env: Mapping[str, str] | None = None) -> "Launch":
@@ -30,6 +31,9 @@ class Launch:
         torchrun and the deepspeed launcher set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. Under srun
         the same follows from SLURM's variables: the first host of the step is the meeting point, and the port follows
         from the job's number so that two jobs on one node do not meet. Anything else is a single process.
+
+        The number of the node is torchrun's GROUP_RANK, the deepspeed launcher's CROSS_RANK or SLURM's SLURM_NODEID.
+        Without any, ranks are taken to be numbered node by node, and the first rank of the node serves as its number.
 
         Raises:
             LaunchError: RANK without its companions, or a host list that cannot be read.
@@ -41,13 +45,16 @@ class Launch:
                 raise LaunchError(
                     f"RANK is set but {', '.join(missing)} is not; start with torchrun, deepspeed or srun"
                 )
+            rank, local_rank = _number(env, "RANK"), _number(env, "LOCAL_RANK")
+            node = next((_number(env, name) for name in ("GROUP_RANK", "CROSS_RANK") if name in env), rank - local_rank)
             return cls(
-                rank=_number(env, "RANK"),
+                rank=rank,
                 world_size=_number(env, "WORLD_SIZE"),
-                local_rank=_number(env, "LOCAL_RANK"),
+                local_rank=local_rank,
                 master_addr=env["MASTER_ADDR"],
                 master_port=_number(env, "MASTER_PORT"),
                 starter="torchrun" if "TORCHELASTIC_RUN_ID" in env else "launcher",
+                node=node,
             )
         if "SLURM_STEP_NODELIST" in env and "SLURM_PROCID" in env:
             return cls(
@@ -57,6 +64,7 @@ class Launch:
                 master_addr=env.get("MASTER_ADDR") or _first_host(env["SLURM_STEP_NODELIST"]),
                 master_port=int(env.get("MASTER_PORT") or 20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000),
                 starter="srun",
+                node=int(env.get("SLURM_NODEID") or int(env["SLURM_PROCID"]) - int(env["SLURM_LOCALID"])),
             )
         return cls(
             rank=0,

@@ -84,6 +84,10 @@ class VocabParallelEmbedding(nn.Module):
         found_BSH = F.embedding(local_BS.masked_fill(elsewhere_BS, 0), self.weight)
         return leave(found_BSH.masked_fill(elsewhere_BS[..., None], 0.0), self.group)
 
+    def logits(self, x_BSH: torch.Tensor) -> torch.Tensor:
+        """The residual stream's products with this process's rows, [B, S, V / size], for all tokens."""
+        return F.linear(enter(x_BSH, self.group), self.weight)
+
 
 class LayerNorm(nn.LayerNorm):
     """torch's layer norm on the residual stream: with sequence parallelism on this process's tokens only."""

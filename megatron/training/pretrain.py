@@ -15,6 +15,7 @@ from megatron.engine import deepspeed_config
 from megatron.engine.pipeline import build_engine
 from megatron.parallel.initialize import Topology, choose_device, initialize, shut_down
 from megatron.parallel.launch import Launch
+from megatron.parallel.replicas import ReplicasDiffer
 from megatron.planning.parameters import count_parameters
 from megatron.planning.placement import place
 from megatron.training.clock import Clock, total_samples
@@ -46,7 +47,7 @@ def pretrain(config: RunConfig) -> int:
         topology = initialize(parallel, launch, device)
         with only_run_in(config.checkpoint.save, topology):
             _run(config, topology)
-    except (ValueError, OSError, TrainingDiverged, CheckpointError) as error:
+    except (ValueError, OSError, TrainingDiverged, ReplicasDiffer, CheckpointError) as error:
         # The process groups are left as they are: other ranks may be inside a collective, and the starter ends them.
         print(f"error on rank {launch.rank}: {error}", file=sys.stderr, flush=True)
         return 1

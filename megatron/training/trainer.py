@@ -80,6 +80,7 @@ class Trainer:
             self.clock.samples = now
             self.clock.steps += 1
             self._watch(result, size)
+            self._compare_replicas()
             done = now >= end
             if done or self.clock.steps % self.config.logging.log_interval == 0:
                 self._log("train", **self._window.take())
@@ -128,6 +129,11 @@ class Trainer:
                 f"Last good checkpoint: {self._last_saved or 'none'}. "
                 "Resume from it with a lower --lr or a longer --lr-warmup-tokens, or look at the data of these steps"
             )
+
+    def _compare_replicas(self) -> None:
+        every = self.config.training.check_replicas
+        if every and self.clock.steps % every == 0:
+            self.engine.check_replicas()
 
     def _validate(self) -> None:
         if self._valid_data is None:

@@ -54,6 +54,8 @@ def problems(values: dict, world_size: int = 4) -> tuple[str, ...]:
         ({"tensor_model_parallel_size": 2, "sequence_parallel": True}, 4),
         ({"tensor_model_parallel_size": 4, "global_batch_size": 2}, 4),  # one replica
         (MOE | {"tensor_model_parallel_size": 2, "enable_expert_tensor_parallelism": True}, 4),
+        (MOE | {"moe_hierarchical_all_to_all": True, "moe_overlap_chunks": 4}, 4),
+        (MOE | {"moe_hierarchical_all_to_all": True, "moe_token_dropping": False}, 4),
         ({"enable_expert_tensor_parallelism": True}, 4),  # without experts there is nothing to share
     ],
 )
@@ -87,15 +89,6 @@ def test_valid(values, world_size):
             {"pipeline_model_parallel_size": 2, "pipeline_layer_split": "4,0"}, 2,
             "--pipeline-layer-split 4,0 must be positive whole numbers with commas between them; use 2,2, or leave it"
             " out",
-        ),
-        (
-            {"pipeline_model_parallel_size": 2, "tensor_model_parallel_size": 2}, 4,
-            "--pipeline-model-parallel-size 2 and --tensor-model-parallel-size 2 do not work together; use one of them,"
-            " or expert and data parallelism beside the pipeline",
-        ),
-        (
-            {"pipeline_model_parallel_size": 2, "precision": "fp16"}, 2,
-            "--pipeline-model-parallel-size 2 works in bf16 and fp32, not in fp16; use --bf16",
         ),
         (
             MOE | {"pipeline_model_parallel_size": 2, "moe_expert_parallel_size": (4,)}, 4,
@@ -176,6 +169,21 @@ def test_valid(values, world_size):
             MOE | {"enable_expert_tensor_parallelism": True}, 4,
             "--enable-expert-tensor-parallelism must have tensor-parallel processes to share experts over; use"
             " --tensor-model-parallel-size 2 or more, or drop it",
+        ),
+        (
+            MOE | {"moe_expert_parallel_size": (1,), "moe_hierarchical_all_to_all": True}, 4,
+            "--moe-hierarchical-all-to-all must have processes that exchange tokens; use --moe-expert-parallel-size 2"
+            " or more, or drop it",
+        ),
+        (
+            MOE | {"moe_expert_parallel_size": (1,), "moe_overlap_chunks": 2}, 4,
+            "--moe-overlap-chunks 2 must have processes that exchange tokens; use --moe-expert-parallel-size 2 or more,"
+            " or drop it",
+        ),
+        (
+            MOE | {"moe_overlap_chunks": 2, "moe_token_dropping": False}, 4,
+            "--moe-overlap-chunks 2 must have buffers of fixed capacity to cut, and --disable-moe-token-dropping has"
+            " none; use --moe-overlap-chunks 1, or let tokens be dropped",
         ),
         (
             MOE | {"tensor_model_parallel_size": 4}, 4,

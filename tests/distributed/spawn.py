@@ -1,4 +1,4 @@
-"""Run a function in several processes that have met over gloo, and hand back what each returns.
+"""Run a function in several processes that have met, and hand back what each returns.
 
     from distributed.spawn import run_distributed
 
@@ -6,8 +6,8 @@
 
     results = run_distributed(work, 2, "hello")
 
-The processes are forked from a server which has imported torch and done nothing else, because importing torch takes
-seconds. The server starts with the first call and ends with the test session.
+The processes are forked from a server which has imported what they need (:mod:`distributed.preloaded`) and done nothing
+else, because that takes seconds. The server starts with the first call and ends with the test session.
 """
 
 import datetime
@@ -27,6 +27,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+TESTS = Path(__file__).parent.parent
 TIMEOUT_SECONDS = 120.0
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -35,10 +36,12 @@ class ChildError(AssertionError):
     """A process failed; the message holds its traceback."""
 
 
-def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = TIMEOUT_SECONDS) -> list[Any]:
+def run_distributed(
+    fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = TIMEOUT_SECONDS, backend: str = "gloo"
+) -> list[Any]:
     """Call ``fn(*args)`` in each of ``world_size`` processes; returns what each rank returned.
 
-    The processes run one thread each and are in a gloo group of all of them. As soon as one fails, or when ``timeout``
+    The processes run one thread each and are in a group of all of them. As soon as one fails, or when ``timeout``
     seconds have passed, all are ended.
 
     Args:
@@ -46,6 +49,7 @@ def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout
         world_size: how many processes.
         args: anything that pickles; so must the results.
         timeout: seconds for all that the processes do.
+        backend: of their group; with nccl process i uses GPU i.
 
     Raises:
         ChildError: with the traceback of each process that raised, or what those that hang or died had printed.
@@ -57,7 +61,7 @@ def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout
         torch.save((fn, args), folder / "call.pt")
         code = (fn.__module__, fn.__code__.co_filename)
         processes = [
-            context.Process(target=_child, args=(name, rank, world_size, timeout, environment, *code))
+            context.Process(target=_child, args=(name, rank, world_size, timeout, backend, environment, *code))
             for rank in range(world_size)
         ]
         try:
@@ -79,16 +83,15 @@ def _start_server() -> multiprocessing.context.BaseContext:
     from multiprocessing import forkserver
 
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch"])
-    before = os.environ.get("OMP_NUM_THREADS")
+    context.set_forkserver_preload(["distributed.preloaded"])
+    before = dict(os.environ)
     os.environ["OMP_NUM_THREADS"] = "1"  # torch reads it when it is imported
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(TESTS), str(TESTS.parent), before.get("PYTHONPATH", "")])
     try:
         forkserver.ensure_running()
     finally:
-        if before is None:
-            del os.environ["OMP_NUM_THREADS"]
-        else:
-            os.environ["OMP_NUM_THREADS"] = before
+        os.environ.clear()
+        os.environ.update(before)
     return context
 
 
@@ -115,7 +118,14 @@ def _failure(folder: Path, codes: list[int | None], timeout: float) -> str:
 
 
 def _child(
-    name: str, rank: int, world_size: int, timeout: float, environment: dict[str, str], module_name: str, file: str
+    name: str,
+    rank: int,
+    world_size: int,
+    timeout: float,
+    backend: str,
+    environment: dict[str, str],
+    module_name: str,
+    file: str,
 ) -> None:
     folder = Path(name)
     output = os.open(folder / f"output-{rank}", os.O_WRONLY | os.O_CREAT)
@@ -133,7 +143,9 @@ def _child(
         fn, args = torch.load(folder / "call.pt", weights_only=False)
         store = dist.FileStore(str(folder / "store"), world_size)
         limit = datetime.timedelta(seconds=timeout)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=limit)
+        if backend == "nccl":
+            torch.cuda.set_device(rank)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
         torch.save(fn(*args), folder / f"result-{rank}.pt")
         if dist.is_initialized():
             dist.barrier()  # nobody leaves while another still needs it

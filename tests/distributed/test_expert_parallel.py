@@ -14,6 +14,7 @@ from distributed.spawn import run_distributed
 from megatron.config import ModelConfig, MoEConfig
 from megatron.moe import MoELayer
 from megatron.parallel.groups import ExpertGroup
+from megatron.parallel.nodes import build_node_groups
 
 pytestmark = pytest.mark.distributed
 H, E, T = 16, 8, 24
@@ -29,6 +30,7 @@ class Case:
     one_expert: bool = False  # the tokens of rank 0 all choose expert 5
     train: bool = True
     dtype: torch.dtype = torch.float32
+    chunks: int = 1
 
 
 DROPLESS = {"moe_token_dropping": False}
@@ -49,6 +51,12 @@ CASES = {
     "float64": Case({"topk": 2}, dtype=torch.float64),
     "bf16 capacity": Case(dtype=torch.bfloat16),
     "bf16 dropless": Case(DROPLESS, dtype=torch.bfloat16),
+    "top-1 in 2 chunks": Case(chunks=2),
+    "top-2 in chunks of 3, 3 and 2": Case({"topk": 2, "moe_train_capacity_factor": 1.3}, chunks=3),
+    "residual, more chunks than slots": Case({"mlp_type": "residual"}, chunks=100),
+    "bf16 in chunks": Case(dtype=torch.bfloat16, chunks=2),
+    "chunks, evaluation": Case({"moe_eval_capacity_factor": 1.0}, train=False, chunks=2),
+    "chunks, evaluation without a capacity": Case(train=False, chunks=2),
 }
 
 
@@ -79,7 +87,7 @@ def gradients(layer: MoELayer) -> dict[str, torch.Tensor]:
 def on_one_rank() -> dict[str, tuple[dict, dict]]:
     rank, world_size, results = dist.get_rank(), dist.get_world_size(), {}
     for name, case in CASES.items():
-        layer = make_layer(case, ExpertGroup(world_size, rank, dist.group.WORLD))
+        layer = make_layer(case, ExpertGroup(world_size, rank, dist.group.WORLD, overlap_chunks=case.chunks))
         assert layer.experts.w1.size(0) == E // world_size
         results[name] = run(case, layer, rank), gradients(layer)
     return results
@@ -109,3 +117,21 @@ def test_spread_experts_equal_one_process(world_size):
             pieces = [gradient[key] for _, gradient in (ranks[rank][name] for rank in range(world_size))]
             together = torch.cat(pieces) if key.startswith("experts.") else torch.stack(pieces).sum(0)
             assert_near(f"{name}, gradient of {key}", together, total)
+
+
+def by_node_and_directly(ranks_per_node: int) -> None:
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    node_groups = build_node_groups([range(world_size)], [r // ranks_per_node for r in range(world_size)])
+    for name, case in CASES.items():
+        results = []
+        for nodes in (None, node_groups, node_groups):
+            layer = make_layer(case, ExpertGroup(world_size, rank, dist.group.WORLD, nodes, case.chunks))
+            results.append(run(case, layer, rank % len(case.tokens)) | gradients(layer))
+        for other in results[1:]:
+            for key, value in results[0].items():
+                assert torch.equal(value, other[key]), f"{name}: {key}"
+
+
+@pytest.mark.parametrize(("world_size", "ranks_per_node"), [(4, 2), (8, 4), (8, 2)])
+def test_by_way_of_nodes_every_bit_is_as_directly(world_size, ranks_per_node):
+    run_distributed(by_node_and_directly, world_size, ranks_per_node)

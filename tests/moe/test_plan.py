@@ -72,3 +72,17 @@ def test_rows_of_buffers_and_of_the_sorted_list():
     assert plan.sorted_row_TK().tolist() == [[2, 0], [3, 5], [4, 1]]
     assert plan.dropped.item() == 0
     assert plan.dropped.dtype == plan.counts_E.dtype == torch.int64
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 4, 9])
+def test_rows_of_chunked_buffers_are_those_of_the_whole_ones_chunk_by_chunk(chunk):
+    E, C = 3, 4
+    expert_TK = torch.arange(E).repeat_interleave(6)[:, None]  # two more than an expert has room for
+    plan = make_plan(expert_TK, count_experts(expert_TK, E), C)
+    kept_TK = plan.slot_TK < C
+    whole_EC = torch.arange(E * C).view(E, C)
+    chunked = torch.cat([piece.flatten() for piece in whole_EC.split(chunk, 1)])
+    row_TK = plan.buffer_row_TK(chunk)
+    assert torch.equal(chunked[row_TK[kept_TK]], plan.buffer_row_TK()[kept_TK])
+    assert (row_TK[~kept_TK] == E * C).all()
+    assert (~kept_TK).sum() == 2 * E

@@ -39,6 +39,24 @@ def test_a_batch_script_that_starts_python_directly_is_one_process():
     assert launch.world_size == 1
 
 
+@pytest.mark.parametrize(
+    ("extra", "node"),
+    [
+        ({"GROUP_RANK": "2", "TORCHELASTIC_RUN_ID": "x"}, 2),  # torchrun
+        ({"CROSS_RANK": "1"}, 1),  # deepspeed
+        ({}, 8),  # the first rank of its node
+    ],
+)
+def test_node_of_torchrun_deepspeed_and_others(extra, node):
+    env = {"RANK": "11", "WORLD_SIZE": "16", "LOCAL_RANK": "3", "MASTER_ADDR": "n1", "MASTER_PORT": "1"}
+    assert Launch.from_environment(env | extra).node == node
+
+
+def test_node_of_srun_with_ranks_dealt_out_in_turn():
+    env = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1", "SLURM_STEP_NODELIST": "gpu[1-2]"}
+    assert Launch.from_environment(env | {"SLURM_NODEID": "1"}).node == 1
+
+
 def test_half_an_environment_is_an_error_that_names_what_is_missing():
     with pytest.raises(LaunchError, match="MASTER_ADDR"):
         Launch.from_environment({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_PORT": "1"})

@@ -1,0 +1,122 @@
+"""Do processes that must hold the same parameters really hold the same?
+
+They drift apart when hardware computes wrongly, or when something random or a reduction was not shared as it should.
+The loss may not tell for a long time.
+"""
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+
+from megatron.parallel.initialize import Topology
+from megatron.parallel.sharding import shards_of
+
+CHUNK = 1 << 24  # elements that are looked at together, 8 bytes each
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_MIXER = 0x1E3779B97F4A7C15  # odd
+
+
+class ReplicasDiffer(RuntimeError):
+    """Processes that must hold the same parameter hold different ones."""
+
+
+def checksum(x: torch.Tensor) -> torch.Tensor:
+    """The sum of each element's bits times an odd number that depends on its place, modulo 2^64; an int64 scalar.
+
+    It follows from the bits alone, NaNs and the sign of zero included, and changes with any one element for sure: a
+    difference of bits below 2^64 times an odd number is not 0 modulo 2^64.
+    """
+    bits = x.detach().contiguous().view(-1).view(_INTEGERS[x.element_size()])
+    total = torch.zeros((), dtype=torch.int64, device=x.device)
+    for start in range(0, bits.numel(), CHUNK):
+        piece = bits[start : start + CHUNK].long()
+        place = torch.arange(start, start + piece.numel(), device=x.device)
+        total += (piece * (2 * place + 1) * _MIXER).sum()
+    return total
+
+
+def check_replicas(parameters: Iterable[tuple[str, torch.nn.Parameter]], topology: Topology) -> None:
+    """Compare every replicated parameter over all processes that have it. All ranks call this together.
+
+    Costs two small reductions for each group and one pass over the parameters.
+
+    Args:
+        parameters: of the model, or this rank's part of it, by the names that they have in the whole model.
+        topology: of this rank.
+
+    Raises:
+        ReplicasDiffer: on every rank, naming the first parameter that differs and the ranks that are in the minority.
+    """
+    named = dict(parameters)
+    sums = {name: checksum(parameter) for name, parameter in named.items()}
+    differing = {name for group, names in _groups(named, topology) for name in _differing(sums, names, group)}
+    if topology.agree_max(len(differing)) == 0:
+        return
+    found = _gather(sorted(differing, key=list(named).index), topology)  # also by ranks whose own groups all agree
+    names = dict.fromkeys(name for of_rank in found for name in of_rank)
+    held = [(name, _piece(named[name]), int(sums[name])) for name in names if name in named]
+    raise ReplicasDiffer(_describe(_gather(held, topology)))
+
+
+def _gather(mine: list, topology: Topology) -> list[list]:
+    everyone: list = [None] * topology.launch.world_size
+    dist.all_gather_object(everyone, mine, group=topology.control_group)
+    return everyone
+
+
+def _groups(
+    named: dict[str, torch.nn.Parameter], topology: Topology
+) -> list[tuple[dist.ProcessGroup | None, list[str | None]]]:
+    """The groups in which copies stand, each with the names of what its members share, in the same order on all."""
+    outside = [name for name, p in named.items() if not getattr(p, "is_expert", False)]
+    table = "embedding.word_embeddings.weight"  # on the first and the last stage of a pipeline
+    groups: list[tuple[dist.ProcessGroup | None, list[str | None]]] = [
+        (topology.data_parallel_group, outside),
+        (topology.tensor_parallel_group, [name for name in outside if not shards_of(named[name])]),
+        (topology.pipeline_parallel_group, [table if table in named else None]),
+    ]
+    for degree in sorted(topology.expert_data_groups):
+        experts = [n for n, p in named.items() if n not in outside and p.expert_parallel_size == degree]
+        groups.append((topology.expert_data_group(degree), experts))
+    return groups
+
+
+def _differing(sums: dict[str, torch.Tensor], names: list[str | None], group: dist.ProcessGroup | None) -> set[str]:
+    """Those of ``names`` whose sums are not equal in ``group``; None stands for something that others have."""
+    if group is None or not names or dist.get_world_size(group) == 1:
+        return set()
+    limits = torch.iinfo(torch.int64)
+    device = next(iter(sums.values())).device
+    least, most = (
+        torch.stack([torch.tensor(none, device=device) if name is None else sums[name] for name in names])
+        for none in (limits.max, limits.min)
+    )
+    dist.all_reduce(least, op=dist.ReduceOp.MIN, group=group)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX, group=group)
+    unequal = (least != most).tolist()
+    return {name for name, differs in zip(names, unequal, strict=True) if differs and name is not None}
+
+
+def _piece(parameter: torch.nn.Parameter) -> str:
+    """Which piece of the whole parameter this is, in words."""
+    shards = shards_of(parameter)
+    return "".join(f", piece {shard.rank} of {shard.size} of dimension {shard.dim}" for shard in shards)
+
+
+def _describe(everyone: list[list[tuple[str, str, int]]]) -> str:
+    holders: dict[tuple[str, str], dict[int, list[int]]] = {}  # (name, piece) -> checksum -> ranks
+    for rank, found in enumerate(everyone):
+        for name, piece, value in found:
+            holders.setdefault((name, piece), {}).setdefault(value, []).append(rank)
+    differing = [(what, sorted(ranks.values(), key=len)) for what, ranks in holders.items() if len(ranks) > 1]
+    (name, piece), camps = differing[0]
+    ranks = [rank for camp in camps for rank in camp]
+    told = "no majority agrees"
+    if 2 * len(camps[-1]) > len(ranks):
+        told = f"odd: rank {', '.join(str(rank) for camp in camps[:-1] for rank in camp)}"
+    more = f"; so do {len(differing) - 1} more parameters" if len(differing) > 1 else ""
+    return (
+        f"replicas differ: {name}{piece} is not the same on ranks {sorted(ranks)} ({told}){more}. Suspect the memory or"
+        " the GPU of an odd rank, and restart from a checkpoint before the last check that passed"
+    )

@@ -1,0 +1,160 @@
+"""The matrix: every layout trains as plain torch on one process does.
+
+Loss, global gradient norm, MoE losses, expert counts and every parameter after several updates with clipping and
+gradient accumulation, in fp32 to 1e-5, in bf16 and fp16 to stated tolerances.
+
+``python tests/distributed/test_layouts.py`` prints the table of docs/results.md.
+"""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+
+import pytest
+import torch
+from distributed.spawn import run_distributed
+from distributed.tiny_training import (
+    DENSE,
+    DROPLESS,
+    TOP1,
+    TOP2,
+    compare,
+    differences,
+    reference,
+    run_config,
+    train,
+    with_dropout,
+)
+
+MODELS = {"dense": DENSE, "top-1, capacity": TOP1, "top-2, capacity": TOP2, "top-1, dropless, residual": DROPLESS}
+TP, SP, PP, EP = (
+    "tensor_model_parallel_size",
+    "sequence_parallel",
+    "pipeline_model_parallel_size",
+    "moe_expert_parallel_size",
+)
+ETP = "enable_expert_tensor_parallelism"
+
+# name -> processes, options; the processes that tensor and pipeline parallelism leave are data parallel
+LAYOUTS: dict[str, tuple[int, dict]] = {
+    "1 process": (1, {}),
+    "DP2": (2, {}),
+    "EP2": (2, {EP: (2,)}),
+    "TP2": (2, {TP: 2}),
+    "TP2 SP": (2, {TP: 2, SP: True}),
+    "ETP2": (2, {TP: 2, ETP: True}),
+    "PP2": (2, {PP: 2}),
+    "DP3": (3, {}),
+    "PP3, layers 2,1,1": (3, {PP: 3, "pipeline_layer_split": "2,1,1"}),
+    "DP4": (4, {}),
+    "EP2 x DP2 (expert-DP 2)": (4, {EP: (2,)}),
+    "EP4": (4, {EP: (4,)}),
+    "TP2 x DP2": (4, {TP: 2}),
+    "TP2 x EP2": (4, {TP: 2, EP: (2,)}),
+    "TP2 SP x EP2": (4, {TP: 2, SP: True, EP: (2,)}),
+    "TP4 SP": (4, {TP: 4, SP: True}),
+    "ETP2 SP x EP2": (4, {TP: 2, SP: True, ETP: True, EP: (2,)}),
+    "ETP4": (4, {TP: 4, ETP: True}),
+    "PP4": (4, {PP: 4}),
+    "PP2 x DP2": (4, {PP: 2}),
+    "PP2 x EP2": (4, {PP: 2, EP: (2,)}),
+    "PP2 x TP2": (4, {PP: 2, TP: 2}),
+    "PP2 x TP2 SP": (4, {PP: 2, TP: 2, SP: True}),
+    "PP2 x ETP2": (4, {PP: 2, TP: 2, ETP: True}),
+    "EP2, EP4 by layer": (4, {EP: (2, 4)}),
+    "EP4 by way of 2 nodes": (4, {EP: (4,), "moe_hierarchical_all_to_all": True}),
+    "TP2 x DP3": (6, {TP: 2}),
+    "DP8": (8, {}),
+    "EP2 x DP4 (expert-DP 4)": (8, {EP: (2,)}),
+    "EP4 x DP2 (expert-DP 2)": (8, {EP: (4,)}),
+    "TP2 SP x EP2 x DP2": (8, {TP: 2, SP: True, EP: (2,)}),
+    "PP2 x EP2 x DP2": (8, {PP: 2, EP: (2,)}),
+    "PP4 x EP2": (8, {PP: 4, EP: (2,)}),
+    "PP2 x TP2 x EP2": (8, {PP: 2, TP: 2, EP: (2,)}),
+    "PP2 x TP2 SP x EP2": (8, {PP: 2, TP: 2, SP: True, EP: (2,)}),
+    "PP2 x TP2 x EP1, EP2 by layer": (8, {PP: 2, TP: 2, EP: (1, 2)}),
+    "PP2 x ETP2 SP x EP2": (8, {PP: 2, TP: 2, SP: True, ETP: True, EP: (2,)}),
+}  # fmt: skip
+
+
+def cases(layout: str) -> dict[str, tuple]:
+    """Name -> run of every model that the layout can hold; a dense one has no experts to spread."""
+    options = LAYOUTS[layout][1]
+    models = {n: m for n, m in MODELS.items() if m.enabled or not (options.get(ETP) or EP in options)}
+    return {name: run_config(moe, **options) for name, moe in models.items()}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_trains_as_plain_torch(layout: str):
+    runs = cases(layout)
+    for (name, run), found in zip(runs.items(), _train(layout, runs), strict=True):
+        compare(found, reference(run.moe), f"{layout}, {name}")
+
+
+def _train(layout: str, runs: dict) -> list:
+    return run_distributed(train, LAYOUTS[layout][0], list(runs.values()), timeout=300)[0]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("recompute", [False, True])
+def test_tokens_that_travel_in_chunks_and_by_way_of_nodes_change_nothing(recompute: bool):
+    options = {EP: (4,), "moe_overlap_chunks": 3, "moe_hierarchical_all_to_all": True}
+    runs = [run_config(moe, recompute=recompute, **options) for moe in (TOP1, TOP2)]
+    for moe, found in zip((TOP1, TOP2), run_distributed(train, 4, runs)[0], strict=True):
+        compare(found, reference(moe))
+
+
+RECOMPUTED = ("EP2", "TP2 SP x EP2", "PP2 x TP2 SP x EP2")
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("layout", RECOMPUTED)
+def test_recomputed_activations_change_nothing(layout: str):
+    size, options = LAYOUTS[layout]
+    (found,) = run_distributed(train, size, [run_config(TOP1, recompute=True, **options)], timeout=300)[0]
+    compare(found, reference(TOP1), layout)
+
+
+# What half precision may differ by after three updates: in the loss, relative to fp32.
+TOLERANCES = {"bf16": 2e-2, "fp16": 2e-3}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("layout", ["1 process", *RECOMPUTED, "PP2"])
+def test_half_precision_follows_fp32(layout: str):
+    size, options = LAYOUTS[layout]
+    runs = [run_config(TOP2, precision, **options) for precision in TOLERANCES]
+    expected = torch.tensor(reference(TOP2).losses)
+    for tolerance, found in zip(TOLERANCES.values(), run_distributed(train, size, runs, timeout=300)[0], strict=True):
+        torch.testing.assert_close(torch.tensor(found.losses), expected, rtol=tolerance, atol=0.0)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("layout", ["DP2", "EP2 x DP2 (expert-DP 2)", "PP2", "PP2 x EP2"])
+def test_dropout_and_random_token_selection_are_those_of_one_process(layout: str):
+    (one,) = run_distributed(train, 1, [with_dropout(run_config(TOP1))])[0]
+    size, options = LAYOUTS[layout]
+    (found,) = run_distributed(train, size, [with_dropout(run_config(TOP1, **options))])[0]
+    compare(found, one, layout)
+    assert differences(found, reference(TOP1)).loss > 1e-3, "dropout does nothing here"
+
+
+def table() -> None:
+    """Print the measured errors as Markdown."""
+    print("| layout | processes | " + " | ".join(MODELS) + " |\n|---|---:|" + "---|" * len(MODELS))
+    worst = 0.0
+    for layout, (size, _) in LAYOUTS.items():
+        runs, cells = cases(layout), dict.fromkeys(MODELS, "")
+        for name, found in zip(runs, _train(layout, runs), strict=True):
+            errors = differences(found, reference(MODELS[name]))
+            worst = max(worst, *errors)
+            cells[name] = " / ".join(f"{error:.0e}" for error in errors[:3])
+        print(f"| {layout} | {size} | " + " | ".join(cells.values()) + " |", flush=True)
+    print(f"\nThe largest difference of all is {worst:.1e}.")
+
+
+if __name__ == "__main__":
+    table()
