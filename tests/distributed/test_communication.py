@@ -6,16 +6,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed.spawn import run_distributed
-from distributed.test_engine import BATCH, DENSE, DROPLESS, MICRO, SEQ, VOCAB, config
-from distributed.test_pipeline_engine import build, share
+from distributed.test_layouts import EP, ETP, PP, SP, TP
+from distributed.tiny_training import BATCH, COUNT, DENSE, DROPLESS, SEQ, VOCAB, build, run_config, share
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron.config import MoEConfig, RunConfig
 from megatron.planning.communication import PURPOSES, communication
 
 PYRAMID = MoEConfig(num_experts=(4, 8), moe_min_capacity=1)
-SMALL = {"send": 1024}  # bytes: a pipeline sends the shape of its activations once
-NORMS = 64
+NORMS = 64  # bytes; the plan leaves reductions of a few numbers out
 
 
 class Count(TorchDispatchMode):
@@ -43,7 +42,8 @@ class Count(TorchDispatchMode):
         group = dist.ProcessGroup.unbox(next(a for a in args if isinstance(a, torch.ScriptObject)))
         size = group.size()
         whole = max(_bytes(args[0]), _bytes(args[1]))  # of an all-gather the output, of a reduce-scatter the input
-        if whole <= SMALL.get(name, NORMS):
+        shapes = name == "send" and not args[0][0].is_floating_point()  # once, of the activations to come
+        if whole <= NORMS or shapes:
             return
         factor = {"send": 1.0, "allreduce": 2 * (size - 1) / size}.get(name, (size - 1) / size)
         theirs = "dense" if dist.get_process_group_ranks(group) == self._data else "pipeline"
@@ -63,7 +63,7 @@ def count(runs: list[RunConfig]) -> list[dict[str, float]]:
     counted = []
     for run in runs:
         engine = build(run)
-        micro_batches = share(engine, 0, BATCH // MICRO)
+        micro_batches = share(engine, 0, COUNT)
         with Count(engine._topology) as mode:
             engine.train_step(micro_batches, BATCH * SEQ)
         counted.append(mode.sent)
@@ -71,23 +71,21 @@ def count(runs: list[RunConfig]) -> list[dict[str, float]]:
     return counted
 
 
-def run(moe: MoEConfig, expert_parallel=1, precision: str = "bf16", layout: dict | None = None) -> RunConfig:
-    made = config(moe, expert_parallel, precision, layout, checkpoint_activations=True)
+def run(moe: MoEConfig, precision: str = "bf16", **parallel) -> RunConfig:
+    made = run_config(moe, precision, recompute=True, **parallel)
     # as in the published runs; without dropout torch stops a layer's recomputation before its last exchange
     return dataclasses.replace(made, model=dataclasses.replace(made.model, hidden_dropout=0.1))
 
 
-TP2 = {"tensor_model_parallel_size": 2}
-SP2 = TP2 | {"sequence_parallel": True}
-ETP2 = SP2 | {"enable_expert_tensor_parallelism": True}
 CASES = {
-    "dense, fp32": run(DENSE, precision="fp32"),
-    "two degrees": run(PYRAMID, (2, 4)),
-    "TP2": run(PYRAMID, (1, 2), layout=TP2),
-    "TP2 SP": run(PYRAMID, 2, layout=SP2),
-    "TP2 SP ETP": run(PYRAMID, 2, layout=ETP2),
-    "TP2 SP, dropless residual": run(DROPLESS, 1, layout=SP2),
-    "PP2": run(PYRAMID, 2, layout={"pipeline_model_parallel_size": 2}),
+    "dense, fp32": run(DENSE, "fp32"),
+    "two degrees": run(PYRAMID, **{EP: (2, 4)}),
+    "TP2": run(PYRAMID, **{EP: (1, 2), TP: 2}),
+    "TP2 SP": run(PYRAMID, **{EP: (2,), TP: 2, SP: True}),
+    "TP2 SP ETP": run(PYRAMID, **{EP: (2,), TP: 2, SP: True, ETP: True}),
+    "TP2 SP, dropless residual": run(DROPLESS, **{TP: 2, SP: True}),
+    "PP2": run(PYRAMID, **{EP: (2,), PP: 2}),
+    "PP2 x TP2 SP": run(PYRAMID, **{PP: 2, TP: 2, SP: True}),
 }
 
 
