@@ -3,8 +3,8 @@
 All figures are means over the ranks. A collective is counted as its usual algorithm sends it: with n ranks and b bytes
 on each, a ring all-reduce sends 2 (n - 1) / n b from each rank, an all-gather and a reduce-scatter (n - 1) / n of the
 whole, and an all-to-all (n - 1) / n b. A ring goes through the ranks in order, so only a node's last rank sends to
-another node. Tokens go straight to their experts' ranks, not by way of nodes. Reductions of a few numbers (norms, losses
-for the log) are left out.
+another node. Tokens go straight to their experts' ranks, not by way of nodes. Reductions of a few numbers (norms,
+losses for the log) are left out.
 
 Gradients are summed by all-reduce, in the number format of the weights, once an update: DeepSpeed's ZeRO-1 spreads the
 optimizer's state and work, and then gathers the weights.
