@@ -66,13 +66,14 @@ def communication(config: RunConfig, world: int, vocab_size: int, node: int = 8)
     )
     links = _Links(grid, node)
     width = 4 if config.optimizer.precision == "fp32" else 2
+    of_gradient = 2 if config.optimizer.grad_reduce_in_bf16 else 4
     micro_batches = config.training.global_batch_size / (config.training.micro_batch_size * grid.data)
     dense, experts = _parameters_of_a_rank(config, vocab_size)
     result = dict.fromkeys(PURPOSES, Traffic())
-    result["dense"] = _update_of(dense * width, grid.data, links.ring("data"))
+    result["dense"] = _update_of(dense, of_gradient, width, grid.data, links.ring("data"))
     for degree, count in experts.items():
         ranks = grid.groups("expert_data", degree).shape[1]
-        result["experts"] += _update_of(count * width, ranks, links.ring("expert_data", degree))
+        result["experts"] += _update_of(count, of_gradient, width, ranks, links.ring("expert_data", degree))
     for degree, rows in _rows_exchanged(config).items():
         sent = rows * config.model.hidden_size * width * micro_batches / grid.pipeline * (degree - 1) / degree
         result["all-to-all"] += links.pairs("expert", degree).of(sent)
@@ -181,9 +182,9 @@ def _pipeline(
     return sends + links.ring("embedding").of(table * 2 / grid.pipeline)
 
 
-def _update_of(weights: float, ranks: int, links: "_Split") -> Traffic:
-    """All-reduce of the gradients and all-gather of the weights, ``weights`` bytes each."""
-    return links.of(3 * weights * (ranks - 1) / ranks)
+def _update_of(weights: float, of_gradient: int, of_weight: int, ranks: int, links: "_Split") -> Traffic:
+    """All-reduce of the gradients and all-gather of the weights, in bytes of each."""
+    return links.of(weights * (2 * of_gradient + of_weight) * (ranks - 1) / ranks)
 
 
 # -------------------------------------------------------------------------------------------------------- where it goes

@@ -77,8 +77,13 @@ def run(moe: MoEConfig, precision: str = "bf16", **parallel) -> RunConfig:
     return dataclasses.replace(made, model=dataclasses.replace(made.model, hidden_dropout=0.1))
 
 
+def in_bf16(made: RunConfig) -> RunConfig:
+    return dataclasses.replace(made, optimizer=dataclasses.replace(made.optimizer, grad_reduce_in_bf16=True))
+
+
 CASES = {
     "dense, fp32": run(DENSE, "fp32"),
+    "two degrees, bf16 gradients": in_bf16(run(PYRAMID, **{EP: (2, 4)})),
     "two degrees": run(PYRAMID, **{EP: (2, 4)}),
     "TP2": run(PYRAMID, **{EP: (1, 2), TP: 2}),
     "TP2 SP": run(PYRAMID, **{EP: (2,), TP: 2, SP: True}),

@@ -23,10 +23,12 @@ def plan(world: int, node: int, **values):
 def test_data_and_expert_parallelism_by_hand():
     """Four ranks, two a node; two share the experts, so the two nodes have the same ones."""
     sent = plan(4, node=2, moe_expert_parallel_size=(2,))
-    # bf16: all-reduce of gradients 2 x 3/4, all-gather of weights 3/4, of 2 bytes each
-    assert sent["dense"].total == 3 * 2 * DENSE * 3 / 4
+    # all-reduce of fp32 gradients 2 x 3/4, all-gather of bf16 weights 3/4
+    assert sent["dense"].total == (2 * 4 + 2) * DENSE * 3 / 4
     assert sent["dense"].between == sent["dense"].total / 2  # in the ring 0 1 | 2 3 every other step leaves the node
-    assert sent["experts"].total == 3 * 2 * (2 * FEED_FORWARD) * 1 / 2
+    assert sent["experts"].total == (2 * 4 + 2) * (2 * FEED_FORWARD) * 1 / 2
+    in_bf16 = plan(4, node=2, moe_expert_parallel_size=(2,), grad_reduce_in_bf16=True)
+    assert in_bf16["dense"].total == 3 * 2 * DENSE * 3 / 4
     assert sent["experts"].inside == 0
     # 2 micro-batches: 4 experts x 4 slots x H x 2 bytes go out and come back in three passes, half to the other rank
     assert sent["all-to-all"].total == 2 * 3 * (4 * 4) * 4 * 2 / 2 * 2
