@@ -3,11 +3,11 @@
     with lifeline(launch, store, timeout, advice):
         ...  # all that needs the other ranks
 
-Each rank holds one TCP connection to a monitor, a thread of rank 0, and says goodbye on it when it ends well. The kernel
-closes the connections of a process that dies, whatever it was doing and whatever killed it, so a death shows at once;
-and a slow, busy or stopped process, whose connections stand, is never taken for a dead one. A node that is gone, or cut
-off, fails TCP's keep-alive after ``SILENCE`` seconds. The monitor tells every rank, whose listening thread prints one
-line and ends the process without any clean-up, since that could wait for the dead rank.
+Each rank holds one TCP connection to a monitor, a thread of rank 0, and says goodbye on it when it ends well. The
+kernel closes the connections of a process that dies, whatever it was doing and whatever killed it, so a death shows at
+once; and a slow, busy or stopped process, whose connections stand, is never taken for a dead one. A node that is gone,
+or cut off, fails TCP's keep-alive after ``SILENCE`` seconds. The monitor tells every rank, whose listening thread
+prints one line and ends the process without any clean-up, since that could wait for the dead rank.
 
 The listening thread needs the GIL, which Python code yields in milliseconds and waiting collectives do not hold. A call
 of foreign code that keeps it delays the end until it returns.
@@ -253,9 +253,13 @@ class _Monitor(threading.Thread):
         if len(told) > 8:
             told[8:] = [f"and {len(told) - 8} others"]
         message = json.dumps({"told": ", ".join(told), "ranks": list(what)}).encode() + b"\n"
-        for connection in self._peers:
+        for connection in reversed(self._by_rank()):  # this process last, since it ends when it is told
             with contextlib.suppress(OSError):
                 connection.send(message)
+
+    def _by_rank(self) -> list[socket.socket]:
+        members = {peer.member.rank: connection for connection, peer in self._peers.items() if peer.member}
+        return [members[rank] for rank in sorted(members)]
 
     def _close(self) -> None:
         for connection in (self._server, *self._peers):
@@ -312,8 +316,8 @@ def _connect(addresses: Sequence[str], port: int) -> socket.socket:
         except OSError as error:
             problems.append(f"{address}: {error}")
     raise ConnectionError(
-        f"cannot reach rank 0 at port {port} of {'; '.join(problems)}. Let the nodes of the run reach each other on all "
-        "TCP ports, and set MASTER_ADDR to an address of the network that they share"
+        f"cannot reach rank 0 at port {port} of {'; '.join(problems)}. Let the nodes of the run reach each other on "
+        "all TCP ports, and set MASTER_ADDR to an address of the network that they share"
     )
 
 

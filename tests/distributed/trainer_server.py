@@ -16,9 +16,14 @@ import time
 import traceback
 from collections.abc import Callable
 
+# what a trainer imports, at its start or later
+PRELOADED = (
+    *("megatron.training.pretrain", "deepspeed", "megatron.core.parallel_state", "tokenizers"),
+    *("megatron.core.datasets.gpt_dataset", "megatron.core.datasets.blended_megatron_dataset_builder"),
+)
 # phase -> the module and the attribute there of the function that it is in
 PHASES = {
-    "joined": ("megatron.training.pretrain", "initialize"),  # start-up, when all ranks know of each other
+    "joined": ("megatron.training.pretrain", "initialize"),
     "load": ("megatron.training.pretrain", "load"),
     "step": ("megatron.training.trainer", "Trainer._next"),
     "validate": ("megatron.training.trainer", "evaluate"),
@@ -28,8 +33,8 @@ PHASES = {
 
 
 def _serve() -> None:
-    import megatron.training.pretrain  # noqa: F401 (for the children)
-
+    for name in PRELOADED:
+        importlib.import_module(name)
     events = os.dup(1)
     os.dup2(2, 1)  # so that nothing else gets among the events
     buffer, alive = b"", set()

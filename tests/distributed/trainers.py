@@ -28,7 +28,10 @@ import tiny_run
 
 @dataclasses.dataclass
 class Death:
-    """SIGKILL for ``rank``, ``delay`` seconds after the ``call``-th time that it enters ``phase`` (PHASES in the server)."""
+    """SIGKILL for ``rank``, ``delay`` s after it enters ``phase`` for the ``call``-th time.
+
+    The phases are the server's PHASES, and ``joined``: all ranks have a lifeline, and start to build groups.
+    """
 
     rank: int
     phase: str
@@ -41,14 +44,6 @@ class Job:
 
     def __init__(self, server: "Server", pids: list[int], folder: Path) -> None:
         self._server, self.pids, self._folder = server, pids, folder
-
-    def kill(self, rank: int) -> None:
-        """SIGKILL."""
-        os.kill(self.pids[rank], signal.SIGKILL)
-
-    def wait_until_joined(self) -> None:
-        """Return when every rank is about to join the process groups."""
-        self._server.listen_until(lambda: self._server.joined.issuperset(self.pids))
 
     def wait(self, timeout: float = 60) -> list[int]:
         """Every rank's exit status, negative for a signal, when all have ended."""
@@ -74,7 +69,7 @@ class Server:
 
     def __init__(self, process: subprocess.Popen, folder: Path) -> None:
         self._process, self._folder, self._jobs = process, folder, 0
-        self.joined: set[int] = set()
+        self._joined: set[int] = set()
         self.ended: dict[int, tuple[int, float]] = {}  # pid -> status, when (s, monotonic)
         self._started: list[int] = []
 
@@ -90,12 +85,17 @@ class Server:
                 "environment": places | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
                 "arguments": arguments,
                 "output": str(folder / f"output-{rank}"),
-                "dies": dataclasses.asdict(dies) if dies and dies.rank == rank else None,
+                "dies": dataclasses.asdict(dies) if dies and dies.rank == rank and dies.phase != "joined" else None,
             }
             self._process.stdin.write(json.dumps(order).encode() + b"\n")
         self._process.stdin.flush()
         self.listen_until(lambda: len(self._started) == ranks)
-        return Job(self, list(self._started), folder)
+        job = Job(self, list(self._started), folder)
+        if dies and dies.phase == "joined":
+            self.listen_until(lambda: self._joined.issuperset(job.pids))
+            time.sleep(dies.delay)
+            os.kill(job.pids[dies.rank], signal.SIGKILL)
+        return job
 
     def listen_until(self, condition: Callable[[], bool], timeout: float = 60) -> None:
         """Take in what the server and its children tell until ``condition()`` holds."""
@@ -108,7 +108,7 @@ class Server:
             if word == b"started":
                 self._started.append(int(pid))
             elif word == b"joined":
-                self.joined.add(int(pid))
+                self._joined.add(int(pid))
             elif word == b"ended":
                 self.ended[int(pid)] = int(rest[0]), float(rest[1])
 
@@ -117,8 +117,8 @@ class Server:
 def server() -> Iterator[Server]:
     """A running server, which ends with its jobs when the block does."""
     process = subprocess.Popen(
-        [sys.executable, Path(__file__).with_name("trainer_server.py")], env=tiny_run.environment(), cwd=tiny_run.ROOT, bufsize=0,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        [sys.executable, Path(__file__).with_name("trainer_server.py")], env=tiny_run.environment(), cwd=tiny_run.ROOT,
+        bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
     )  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="trainers_") as folder, process:
         yield Server(process, Path(folder))
