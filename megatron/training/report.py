@@ -98,7 +98,7 @@ class Console:
         return f"{self._progress(record)} | {what}"
 
     def _not_saved(self, record: dict[str, Any]) -> str:
-        return f"{self._progress(record)} | NOT SAVED, training goes on: {record['reason']}"
+        return f"{self._progress(record)} | NOT SAVED: {record['reason']}"
 
     def _stop(self, record: dict[str, Any]) -> str:
         return f"{self._progress(record)} | stopped: {record['reason']}"

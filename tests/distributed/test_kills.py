@@ -17,7 +17,7 @@ from megatron.checkpoint import latest
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 WITHIN = 5.0  # s, as docs/faults.md states
-STEPS, BATCH_TOKENS = 30, 16 * tiny_run.SEQ
+STEPS, BATCH_TOKENS = 40, 16 * tiny_run.SEQ
 EXPERTS = {"num_experts": 4, "moe_expert_parallel_size": 2, "train_tokens": STEPS * BATCH_TOKENS}
 
 
@@ -73,8 +73,9 @@ def deaths(ranks: int, generator: random.Random) -> list[Death]:
 
     chosen = [Death(anyone(), "load", 1, delay()), Death(anyone(), "validate", 1, delay())]
     chosen += [Death(rank, "write", generator.choice((1, 2)), delay()) for rank in (0, ranks - 1)]
-    chosen += [Death(0, "commit", generator.choice((1, 2)), delay()), Death(anyone(), "step", 4, delay())]
-    chosen += [Death(anyone(), "joined", delay=generator.uniform(0, latest)) for latest in (0.1, 0.1, 1, 1, 1, 1)]
+    chosen += [Death(0, "commit", generator.choice((1, 2)), delay())]
+    chosen += [Death(anyone(), "step", generator.randint(1, 5), generator.uniform(0, 0.05)) for _ in range(4)]
+    chosen += [Death(anyone(), "joined", delay=generator.uniform(0, latest)) for latest in (0.1, 0.1, 0.4)]
     generator.shuffle(chosen)
     return chosen
 

@@ -65,7 +65,7 @@ def _tell(events: int, *words: object) -> None:
 def _child(events: int, environment: dict[str, str], arguments: list[str], output: str, dies: dict | None) -> None:
     status = 1
     try:
-        printed = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        printed = os.open(output, os.O_WRONLY | os.O_APPEND)
         os.dup2(printed, 1)
         os.dup2(printed, 2)
         os.environ.update(environment)

@@ -81,6 +81,7 @@ class Server:
         self._started = []
         places = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         for rank in range(ranks):
+            (folder / f"output-{rank}").touch()
             order = {
                 "environment": places | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
                 "arguments": arguments,
@@ -101,9 +102,11 @@ class Server:
         """Take in what the server and its children tell until ``condition()`` holds."""
         end = time.monotonic() + timeout
         while not condition():
-            ready, _, _ = select.select([self._process.stdout], [], [], max(0, end - time.monotonic()))
+            if time.monotonic() > end:
+                raise TimeoutError(f"waited for {timeout} s")
+            ready, _, _ = select.select([self._process.stdout], [], [], 0.02)
             if not ready:
-                raise TimeoutError(f"nothing came for {timeout} s")
+                continue
             word, pid, *rest = self._process.stdout.readline().split()
             if word == b"started":
                 self._started.append(int(pid))
