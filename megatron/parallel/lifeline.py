@@ -184,14 +184,16 @@ class _Monitor(threading.Thread):
                 for rank in set(range(self._world_size)) - self._came:
                     self._died[rank] = f"rank {rank} did not come within {self._timeout:g} s"
             if self._died or self._failed:
-                if not self._died:
-                    self._gather(DOUBT)
-                self._gather(TOGETHER)
+                self._gather()
                 self._tell()
                 return
 
-    def _gather(self, seconds: float) -> None:
-        end = time.monotonic() + seconds
+    def _gather(self) -> None:
+        """Take in what belongs to the first news: the death that made a rank fail, and deaths at the same time."""
+        end = time.monotonic() + DOUBT
+        while not self._died and (rest := end - time.monotonic()) > 0:
+            self._turn(rest)
+        end = time.monotonic() + TOGETHER
         while (rest := end - time.monotonic()) > 0:
             self._turn(rest)
 

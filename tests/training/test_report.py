@@ -130,10 +130,10 @@ def test_what_a_full_disk_does_not_take_is_kept_and_told_once(tmp_path, capsys):
     place = {"step": 1, "train_tokens": 9}
     report.write("stop", tokens=1, reason="x" * 50, **place)
     try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (150, limits[1]))
         for tokens in (2, 3):
             report.write("stop", tokens=tokens, reason="y", **place)
-        assert (tmp_path / "metrics.jsonl").stat().st_size == 100
+        assert (tmp_path / "metrics.jsonl").stat().st_size == 150
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert capsys.readouterr().err == "warning: JsonLines cannot log: [Errno 27] File too large\n"
