@@ -16,7 +16,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron.checkpoint.agree import Group, raise_failures
-from megatron.checkpoint.errors import CheckpointError
+from megatron.checkpoint.errors import ContactLost
 from megatron.checkpoint.folder import abandon, delete_older, step_name
 from megatron.checkpoint.storage import BoxSavePlanner, Writer
 from megatron.checkpoint.tensors import Box, ShardedTensor
@@ -50,7 +50,8 @@ def save(
         The checkpoint's folder.
 
     Raises:
-        CheckpointError: on every rank, with the same message, which names the ranks and what went wrong.
+        CheckpointError: on every rank, with the same message, which names the ranks and what went wrong. The ranks may
+            go on and save again, but for ContactLost.
     """
     return _write(Path(folder), step, lambda: entries, meta, Group(group), keep_last)
 
@@ -120,6 +121,11 @@ class AsyncSaver:
         self._thread.start()
         return Path(folder) / step_name(step)
 
+    @property
+    def busy(self) -> bool:
+        """Whether a save is under way on this rank."""
+        return self._thread is not None and self._thread.is_alive()
+
     def wait(self) -> None:
         """Return when nothing is being saved any more.
 
@@ -166,7 +172,7 @@ def _write(
             abandon(folder, step)
         raise_failures({rank: str(failure) for rank, (failure, _) in error.failures.items()}, ranks.size, doing)
     except RuntimeError as error:
-        raise CheckpointError(f"{doing}Rank {ranks.rank} lost contact with another one: {error}") from error
+        raise ContactLost(f"{doing}Rank {ranks.rank} lost contact with another one: {error}") from error
     if ranks.rank == 0:
         delete_older(folder, keep_last)
     return folder / step_name(step)

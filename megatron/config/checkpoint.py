@@ -19,7 +19,7 @@ class CheckpointConfig:
     )
     keep_last: int = option(0, "Keep this many newest checkpoints and delete older ones; 0 keeps all.")
     async_save: bool = option(False, "Write checkpoints in the background while training goes on.")
-    exit_duration_in_mins: float | None = option(None, "Save and exit after this many minutes.")
+    exit_duration_in_mins: float | None = option(None, "Save and exit this many minutes after the process started.")
     exit_tokens: int | None = option(
         None, "Save and exit at this many consumed tokens; the schedule still ends at --train-tokens.",
         parse=parse_count,

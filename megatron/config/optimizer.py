@@ -22,6 +22,9 @@ class OptimizerConfig:
     adam_eps: float = option(1e-8, "Added to the root of the second moment.")
     clip_grad: float = option(1.0, "Largest global gradient norm; 0 turns clipping off.")
     precision: str = option("bf16", "Number format of weights and activations.", choices=("bf16", "fp16", "fp32"))
+    grad_reduce_in_bf16: bool = option(
+        False, "bf16: add gradients over processes in bf16 instead of fp32, which halves what is sent for it."
+    )
     loss_scale: float = option(0.0, "fp16: a fixed loss scale; 0 is the dynamic one.")
     initial_loss_scale_power: int = option(16, "fp16: the dynamic loss scale starts at 2 to this power.")
     loss_scale_window: int = option(1000, "fp16: good steps after which the loss scale doubles.")

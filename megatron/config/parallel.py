@@ -1,6 +1,7 @@
 """How a run is laid out over processes."""
 
 import dataclasses
+import datetime
 
 from megatron.config.fields import option
 
@@ -44,6 +45,11 @@ class ParallelConfig:
         None, "A DeepSpeed JSON file to merge with the flags; where the two disagree the run stops.",
         flag="--deepspeed_config", metavar="FILE",
     )  # fmt: skip
+
+    @property
+    def timeout(self) -> datetime.timedelta:
+        """``--distributed-timeout-minutes``."""
+        return datetime.timedelta(minutes=self.distributed_timeout_minutes)
 
     def data_parallel_size(self, world_size: int) -> int:
         """Copies of the model that ``world_size`` processes train, each on micro-batches of its own."""

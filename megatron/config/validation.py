@@ -323,6 +323,13 @@ def _loss_scale(config: RunConfig, world_size: int) -> Iterator[str]:
         )
 
 
+@_rule("precision", "grad_reduce_in_bf16")
+def _gradient_reduction(config: RunConfig, world_size: int) -> Iterator[str]:
+    precision = config.optimizer.precision
+    if config.optimizer.grad_reduce_in_bf16 and precision != "bf16":
+        yield f"--grad-reduce-in-bf16 must have --bf16, and the precision is {precision}; drop it, or use --bf16"
+
+
 @_rule("device", "distributed_backend")
 def _backend(config: RunConfig, world_size: int) -> Iterator[str]:
     if config.training.device == "cpu" and config.parallel.distributed_backend == "nccl":

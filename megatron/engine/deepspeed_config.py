@@ -46,6 +46,8 @@ def from_flags(config: RunConfig, data_parallel_size: int) -> dict[str, Any]:
             "min_loss_scale": optimizer.min_loss_scale,
         }
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
+    if optimizer.precision != "fp32":
+        settings["communication_data_type"] = "bf16" if optimizer.grad_reduce_in_bf16 else "fp32"
     return settings
 
 

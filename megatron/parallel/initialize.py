@@ -100,20 +100,35 @@ def choose_device(requested: str | None, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def initialize(config: ParallelConfig, launch: Launch, device: torch.device) -> Topology:
+def meet(launch: Launch, timeout: datetime.timedelta) -> tuple[Launch, dist.Store]:
+    """The store through which all processes of a run find each other, and the launch with its port.
+
+    Args:
+        launch: this process among all; a port of 0 is for a single process, which takes any free one.
+        timeout: how long a process waits for what another one has to tell.
+    """
+    if launch.starter == "torchrun":  # has a store, on whichever node leads
+        return launch, next(dist.rendezvous("env://", launch.rank, launch.world_size, timeout=timeout))[0]
+    store = dist.TCPStore(
+        launch.master_addr,
+        launch.master_port,
+        launch.world_size,
+        is_master=launch.rank == 0,
+        timeout=timeout,
+        wait_for_workers=False,
+    )
+    return dataclasses.replace(launch, master_port=store.port), store
+
+
+def initialize(config: ParallelConfig, launch: Launch, device: torch.device, store: dist.Store) -> Topology:
     """Join all processes and build the groups. ``config`` must have been validated for ``launch.world_size``."""
-    timeout = _timeout(config)
     backend = config.distributed_backend or ("nccl" if device.type == "cuda" else "gloo")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if launch.starter == "python" and launch.master_port == 0:  # one process: any free port will do
-        store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True, wait_for_workers=False)
-        launch = dataclasses.replace(launch, master_port=store.port)
-        launch.export()
-        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
-    else:
-        launch.export()
-        dist.init_process_group(backend, rank=launch.rank, world_size=launch.world_size, timeout=timeout)
+    launch.export()
+    dist.init_process_group(
+        backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=config.timeout
+    )
     return build_groups(config, launch, device)
 
 
@@ -127,7 +142,7 @@ def build_groups(config: ParallelConfig, launch: Launch, device: torch.device) -
         """This rank's group. Every rank names all groups, in one order; torch does no work for those of others."""
         mine, description = grid.group_of(rank, kind, degree), f"{kind} {degree}"
         for ranks in grid.groups(kind, degree).tolist():
-            made = dist.new_group(ranks, timeout=_timeout(config), group_desc=description)
+            made = dist.new_group(ranks, timeout=config.timeout, group_desc=description)
             if ranks == mine:
                 group = made
         return group
@@ -149,12 +164,12 @@ def build_groups(config: ParallelConfig, launch: Launch, device: torch.device) -
         expert=expert_groups.get(one),
         expert_data=expert_data_groups.get(one),
     )
-    control_group = dist.new_group(backend="gloo", timeout=_timeout(config))
+    control_group = dist.new_group(backend="gloo", timeout=config.timeout)
     node_groups = {}
     if config.moe_hierarchical_all_to_all:
         for degree in (degree for degree in degrees if degree > 1):
             ranks = grid.group_of(rank, "expert", degree)
-            node_groups[degree] = meet_by_node(ranks, launch.node, control_group, _timeout(config))
+            node_groups[degree] = meet_by_node(ranks, launch.node, control_group, config.timeout)
     return Topology(
         launch=launch,
         device=device,
@@ -177,10 +192,6 @@ def build_groups(config: ParallelConfig, launch: Launch, device: torch.device) -
         overlap_chunks=config.moe_overlap_chunks,
         control_group=control_group,
     )
-
-
-def _timeout(config: ParallelConfig) -> datetime.timedelta:
-    return datetime.timedelta(minutes=config.distributed_timeout_minutes)
 
 
 def forget_groups() -> None:

@@ -13,20 +13,24 @@ from megatron.data.gpt_dataset import build_datasets
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.engine import deepspeed_config
 from megatron.engine.pipeline import build_engine
-from megatron.parallel.initialize import Topology, choose_device, initialize, shut_down
+from megatron.parallel.initialize import Topology, choose_device, initialize, meet, shut_down
 from megatron.parallel.launch import Launch
+from megatron.parallel.lifeline import lifeline
 from megatron.parallel.replicas import ReplicasDiffer
 from megatron.planning.parameters import count_parameters
 from megatron.planning.placement import place
 from megatron.training.clock import Clock, total_samples
 from megatron.training.report import Report
 from megatron.training.resume import check, clock_from
-from megatron.training.start import check_outputs, check_precision, find_checkpoint, only_run_in
+from megatron.training.start import check_outputs, check_precision, find_checkpoint, how_to_go_on, only_run_in
 from megatron.training.trainer import Trainer, TrainingDiverged
 
 
 def pretrain(config: RunConfig) -> int:
-    """Train as ``config`` says. Returns the exit status; what the user can mend is printed, not raised."""
+    """Train as ``config`` says. Returns the exit status; what the user can mend is printed, not raised.
+
+    In a run of several processes an error is the end of this one: see :mod:`megatron.parallel.lifeline`.
+    """
     rank = 0
     try:
         launch = Launch.from_environment()
@@ -44,14 +48,16 @@ def pretrain(config: RunConfig) -> int:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     try:
-        topology = initialize(parallel, launch, device)
-        with only_run_in(config.checkpoint.save, topology):
-            _run(config, topology)
+        launch, store = meet(launch, parallel.timeout)
+        with lifeline(launch, store, parallel.timeout.total_seconds(), lambda: how_to_go_on(config)):
+            topology = initialize(parallel, launch, device, store)
+            with only_run_in(config.checkpoint.save, topology):
+                _run(config, topology)
+            shut_down()
     except (ValueError, OSError, TrainingDiverged, ReplicasDiffer, CheckpointError) as error:
-        # The process groups are left as they are: other ranks may be inside a collective, and the starter ends them.
+        # the process groups are left as they are: other ranks may be inside a collective
         print(f"error on rank {launch.rank}: {error}", file=sys.stderr, flush=True)
         return 1
-    shut_down()
     return 0
 
 

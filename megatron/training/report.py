@@ -1,5 +1,6 @@
 """Where the figures of a run go: the console, a JSON-lines file, TensorBoard, Weights & Biases."""
 
+import contextlib
 import json
 import math
 import sys
@@ -14,7 +15,7 @@ class Writer(Protocol):
     """Takes one record at a time."""
 
     def write(self, record: dict[str, Any]) -> None:
-        """Write a record; ``record["kind"]`` is run, train, valid, save or stop."""
+        """Write a record; ``record["kind"]`` is run, train, valid, save, not_saved or stop."""
 
     def close(self) -> None:
         """Flush and close."""
@@ -97,27 +98,32 @@ class Console:
             what = f"saving {record['folder']}"
         return f"{self._progress(record)} | {what}"
 
+    def _not_saved(self, record: dict[str, Any]) -> str:
+        return f"{self._progress(record)} | NOT SAVED: {record['reason']}"
+
     def _stop(self, record: dict[str, Any]) -> str:
         return f"{self._progress(record)} | stopped: {record['reason']}"
 
 
 class JsonLines:
-    """One JSON object a line; plots and tools read it."""
+    """One JSON object a line; plots and tools read it. What a full disk does not take is written when it does."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a+b")
+        self._file = path.open("a+b", buffering=0)
+        self._unwritten = b""
         if self._file.tell() and self._last_byte() != b"\n":
-            self._file.write(b"\n")  # a killed run left half a line; what follows must not be lost with it
+            self._unwritten = b"\n"  # a killed run left half a line; what follows must not be lost with it
 
     def _last_byte(self) -> bytes:
         self._file.seek(-1, 2)
         return self._file.read(1)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append the record and flush. Numbers that are not finite become null: they are no JSON."""
-        self._file.write(json.dumps(_finite(record)).encode() + b"\n")
-        self._file.flush()
+        """Append the record. Numbers that are not finite become null: they are no JSON."""
+        self._unwritten += json.dumps(_finite(record)).encode() + b"\n"
+        while self._unwritten:
+            self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
 
     def close(self) -> None:
         """Close the file."""
@@ -200,6 +206,7 @@ class Report:
 
     def __init__(self, config: LoggingConfig, name: str, save: str | None, is_first: bool) -> None:
         self._writers: list[Writer] = []
+        self._failing: set[Writer] = set()
         self._started: tuple[float, int] | None = None
         if not is_first:
             return
@@ -220,9 +227,22 @@ class Report:
             since, first = self._started
             record["eta_seconds"] = (time.perf_counter() - since) / max(tokens - first, 1) * (train_tokens - tokens)
         for writer in self._writers:
-            writer.write(record)
+            try:
+                writer.write(record)
+                self._failing.discard(writer)
+            except OSError as error:  # a full disk, a closed terminal: no reason to lose the run
+                self._complain(writer, error)
+
+    def _complain(self, writer: Writer, error: OSError) -> None:
+        if writer not in self._failing:
+            self._failing.add(writer)
+            with contextlib.suppress(OSError):
+                print(f"warning: {type(writer).__name__} cannot log: {error}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Close every writer."""
         for writer in self._writers:
-            writer.close()
+            try:
+                writer.close()
+            except OSError as error:
+                self._complain(writer, error)

@@ -1,7 +1,9 @@
 """Stopping a run from outside: signals and time limits end it after a checkpoint, on all ranks together."""
 
+import os
 import signal
 import time
+from pathlib import Path
 from types import FrameType
 
 from megatron.parallel.initialize import Topology
@@ -9,12 +11,21 @@ from megatron.parallel.initialize import Topology
 HANDLED = (signal.SIGTERM, signal.SIGUSR1)
 
 
+def process_age() -> float:
+    """Seconds since this process began, imports included (``starttime`` in proc_pid_stat(5))."""
+    after_name = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - int(after_name[19]) / os.sysconf("SC_CLK_TCK")
+
+
 class StopRequest:
-    """Remembers that SIGTERM or SIGUSR1 came or that time is up; :meth:`agreed` makes it common to all ranks."""
+    """Remembers that SIGTERM or SIGUSR1 came or that time is up; :meth:`agreed` makes it common to all ranks.
+
+    Time is up ``minutes`` after the process began: what a scheduler counts is not training only.
+    """
 
     def __init__(self, topology: Topology, minutes: float | None = None) -> None:
         self._topology = topology
-        self._deadline = None if minutes is None else time.monotonic() + 60 * minutes
+        self._deadline = None if minutes is None else time.monotonic() + 60 * minutes - process_age()
         self._signal = 0
         self._previous = {number: signal.signal(number, self._remember) for number in HANDLED}
 

@@ -81,6 +81,17 @@ def find_checkpoint(config: RunConfig, topology: Topology) -> tuple[Path, dict[s
     return _as_first_rank(find, topology)
 
 
+def how_to_go_on(config: RunConfig) -> str:
+    """What the user can do when the run ended before its time."""
+    save = config.checkpoint.save
+    found = None if save is None else latest(save)
+    if found is None:
+        return "No checkpoint was completed: the same command starts anew"
+    if _continues(config):
+        return f"Restart with the same command: it goes on from {found.name}"
+    return f"To go on from {found.name}, restart with --load {save}"
+
+
 def _as_first_rank(function: Any, topology: Topology) -> Any:
     """What ``function()`` returns or raises on the first rank, on all ranks."""
     answer: list[Any] = [None, None]

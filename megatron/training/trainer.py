@@ -1,5 +1,6 @@
 """The training loop."""
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -8,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron.checkpoint import AsyncSaver, save
+from megatron.checkpoint import AsyncSaver, CheckpointError, ContactLost, save
 from megatron.config import RunConfig
 from megatron.data.gpt_dataset import batches
 from megatron.data.tokenizer import Tokenizer
@@ -48,6 +49,8 @@ class Trainer:
         self._total = total_samples(config.training, config.model.seq_length, clock.samples)
         self._saver = AsyncSaver(topology.control_group) if config.checkpoint.async_save else None
         self._last_saved = resumed_from
+        self._saving: Path | None = None  # in the background
+        self._not_saved: CheckpointError | None = None  # why the last save failed
         self._skipped_in_a_row = 0
         self._window = StepWindow(
             model_flops_per_token(config.model, config.moe, vocab_size),
@@ -56,14 +59,19 @@ class Trainer:
         )
 
     def run(self) -> None:
-        """Train. Returns after the last update, or after a checkpoint when asked to stop early."""
+        """Train. Returns after the last update, or after a checkpoint when asked to stop early.
+
+        A save that fails, say for a full disk, is told, and training goes on to the next.
+
+        Raises:
+            CheckpointError: the last save failed.
+            TrainingDiverged: too many updates in a row were skipped.
+        """
         stop = StopRequest(self.topology, self.config.checkpoint.exit_duration_in_mins)
-        try:
-            self._loop(stop)
-            if self._saver:
-                self._saver.wait()
-        finally:
-            stop.restore()
+        self._loop(stop)
+        if self._not_saved:
+            raise self._not_saved
+        stop.restore()  # not after an error: the SIGTERM of a starter would cut off what there is to say of it
 
     def _loop(self, stop: StopRequest) -> None:
         limit, seq = self.config.checkpoint.exit_tokens, self.config.model.seq_length
@@ -87,6 +95,8 @@ class Trainer:
             if validate or now >= self._total:
                 self._validate()
             reason = stop.agreed()
+            if self._saver and not self._saver.busy:
+                self._end_of_saving()
             if keep or done or reason:
                 self._save(in_background=not (done or reason))
         if reason is None:
@@ -121,8 +131,7 @@ class Trainer:
         self._skipped_in_a_row += 1
         most = self.config.training.max_skipped_updates
         if self._skipped_in_a_row > most:
-            if self._saver:
-                self._saver.wait()
+            self._end_of_saving()
             raise TrainingDiverged(
                 f"{self._skipped_in_a_row} updates in a row had a loss or gradient that is not finite "
                 f"(--max-skipped-updates {most}), at {self.clock.tokens} tokens. "
@@ -153,21 +162,43 @@ class Trainer:
         meta = describe(
             self.config, self.clock, self._vocab_size, self._tokenizer, self.engine.scalar_state(), world_size
         )
-        if self._saver:
+        self._end_of_saving()
+        background = self._saver if in_background else None
+        with self._told_if_not_saved():
+            written = (background.save if background else save)(
+                folder,
+                self.clock.steps,
+                self.engine.saved_tensors(),
+                meta,
+                group=self.topology.control_group,
+                keep_last=self.config.checkpoint.keep_last,
+            )
+            if background:
+                self._saving = written
+            else:
+                self._last_saved, self._not_saved = written, None
+            seconds = time.perf_counter() - start
+            self._log("save", folder=str(written), seconds=seconds, background=background is not None)
+        self._window.pause(time.perf_counter() - start)
+
+    def _end_of_saving(self) -> None:
+        """Wait for what is being saved in the background, and take note of how that ended."""
+        if self._saver is None or self._saving is None:
+            return
+        with self._told_if_not_saved():
+            saving, self._saving = self._saving, None
             self._saver.wait()
-        write = self._saver.save if self._saver and in_background else save
-        self._last_saved = write(
-            folder,
-            self.clock.steps,
-            self.engine.saved_tensors(),
-            meta,
-            group=self.topology.control_group,
-            keep_last=self.config.checkpoint.keep_last,
-        )
-        seconds = time.perf_counter() - start
-        self._window.pause(seconds)
-        background = bool(self._saver) and in_background
-        self._log("save", folder=str(self._last_saved), seconds=seconds, background=background)
+            self._last_saved, self._not_saved = saving, None
+
+    @contextlib.contextmanager
+    def _told_if_not_saved(self) -> Iterator[None]:
+        try:
+            yield
+        except ContactLost:
+            raise
+        except CheckpointError as error:  # the same on all ranks, which go on together
+            self._not_saved = error
+            self._log("not_saved", reason=str(error))
 
     def _log(self, kind: str, **values: Any) -> None:
         train_tokens = self._total * self.config.model.seq_length

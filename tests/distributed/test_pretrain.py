@@ -118,6 +118,16 @@ def test_other_layouts_resume_the_same_run(corpus, uninterrupted, tmp_path, proc
         torch.testing.assert_close(torch.tensor(found[tokens]), torch.tensor(value), rtol=1e-5, atol=1e-5)
 
 
+def test_each_moe_layer_may_have_its_own_degree(corpus, tmp_path):
+    """Each process has its own order of sets of names here, unlike forked ones: optimizer groups must not follow it."""
+    degrees = ["--num-layers", "4", "--num-experts", "4", "8", "--moe-expert-parallel-size", "2", "4"]
+    done = tiny_run.train(4, [*tiny_run.flags(corpus, save=tmp_path), *degrees])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "expert parallel 2, 4" in done.stdout
+    assert [record["expert_parallel"] for record in tiny_run.records(tmp_path, "run")] == [[2, 4]]
+    assert tiny_run.records(tmp_path, "train")[-1]["loss"] < tiny_run.records(tmp_path, "train")[0]["loss"]
+
+
 def test_the_deepspeed_launcher_starts_the_same_run(corpus, uninterrupted, tmp_path):
     launcher = Path(sys.executable).parent / "deepspeed"
     arguments = tiny_run.flags(corpus, save=tmp_path, **MOE)

@@ -106,59 +106,52 @@ def test_deepspeed_runs_zero_1_knows_of_the_experts_and_compiles_nothing(seen):
         assert rank["flags"] <= {"bool", "float", "Tensor"}
 
 
-def expert_groups(tensor: int, degrees: tuple[int, ...], shard_experts: bool) -> list[tuple[list[int], list[int]]]:
-    """Expert-parallel and expert-data group that DeepSpeed finds for each degree."""
+# (tensor, degrees, experts sharded, groups of each degree: expert-parallel and expert-data)
+NEIGHBOURS, OPPOSITE, ALONE, ALL = [[0, 1], [2, 3]], [[0, 2], [1, 3]], [[0], [1], [2], [3]], [[0, 1, 2, 3]]
+EXPERT_GROUPS = [
+    (1, (2,), False, [(NEIGHBOURS, OPPOSITE)]),
+    (2, (2,), True, [(OPPOSITE, ALONE)]),
+    (2, (1,), True, [(ALONE, OPPOSITE)]),
+    (2, (2, 1), False, [(OPPOSITE, NEIGHBOURS), (ALONE, ALL)]),  # expert-data groups join the tensor-parallel ranks
+    (1, (2, 4), False, [(NEIGHBOURS, OPPOSITE), (ALL, ALONE)]),
+]
+
+
+def find_expert_groups() -> None:
     from deepspeed.utils import groups
 
     from megatron.engine import deepspeed_internals
-    from megatron.parallel.initialize import build_groups
+    from megatron.parallel.initialize import build_groups, forget_groups
     from megatron.parallel.launch import Launch
 
-    parallel = ParallelConfig(
-        tensor_model_parallel_size=tensor,
-        moe_expert_parallel_size=degrees,
-        enable_expert_tensor_parallelism=shard_experts,
-    )
     rank, size = dist.get_rank(), dist.get_world_size()
-    topology = build_groups(parallel, Launch(rank, size, rank, "127.0.0.1", 0, "test"), torch.device("cpu"))
     deepspeed_internals.start()
-    made = dist.distributed_c10d._world.group_count
-    deepspeed_internals.register_groups(topology, deepspeed_internals.ModelParallelUnit(topology), degrees)
-    assert groups._get_expert_model_parallel_world_size() == (tensor if shard_experts else 1)
-    assert dist.distributed_c10d._world.group_count == made, "no group is made a second time"
-    found = []
-    for degree in degrees:
-        name = deepspeed_internals.expert_group_name(degree)
-        expert, data = groups._get_expert_parallel_group(name), groups._get_expert_data_parallel_group(name)
-        assert expert is topology.expert_parallel_groups[degree]
-        assert data is topology.expert_data_group(degree)
-        assert groups._get_expert_data_parallel_group_ranks(name) == dist.get_process_group_ranks(data)
-        found.append((dist.get_process_group_ranks(expert), dist.get_process_group_ranks(data)))
-    return found
+    for tensor, degrees, sharded, expected in EXPERT_GROUPS:
+        parallel = ParallelConfig(
+            tensor_model_parallel_size=tensor,
+            moe_expert_parallel_size=degrees,
+            enable_expert_tensor_parallelism=sharded,
+        )
+        topology = build_groups(parallel, Launch(rank, size, rank, "127.0.0.1", 0, "test"), torch.device("cpu"))
+        made = dist.distributed_c10d._world.group_count
+        deepspeed_internals.register_groups(topology, deepspeed_internals.ModelParallelUnit(topology), degrees)
+        assert dist.distributed_c10d._world.group_count == made, "no group is made a second time"
+        assert groups._get_expert_model_parallel_world_size() == (tensor if sharded else 1)
+        assert len(groups._get_expert_parallel_group_dict()) == len(degrees), "those of the run before are gone"
+        for degree, (members, replicas) in zip(degrees, expected, strict=True):
+            name = deepspeed_internals.expert_group_name(degree)
+            expert, data = groups._get_expert_parallel_group(name), groups._get_expert_data_parallel_group(name)
+            assert expert is topology.expert_parallel_groups[degree]
+            assert data is topology.expert_data_group(degree)
+            assert [dist.get_process_group_ranks(expert)] == [group for group in members if rank in group]
+            assert [dist.get_process_group_ranks(data)] == [group for group in replicas if rank in group]
+            assert groups._get_expert_data_parallel_group_ranks(name) == dist.get_process_group_ranks(data)
+        forget_groups()
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(
-    ("tensor", "degrees", "shard_experts", "members", "replicas"),
-    [
-        (1, (2,), False, [[[0, 1], [0, 1], [2, 3], [2, 3]]], [[[0, 2], [1, 3], [0, 2], [1, 3]]]),
-        (2, (2,), True, [[[0, 2], [1, 3], [0, 2], [1, 3]]], [[[0], [1], [2], [3]]]),
-        (2, (1,), True, [[[0], [1], [2], [3]]], [[[0, 2], [1, 3], [0, 2], [1, 3]]]),
-        (
-            2, (2, 1), False,
-            [[[0, 2], [1, 3], [0, 2], [1, 3]], [[0], [1], [2], [3]]],
-            [[[0, 1], [0, 1], [2, 3], [2, 3]], [[0, 1, 2, 3]] * 4],
-        ),
-        (1, (2, 4), False, [[[0, 1], [0, 1], [2, 3], [2, 3]], [[0, 1, 2, 3]] * 4],
-         [[[0, 2], [1, 3], [0, 2], [1, 3]], [[0], [1], [2], [3]]]),
-    ],
-)  # fmt: skip
-def test_deepspeed_finds_our_expert_groups(tensor, degrees, shard_experts, members, replicas):
-    """Replicated experts are reduced over the tensor-parallel ranks too, sharded ones are not."""
-    seen = run_distributed(expert_groups, 4, tensor, degrees, shard_experts)
-    for number in range(len(degrees)):
-        assert [rank[number][0] for rank in seen] == members[number]
-        assert [rank[number][1] for rank in seen] == replicas[number]
+def test_deepspeed_finds_our_expert_groups():
+    run_distributed(find_expert_groups, 4)
 
 
 def test_optimizer_groups_are_in_one_order_on_all_processes():

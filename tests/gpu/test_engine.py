@@ -29,10 +29,12 @@ def micro_batch(number: int) -> dict:
 @pytest.fixture(scope="module")
 def topology():
     from megatron.config import ParallelConfig
-    from megatron.parallel.initialize import initialize, shut_down
+    from megatron.parallel.initialize import initialize, meet, shut_down
     from megatron.parallel.launch import Launch
 
-    yield initialize(ParallelConfig(), Launch.from_environment({}), torch.device("cuda", 0))
+    parallel = ParallelConfig()
+    launch, store = meet(Launch.from_environment({}), parallel.timeout)
+    yield initialize(parallel, launch, torch.device("cuda", 0), store)
     shut_down()
 
 

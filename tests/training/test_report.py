@@ -1,4 +1,5 @@
 import json
+import resource
 
 import pytest
 
@@ -121,3 +122,22 @@ def test_a_missing_extra_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "wandb", None)
     with pytest.raises(ValueError, match=r"\[wandb\]"):
         Report(LoggingConfig(wandb_project="p"), "moe", None, is_first=True)
+
+
+def test_what_a_full_disk_does_not_take_is_kept_and_told_once(tmp_path, capsys):
+    report = Report(LoggingConfig(log_file=str(tmp_path / "metrics.jsonl")), "moe", None, is_first=True)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    place = {"step": 1, "train_tokens": 9}
+    report.write("stop", tokens=1, reason="x" * 50, **place)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (150, limits[1]))
+        for tokens in (2, 3):
+            report.write("stop", tokens=tokens, reason="y", **place)
+        assert (tmp_path / "metrics.jsonl").stat().st_size == 150
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert capsys.readouterr().err == "warning: JsonLines cannot log: [Errno 27] File too large\n"
+    report.write("stop", tokens=4, reason="z", **place)
+    report.close()
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["tokens"] for line in lines] == [1, 2, 3, 4]
