@@ -28,6 +28,7 @@ from megatron.moe import MoELayer
 from megatron.moe.mlp import MLP
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+SKEW = 0.4  # added to the logits of the most favoured expert, whose random part is about 1
 TOLERANCE = {"bf16": 2e-2, "fp32": 2e-5}  # of the norm of what is compared
 
 
@@ -120,7 +121,7 @@ def skew(weight_EH: torch.Tensor, direction_H: torch.Tensor) -> None:
     """Make a router favour some experts, for tokens that have ``direction_H`` in common."""
     E = weight_EH.size(0)
     with torch.no_grad():
-        bias_E = torch.linspace(1.0, -1.0, E, device=weight_EH.device)
+        bias_E = SKEW * torch.linspace(1.0, -1.0, E, device=weight_EH.device)
         weight_EH += (bias_E[:, None] * direction_H / direction_H.norm() ** 2).to(weight_EH.dtype)
 
 

@@ -31,13 +31,11 @@ def applies(router: Router, experts: Experts, x: torch.Tensor) -> bool:
 
 def forward(router: Router, experts: Experts, x: torch.Tensor) -> tuple[torch.Tensor, Routing]:
     """Weighted answers to ``x`` [..., H] and the routing that they follow."""
-    from megatron.moe.kernels.feed_forward import feed_forward
-    from megatron.moe.kernels.gate import gate
+    from megatron.moe.kernels.layer import layer
 
     capacity = router.capacity(x.numel() // x.size(-1))
     random = router.training and router.random_selection
-    x_TH, found = gate(x.flatten(0, -2).contiguous(), router.weight, capacity, random=random)
     weights = (experts.w1, experts.b1, experts.w2, experts.b2)
-    y_TH = feed_forward(x_TH, found.gate_T, weights, found.token_R, found.row_T, found.expert_T)
+    y_TH, found = layer(x.flatten(0, -2).contiguous(), router.weight, weights, capacity, random=random)
     plan = RoutingPlan(found.expert_T[:, None], found.gate_T[:, None], found.slot_T[:, None], found.counts_E, capacity)
     return y_TH.view(x.shape), Routing(plan, found.aux_loss, found.z_loss)

@@ -224,10 +224,15 @@ def _place(
 
 @triton.jit
 def _gate_backward(
-    x_ptr, w_ptr, expert_ptr, lse_ptr, kept_gate_ptr, counts_ptr, d_gate_ptr, d_losses_ptr, d_logits_ptr, dx_ptr,
-    T, H, E,
-    BT: tl.constexpr, BE: tl.constexpr, BK: tl.constexpr, IEEE: tl.constexpr, ADD: tl.constexpr,
+    x_ptr, w_ptr, expert_ptr, lse_ptr, row_ptr, counts_ptr, d_gate_ptr, d_losses_ptr, d_logits_ptr, from_ptr, dx_ptr,
+    T, H, E, parts,
+    BT: tl.constexpr, BE: tl.constexpr, BK: tl.constexpr, BP: tl.constexpr, IEEE: tl.constexpr, ADD: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
+    """dx = d_logits @ w, plus what ``from`` has of the token if ADD.
+
+    With ROWS, ``from`` [R, H] and ``d_gate`` [R, parts] are by row of the experts' buffers; otherwise [T, H] and [T].
+    """
     row = tl.program_id(0) * BT + tl.arange(0, BT)
     e = tl.arange(0, BE)
     logits = _logits(x_ptr, w_ptr, row, T, H, E, BT, BE, BK, IEEE)
@@ -237,8 +242,16 @@ def _gate_backward(
     share = tl.load(counts_ptr + e, mask=e < E, other=0).to(tl.float32) / tokens
     d_aux, d_z = tl.load(d_losses_ptr), tl.load(d_losses_ptr + 1)
     expert = tl.load(expert_ptr + row, mask=row < T, other=-1)
-    d_gate = tl.load(d_gate_ptr + row, mask=row < T, other=0.0).to(tl.float32)
-    d_gate = tl.where(tl.load(kept_gate_ptr + row, mask=row < T, other=0.0) > 0, d_gate, 0.0)
+    buffer_row = tl.load(row_ptr + row, mask=row < T, other=-1)
+    kept = buffer_row >= 0
+    if ROWS:
+        part = tl.arange(0, BP)
+        at = buffer_row.to(tl.int64)[:, None] * parts + part[None, :]
+        d_gate = tl.sum(tl.load(d_gate_ptr + at, mask=kept[:, None] & (part < parts)[None, :], other=0.0), axis=1)
+        from_row = buffer_row.to(tl.int64)
+    else:
+        d_gate = tl.load(d_gate_ptr + row, mask=kept, other=0.0).to(tl.float32)
+        from_row = row.to(tl.int64)
     dp = tl.where(expert[:, None] == e[None, :], d_gate[:, None], 0.0) + (d_aux * E / tokens * share)[None, :]
     d_logits = p * (dp - tl.sum(dp * p, axis=1)[:, None] + (d_z * 2.0 * lse / tokens)[:, None])
     d_logits = tl.where((row < T)[:, None], d_logits, 0.0)
@@ -258,7 +271,8 @@ def _gate_backward(
         else:
             dx = tl.dot(stored, w)
         if ADD:
-            dx += tl.load(dx_at + start, mask=where, other=0.0).to(tl.float32)
+            other = where & kept[:, None] if ROWS else where
+            dx += tl.load(from_ptr + from_row[:, None] * H + k[None, :] + start, mask=other, other=0.0).to(tl.float32)
         tl.store(dx_at + start, dx.to(dx_ptr.dtype.element_ty), mask=where)
 
 
@@ -275,70 +289,111 @@ def _placed(BE: int) -> int:
     return min(256, max(16, 32768 // BE))
 
 
+class Decided(NamedTuple):
+    """What :func:`launch_forward` computes: the public part, and what the way back needs of it."""
+
+    gating: Gating
+    lse_T: torch.Tensor  # fp32, logsumexp of each token's logits
+
+
+def launch_forward(x_TH: torch.Tensor, weight_EH: torch.Tensor, capacity: int | None, random: bool) -> Decided:
+    """The forward kernels; see :func:`gate`."""
+    T, H = x_TH.shape
+    E = weight_EH.size(0)
+    BT, BE, BK, warps = _tile(E)
+    B = _placed(BE)
+    gate_blocks, blocks = triton.cdiv(T, BT), triton.cdiv(T, B)
+    R = T if capacity is None else E * capacity
+    new = x_TH.new_empty
+    expert_T, slot_T, row_T, token_R = (new(size, dtype=torch.int32) for size in (T, T, T, R))
+    gate_T, lse_T = (new(T, dtype=torch.float32) for _ in range(2))
+    p_sum, z_sum = new((gate_blocks, BE), dtype=torch.float32), new(gate_blocks, dtype=torch.float32)
+    count = new((blocks, BE), dtype=torch.int32)
+    counts, losses = new(E + 1, dtype=torch.int64), new(2, dtype=torch.float32)
+    bits = max(T - 1, 1).bit_length()
+    low, high = (bits + 1) // 2, bits // 2
+    seed = torch.randint(2**62, (), device=x_TH.device) if random else counts
+    if T:
+        _gate_forward[(gate_blocks,)](
+            x_TH, weight_EH, expert_T, gate_T, lse_T, p_sum, z_sum, T, H, E, BT, BE, BK, _ieee(x_TH, weight_EH),
+            num_warps=warps, num_stages=3,
+        )  # fmt: skip
+        _order[(blocks,)](
+            expert_T, count, token_R, seed, T, E, R, low, high, blocks,
+            B, BE, min(B, max(16, 8192 // BE)), random,
+        )  # fmt: skip
+    else:
+        token_R.fill_(-1)
+    _place[(blocks + 1,)](
+        expert_T, gate_T, slot_T, row_T, token_R, count, p_sum, z_sum, counts, losses, seed,
+        T, E, capacity or 0, low, high, blocks, gate_blocks, B, BE, random, capacity is not None,
+        num_warps=8,
+    )  # fmt: skip
+    gating = Gating(gate_T, losses[0], losses[1], expert_T, slot_T, row_T, counts[:E], counts[E], token_R)
+    return Decided(gating, lse_T)
+
+
+def launch_backward(
+    x_TH: torch.Tensor,
+    weight_EH: torch.Tensor,
+    decided: tuple[torch.Tensor, ...],
+    d_gate: torch.Tensor,
+    d_losses: tuple[torch.Tensor | None, torch.Tensor | None],
+    dx: torch.Tensor | None,
+    by_row: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of tokens and router weights.
+
+    Args:
+        decided: expert_T, lse_T, row_T and counts_E of the way forward.
+        d_gate: of each token [T], or ``by_row`` several parts of it for each row of the experts' buffers, [R, parts].
+        d_losses: of aux loss and z-loss.
+        dx: what else each token's gradient has, [T, H], or ``by_row`` [R, H]; None for nothing.
+    """
+    expert_T, lse_T, row_T, counts_E = decided
+    T, H = x_TH.shape
+    E = weight_EH.size(0)
+    BT, BE, BK, warps = _tile(E)
+    ieee = _ieee(x_TH, weight_EH)
+    zero = lse_T.new_zeros(())
+    losses = torch.stack([zero if d is None else d.float() for d in d_losses])
+    parts = d_gate.size(1) if by_row else 1
+    dx_TH = torch.empty_like(x_TH) if by_row or dx is None else dx
+    d_logits_TE = x_TH.new_empty((T, E), dtype=torch.float32 if ieee else x_TH.dtype)
+    if T:
+        _gate_backward[(triton.cdiv(T, BT),)](
+            x_TH, weight_EH, expert_T, lse_T, row_T, counts_E, d_gate, losses, d_logits_TE,
+            dx_TH if dx is None else dx, dx_TH, T, H, E, parts,
+            BT, BE, BK, triton.next_power_of_2(parts), ieee, dx is not None, by_row,
+            num_warps=warps, num_stages=3,
+        )  # fmt: skip
+    d_weight_EH = d_logits_TE.T @ x_TH.to(d_logits_TE.dtype)
+    return dx_TH, d_weight_EH.to(weight_EH.dtype)
+
+
+def _ieee(x_TH: torch.Tensor, weight_EH: torch.Tensor) -> bool:
+    """Whether products need fp32 arithmetic: those of half-precision numbers are exact on tensor cores."""
+    return not (x_TH.dtype == weight_EH.dtype and x_TH.dtype in (torch.bfloat16, torch.float16))
+
+
 class _Gate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TH, weight_EH, capacity, random):
-        T, H = x_TH.shape
-        E = weight_EH.size(0)
-        BT, BE, BK, warps = _tile(E)
-        ieee = not (x_TH.dtype == weight_EH.dtype and x_TH.dtype in (torch.bfloat16, torch.float16))
-        B = _placed(BE)
-        gate_blocks, blocks = triton.cdiv(T, BT), triton.cdiv(T, B)
-        R = T if capacity is None else E * capacity
-        new = x_TH.new_empty
-        expert_T, slot_T, row_T, token_R = (new(size, dtype=torch.int32) for size in (T, T, T, R))
-        gate_T, lse_T = (new(T, dtype=torch.float32) for _ in range(2))
-        p_sum, z_sum = new((gate_blocks, BE), dtype=torch.float32), new(gate_blocks, dtype=torch.float32)
-        count = new((blocks, BE), dtype=torch.int32)
-        counts, losses = new(E + 1, dtype=torch.int64), new(2, dtype=torch.float32)
-        bits = max(T - 1, 1).bit_length()
-        low, high = (bits + 1) // 2, bits // 2
-        seed = torch.randint(2**62, (), device=x_TH.device) if random else counts
-        if T:
-            _gate_forward[(gate_blocks,)](
-                x_TH, weight_EH, expert_T, gate_T, lse_T, p_sum, z_sum, T, H, E, BT, BE, BK, ieee,
-                num_warps=warps, num_stages=3,
-            )  # fmt: skip
-            _order[(blocks,)](
-                expert_T, count, token_R, seed, T, E, R, low, high, blocks,
-                B, BE, min(B, max(16, 8192 // BE)), random,
-            )  # fmt: skip
-        else:
-            token_R.fill_(-1)
-        _place[(blocks + 1,)](
-            expert_T, gate_T, slot_T, row_T, token_R, count, p_sum, z_sum, counts, losses, seed,
-            T, E, capacity or 0, low, high, blocks, gate_blocks, B, BE, random, capacity is not None,
-            num_warps=8,
-        )  # fmt: skip
-        counts_E, dropped = counts[:E], counts[E]
-        ctx.save_for_backward(x_TH, weight_EH, expert_T, lse_T, gate_T, counts_E)
-        ctx.ieee = ieee
+        (gate_T, aux_loss, z_loss, *rest), lse_T = launch_forward(x_TH, weight_EH, capacity, random)
+        expert_T, _, row_T, counts_E, *_ = rest
+        ctx.save_for_backward(x_TH, weight_EH, expert_T, lse_T, row_T, counts_E)
         ctx.set_materialize_grads(False)
-        decided = expert_T, slot_T, row_T, counts_E, dropped, token_R
-        ctx.mark_non_differentiable(*decided)
-        aux_loss, z_loss = losses.unbind()
-        return x_TH.view_as(x_TH), gate_T, aux_loss.clone(), z_loss.clone(), *decided
+        ctx.mark_non_differentiable(*rest)
+        return x_TH.view_as(x_TH), gate_T, aux_loss.clone(), z_loss.clone(), *rest
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dx_TH, d_gate_T, d_aux, d_z, *_):
-        x_TH, weight_EH, expert_T, lse_T, gate_T, counts_E = ctx.saved_tensors
-        T, H = x_TH.shape
-        E = weight_EH.size(0)
-        BT, BE, BK, warps = _tile(E)
-        zero = lse_T.new_zeros(())
-        d_losses = torch.stack([zero if d is None else d.float() for d in (d_aux, d_z)])
-        d_gate_T = torch.zeros_like(lse_T) if d_gate_T is None else d_gate_T.contiguous()
-        add = dx_TH is not None
-        dx_TH = dx_TH.contiguous() if add else torch.empty_like(x_TH)
-        d_logits_TE = x_TH.new_empty((T, E), dtype=torch.float32 if ctx.ieee else x_TH.dtype)
-        if T:
-            _gate_backward[(triton.cdiv(T, BT),)](
-                x_TH, weight_EH, expert_T, lse_T, gate_T, counts_E, d_gate_T, d_losses, d_logits_TE, dx_TH,
-                T, H, E, BT, BE, BK, ctx.ieee, add, num_warps=warps, num_stages=3,
-            )  # fmt: skip
-        d_weight_EH = d_logits_TE.T @ x_TH.to(d_logits_TE.dtype)
-        return dx_TH, d_weight_EH.to(weight_EH.dtype), None, None
+        x_TH, weight_EH, *decided = ctx.saved_tensors
+        d_gate_T = torch.zeros_like(decided[1]) if d_gate_T is None else d_gate_T.contiguous()
+        dx_TH = None if dx_TH is None else dx_TH.clone(memory_format=torch.contiguous_format)
+        dx_TH, d_weight_EH = launch_backward(x_TH, weight_EH, decided, d_gate_T, (d_aux, d_z), dx_TH, by_row=False)
+        return dx_TH, d_weight_EH, None, None
 
 
 def gate(
@@ -356,5 +411,5 @@ def gate(
     Returns:
         ``x_TH`` to go on with (its gradient is then added to the router's where that is computed), and the decisions.
     """
-    x_TH, gate_T, aux_loss, z_loss, *rest = _Gate.apply(x_TH, weight_EH.contiguous(), capacity, random)
-    return x_TH, Gating(gate_T, aux_loss, z_loss, *rest)
+    x_TH, *gating = _Gate.apply(x_TH, weight_EH.contiguous(), capacity, random)
+    return x_TH, Gating(*gating)

@@ -19,16 +19,18 @@ def gather_reference(x_TH: torch.Tensor, index_R: torch.Tensor) -> torch.Tensor:
 def combine_reference(
     y_RH: torch.Tensor, bias_LH: torch.Tensor, row_T: torch.Tensor, expert_T: torch.Tensor, gate_T: torch.Tensor
 ) -> torch.Tensor:
-    """gate * (answer + bias of the expert) of each token; zeros where it has no row (a negative one). [T, H]"""
-    answer_TH = gather_reference(y_RH, row_T).to(gate_T.dtype) + bias_LH[expert_T.long()].to(gate_T.dtype)
-    return (answer_TH * gate_T[:, None]).masked_fill((row_T < 0)[:, None], 0.0).to(y_RH.dtype)
+    """Answer + gate * bias of the expert, of each token; zeros where it has no row (a negative one). [T, H]"""
+    biases_TH = bias_LH[expert_T.long()].to(gate_T.dtype) * gate_T[:, None]
+    answer_TH = gather_reference(y_RH, row_T).to(gate_T.dtype) + biases_TH
+    return answer_TH.masked_fill((row_T < 0)[:, None], 0.0).to(y_RH.dtype)
 
 
 @triton.jit
-def _gather(x_ptr, index_ptr, out_ptr, H, BH: tl.constexpr):
+def _gather(x_ptr, index_ptr, gate_ptr, out_ptr, gate_R_ptr, H, BH: tl.constexpr):
     row = tl.program_id(0)
     index = tl.load(index_ptr + row)
     readable = tl.where(index >= 0, H, 0)
+    tl.store(gate_R_ptr + row, tl.where(index >= 0, tl.load(gate_ptr + tl.maximum(index, 0)), 0.0))
     for start in range(0, H, BH):
         h = start + tl.arange(0, BH)
         x = tl.load(x_ptr + index.to(tl.int64) * H + h, mask=h < readable, other=0.0)
@@ -46,20 +48,16 @@ def _combine(y_ptr, bias_ptr, row_ptr, expert_ptr, gate_ptr, out_ptr, H, BH: tl.
         h = start + tl.arange(0, BH)
         y = tl.load(y_ptr + row.to(tl.int64) * H + h, mask=h < readable, other=0.0).to(tl.float32)
         bias = tl.load(bias_ptr + expert.to(tl.int64) * H + h, mask=h < readable, other=0.0).to(tl.float32)
-        tl.store(out_ptr + token.to(tl.int64) * H + h, ((y + bias) * gate).to(out_ptr.dtype.element_ty), mask=h < H)
+        tl.store(out_ptr + token.to(tl.int64) * H + h, (y + bias * gate).to(out_ptr.dtype.element_ty), mask=h < H)
 
 
 @triton.jit
-def _gather_and_dot(
-    dy_ptr, bias_ptr, token_ptr, expert_ptr, gate_ptr, out_ptr, gate_R_ptr, dot_ptr, H, BH: tl.constexpr
-):
-    """Gather dy into the rows of the buffers, the gates too, and take each row's product with its expert's bias."""
+def _gather_and_dot(dy_ptr, bias_ptr, token_ptr, expert_ptr, out_ptr, dot_ptr, H, parts, BH: tl.constexpr):
+    """Gather dy into the rows of the buffers, and take each row's product with its expert's bias."""
     row = tl.program_id(0)
     token = tl.load(token_ptr + row)
-    known = tl.maximum(token, 0)
     readable = tl.where(token >= 0, H, 0)
-    expert = tl.load(expert_ptr + known)
-    tl.store(gate_R_ptr + row, tl.where(token >= 0, tl.load(gate_ptr + known), 0.0))
+    expert = tl.load(expert_ptr + tl.maximum(token, 0))
     total = tl.zeros((BH,), dtype=tl.float32)
     for start in range(0, H, BH):
         h = start + tl.arange(0, BH)
@@ -67,20 +65,20 @@ def _gather_and_dot(
         tl.store(out_ptr + row.to(tl.int64) * H + h, dy, mask=h < H)
         bias = tl.load(bias_ptr + expert.to(tl.int64) * H + h, mask=h < readable, other=0.0)
         total += dy.to(tl.float32) * bias.to(tl.float32)
-    tl.store(dot_ptr + row, tl.sum(total, axis=0))
+    tl.store(dot_ptr + row * parts, tl.sum(total, axis=0))
 
 
 def _block(H: int) -> int:
     return min(1024, triton.next_power_of_2(H))
 
 
-def gather(x_TH: torch.Tensor, index_R: torch.Tensor) -> torch.Tensor:
-    """:func:`gather_reference` in one launch; ``index_R`` is int32."""
+def gather(x_TH: torch.Tensor, index_R: torch.Tensor, gate_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`gather_reference` of tokens [R, H] and of their gates [R] in one launch; ``index_R`` is int32."""
     H = x_TH.size(1)
-    out_RH = x_TH.new_empty(index_R.numel(), H)
+    out_RH, gate_R = x_TH.new_empty(index_R.numel(), H), gate_T.new_empty(index_R.numel())
     if out_RH.numel():
-        _gather[(index_R.numel(),)](x_TH, index_R, out_RH, H, _block(H))
-    return out_RH
+        _gather[(index_R.numel(),)](x_TH, index_R, gate_T, out_RH, gate_R, H, _block(H))
+    return out_RH, gate_R
 
 
 def combine(
@@ -95,11 +93,11 @@ def combine(
 
 
 def gather_gradients(
-    dy_TH: torch.Tensor, bias_LH: torch.Tensor, token_R: torch.Tensor, expert_T: torch.Tensor, gate_T: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The way of :func:`combine` back: dy of each row's token [R, H], its gate [R], and dy times the bias [R], fp32."""
+    dy_TH: torch.Tensor, bias_LH: torch.Tensor, token_R: torch.Tensor, expert_T: torch.Tensor, dot: torch.Tensor
+) -> torch.Tensor:
+    """The way of :func:`combine` back: dy of each row's token, [R, H]; ``dot[:, 0]`` gets its product with the bias."""
     R, H = token_R.numel(), dy_TH.size(1)
-    out_RH, gate_R, dot_R = dy_TH.new_empty(R, H), gate_T.new_empty(R), gate_T.new_empty(R)
+    out_RH = dy_TH.new_empty(R, H)
     if R:
-        _gather_and_dot[(R,)](dy_TH, bias_LH, token_R, expert_T, gate_T, out_RH, gate_R, dot_R, H, _block(H))
-    return out_RH, gate_R, dot_R
+        _gather_and_dot[(R,)](dy_TH, bias_LH, token_R, expert_T, out_RH, dot, H, dot.size(1), _block(H))
+    return out_RH

@@ -1,11 +1,11 @@
-"""The fused feed-forward of experts against plain torch in float64: on a GPU, or in Triton's interpreter."""
+"""The fused layer and its parts against plain torch in float64: on a GPU, or in Triton's interpreter."""
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 from megatron.moe.kernels import gate, gelu, rows
-from megatron.moe.kernels.feed_forward import feed_forward
+from megatron.moe.kernels.layer import layer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
@@ -24,8 +24,12 @@ def test_gelu_and_its_way_back(L, C, F, dtype):
     pre, dh = (torch.randn(L, C, F, generator=generator).mul(2).to(DEVICE, dtype) for _ in range(2))
     bias, row_gate = torch.randn(L, F, generator=generator).to(DEVICE, dtype), torch.rand(L, C).to(DEVICE)
     exact = [x.double() for x in (pre, bias, dh, row_gate)]
-    assert near(gelu.bias_gelu(pre, bias), gelu.reference(*exact[:2]), TOLERANCE[dtype])
-    found = gelu.bias_gelu_backward(pre, bias, dh.clone(), row_gate)
+    h = gelu.reference(exact[0], exact[1], exact[3])
+    assert near(gelu.bias_gelu(pre, bias, row_gate), h, TOLERANCE[dtype])
+    dot = torch.full((L * C, gelu.dot_parts(F)), 7.0, device=DEVICE)
+    d_bias = gelu.bias_gelu_backward(pre, bias, dh, row_gate, dot)
+    assert (dot[:, 0] == 7.0).all()
+    found = dh, d_bias, dot[:, 1:].sum(1).view(L, C)
     for mine, expected in zip(found, gelu.backward_reference(*exact), strict=True):
         assert near(mine, expected, TOLERANCE[dtype])
 
@@ -42,15 +46,18 @@ def test_rows_there_and_back(T, R, H, dtype):
     gate_T = torch.rand(T, generator=generator).to(DEVICE)
     x, bias, y = (z.to(DEVICE, dtype) for z in (x, bias, y))
     index_R, row_T, expert_T = (z.to(DEVICE) for z in (index_R, row_T, expert_T))
-    assert torch.equal(rows.gather(x, index_R), rows.gather_reference(x, index_R))
+    found, gate_R = rows.gather(x, index_R, gate_T)
+    assert torch.equal(found, rows.gather_reference(x, index_R))
+    assert torch.equal(gate_R, rows.gather_reference(gate_T[:, None], index_R)[:, 0])
     exact = rows.combine_reference(y.double(), bias.double(), row_T, expert_T, gate_T.double())
     assert near(rows.combine(y, bias, row_T, expert_T, gate_T), exact, TOLERANCE[dtype])
-    dy_R, gate_R, dot_R = rows.gather_gradients(x, bias, index_R, expert_T, gate_T)
+    dot = torch.full((R, 3), 7.0, device=DEVICE)
+    dy_R = rows.gather_gradients(x, bias, index_R, expert_T, dot)
     assert torch.equal(dy_R, rows.gather_reference(x, index_R))
-    assert torch.equal(gate_R, rows.gather_reference(gate_T[:, None], index_R)[:, 0])
+    assert (dot[:, 1:] == 7.0).all()
     token = index_R.clamp(min=0).long()
     dots = (dy_R.double() * bias.double()[expert_T.long()[token]]).sum(-1)
-    torch.testing.assert_close(dot_R.double(), dots, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(dot[:, 0].double(), dots, rtol=1e-4, atol=1e-4)
 
 
 def plain(x_TH, weight_EH, weights, capacity):
@@ -76,8 +83,7 @@ def test_the_whole_layer_and_all_gradients_are_those_of_float64(T, H, F, E, fact
     mine = [value.clone().requires_grad_() for value in values]
     exact = [value.double().requires_grad_() for value in values]
     x, weight, *weights = mine
-    passed, routed = gate.gate(x, weight, capacity, random=False)
-    found = feed_forward(passed, routed.gate_T, tuple(weights), routed.token_R, routed.row_T, routed.expert_T)
+    found, routed = layer(x, weight, tuple(weights), capacity, random=False)
     expected, exact_routed = plain(exact[0], exact[1], exact[2:], capacity)
     assert torch.equal(routed.expert_T, exact_routed.expert_T)
     assert near(found, expected, TOLERANCE[dtype])
