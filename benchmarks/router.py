@@ -1,4 +1,4 @@
-"""The top-1 router alone: gate product, softmax, choice, losses, capacity, random token selection; forward and backward.
+"""The top-1 router alone: gate product, choice, losses, capacity, random token selection; forward and backward.
 
     python -m benchmarks.router --json router.json
 

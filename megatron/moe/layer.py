@@ -94,12 +94,13 @@ class MoELayer(nn.Module):
         def serve(x_TH: torch.Tensor, plan: RoutingPlan) -> torch.Tensor:
             return self._serve(x_TH, plan, lambda: None if self.mlp is None else dense.append(self.mlp(x)))
 
-        if fused.applies(self.router, self.experts, x):
-            y, (plan, aux_loss, z_loss) = fused.forward(self.router, self.experts, x)
+        if fused.serves(self.router, self.experts, x):
+            y, (plan, aux_loss, z_loss) = fused.serve(self.router, self.experts, x)
             if self.mlp is not None:
                 dense.append(self.mlp(x))
         else:
-            plan, aux_loss, z_loss = self.router(x)
+            route = fused.route if fused.routes(self.router, x) else Router.__call__
+            plan, aux_loss, z_loss = route(self.router, x)
             y = carry_out(serve, x, plan, self.tensor_group)
         if self.mlp is not None:
             weight, bias = self.coefficient.weight, self.coefficient.bias
