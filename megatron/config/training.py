@@ -21,6 +21,7 @@ class TrainingConfig:
     )
     eval_iters: int = option(10, "Global batches of a validation; always the same ones.")
     checkpoint_activations: bool = option(False, "Recompute each layer in the backward pass to save memory.")
+    compile: bool = option(True, "Do not let torch.compile fuse the layers on GPUs.", flag="--no-compile")
     max_skipped_updates: int = option(
         10, "Updates in a row with a non-finite loss or gradient (they are skipped) after which the run stops."
     )

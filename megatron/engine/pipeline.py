@@ -11,6 +11,7 @@ from megatron.checkpoint import ShardedTensor
 from megatron.config import RunConfig
 from megatron.engine.engine import Engine, LossSums, StepResult, micro_batch_seed
 from megatron.model.gpt import GPTModel
+from megatron.model.layer import compile_layers
 from megatron.parallel.initialize import Topology
 from megatron.planning.placement import place
 
@@ -33,6 +34,8 @@ class PipelineEngine(Engine):
 
         deepspeed_internals.start()
         self._module = PlacedPipeline(config, topology, vocab_size, place(config, vocab_size).layers)
+        if compiles(config, topology):
+            compile_layers(self._module.stage.layers.values())
         super().__init__(self._module.stage, config, topology)
         self._replicas = {name for name, p in self.model.named_parameters() if deepspeed_internals.is_tied_replica(p)}
 
@@ -89,4 +92,11 @@ def build_engine(config: RunConfig, topology: Topology, vocab_size: int) -> Engi
         seed=config.training.seed,
         checkpoint_activations=config.training.checkpoint_activations,
     )
+    if compiles(config, topology):
+        compile_layers(model.layers)
     return Engine(model, config, topology)
+
+
+def compiles(config: RunConfig, topology: Topology) -> bool:
+    """Whether layers are compiled: on GPUs, where no process exchanges anything inside of what would be fused."""
+    return config.training.compile and topology.device.type == "cuda" and topology.tensor_parallel_size == 1

@@ -4,6 +4,7 @@ Letters: B batch, S sequence (of new tokens), M keys (cached and new), N heads (
 H hidden = D * heads of all processes.
 """
 
+from contextlib import nullcontext
 from typing import Protocol
 
 import torch
@@ -64,6 +65,7 @@ class SelfAttention(nn.Module):
         if cache is not None:
             k, v, mask = cache.append(self.layer, k, v)  # (B, N, M, D)
         dropout = self.dropout if self.training else 0.0
-        with own_randomness(self.tensor_group if dropout else ALONE, q.device):  # other heads, other dropout
+        own = own_randomness(self.tensor_group, q.device) if dropout and self.tensor_group.size > 1 else nullcontext()
+        with own:  # other heads, other dropout
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None)
         return self.dense(y.transpose(1, 2).reshape(B, S, -1))  # (B, N, S, D) -> (B, S, N * D) -> (B, S, H)

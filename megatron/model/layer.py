@@ -3,6 +3,7 @@
 Letters: B batch, S sequence, H hidden, E experts.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -51,10 +52,31 @@ class TransformerLayer(nn.Module):
 
     def forward(self, x_BSH: torch.Tensor, cache: KeyValueCache | None = None) -> tuple[torch.Tensor, Routing | None]:
         """The next value of the residual stream [B, S, H], and an MoE layer's losses and counts."""
-        x_BSH = x_BSH + self.dropout(self.attention(self.input_layernorm(x_BSH), cache))
-        normed_BSH = self.post_attention_layernorm(x_BSH)
         if isinstance(self.mlp, MLP):
-            return x_BSH + self.dropout(self.mlp(normed_BSH)), None
+            return self.dense(x_BSH, cache), None
+        x_BSH, normed_BSH = self.attend(x_BSH, cache)
         out = self.mlp(normed_BSH)
-        routing = Routing(out.aux_loss, out.z_loss, out.counts_E, out.dropped)
-        return x_BSH + self.dropout(out.y), routing
+        return self.add(x_BSH, out.y), Routing(out.aux_loss, out.z_loss, out.counts_E, out.dropped)
+
+    def dense(self, x_BSH: torch.Tensor, cache: KeyValueCache | None = None) -> torch.Tensor:
+        """A whole dense layer."""
+        x_BSH, normed_BSH = self.attend(x_BSH, cache)
+        return self.add(x_BSH, self.mlp(normed_BSH))
+
+    def attend(self, x_BSH: torch.Tensor, cache: KeyValueCache | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first half of a layer: the residual stream after attention, and what the feed-forward reads of it."""
+        x_BSH = self.add(x_BSH, self.attention(self.input_layernorm(x_BSH), cache))
+        return x_BSH, self.post_attention_layernorm(x_BSH)
+
+    def add(self, x_BSH: torch.Tensor, y_BSH: torch.Tensor) -> torch.Tensor:
+        """``y_BSH`` with dropout on the residual stream."""
+        return x_BSH + self.dropout(y_BSH)
+
+
+def compile_layers(layers: Iterable[TransformerLayer]) -> None:
+    """Let torch.compile fuse what stands between the matrix products: all of dense layers, and of MoE layers all but
+    the experts, which have kernels of their own. Layers of one kind share the compiled code."""
+    for layer in layers:
+        parts = ("dense",) if isinstance(layer.mlp, MLP) else ("attend", "add")
+        for part in parts:
+            setattr(layer, part, torch.compile(getattr(layer, part), dynamic=False))

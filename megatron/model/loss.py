@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
+from megatron.moe.kernels import usable
 from megatron.parallel.groups import ALONE, TensorGroup
 
 # Elements of logits that are held in fp32 at a time: 256 MiB.
@@ -96,7 +97,7 @@ def cross_entropy(
     """Mean of -log p(label) over the tokens that ``loss_mask_BS`` weighs with 1; an fp32 scalar (fp64 for fp64 logits).
 
     Args:
-        logits_BSV: in any float format.
+        logits_BSV: in any float format. On a GPU the backward pass writes their gradient over them.
         labels_BS: int64 below the size of the whole vocabulary, also where the mask is 0.
         loss_mask_BS: weights of the tokens; all 1 by default. All 0 gives a loss of 0.
         tensor_group: the processes that hold one range of the vocabulary each; all get the loss.
@@ -111,7 +112,11 @@ def cross_entropy(
             "do not belong together; expected [B, S, V], [B, S] and [B, S]"
         )
     logits_TV, labels_T = logits_BSV.flatten(0, -2), labels_BS.flatten()
-    if tensor_group.size == 1:
+    if tensor_group.size == 1 and usable(logits_TV):
+        from megatron.model.kernels.cross_entropy import cross_entropy as fused
+
+        loss_T = fused(logits_TV.contiguous(), labels_T)
+    elif tensor_group.size == 1:
         loss_T = _TokenCrossEntropy.apply(logits_TV, labels_T)
     else:
         loss_T = _SharedTokenCrossEntropy.apply(logits_TV, labels_T, tensor_group)

@@ -113,6 +113,7 @@ class Dropout(nn.Dropout):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Zero elements at random in training and scale up the others."""
-        differ = self.group.sequence_parallel and self.training and self.p > 0
-        with own_randomness(self.group if differ else ALONE, x.device):
+        if not (self.group.sequence_parallel and self.training and self.p > 0):
+            return super().forward(x)
+        with own_randomness(self.group, x.device):
             return super().forward(x)

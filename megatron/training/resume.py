@@ -20,7 +20,7 @@ _HARMLESS = {
         "eval_iters",
         "checkpoint_activations",
         "max_skipped_updates",
-        "check_replicas",
+        *("check_replicas", "compile"),
         "moe_eval_capacity_factor",
     ),
     *("ffn_hidden_size", "max_position_embeddings", "num_experts", "expert_interval", "make_vocab_size_divisible_by"),

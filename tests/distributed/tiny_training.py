@@ -53,6 +53,7 @@ def run_config(
             micro_batch_size=MICRO,
             global_batch_size=BATCH,
             checkpoint_activations=recompute,
+            compile=False,
             device=device,
         ),
     )

@@ -23,7 +23,7 @@ def _why_not(device_type: str) -> str | None:
 
 @functools.cache
 def _say(why: str) -> None:
-    _LOG.warning("MoE layers run in plain torch: %s", why)
+    _LOG.warning("no fused kernels, plain torch instead: %s", why)
 
 
 def usable(x: torch.Tensor) -> bool:
