@@ -1,18 +1,21 @@
 #!/usr/bin/env bash
 # Everything the project checks, with its own set-up: style, then tests.
 #
-#   bash tests/run.sh                  all tests that this machine can run
+#   bash tests/run.sh                  all tests that this machine can run, but for those of which there are many alike
+#   bash tests/run.sh --all            these too
 #   bash tests/run.sh --fast           without the slow ones
-#   bash tests/run.sh --distributed    only tests/distributed
+#   bash tests/run.sh --distributed    only tests/distributed, with the whole matrix of parallel layouts
 #   bash tests/run.sh -k router -x     other arguments go to pytest
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 arguments=()
+selection=(-m "not exhaustive")
 for argument in "$@"; do
     case "$argument" in
-        --fast) arguments+=(-m "not slow") ;;
-        --distributed) arguments+=(tests/distributed) ;;
+        --all) selection=() ;;
+        --fast) selection=(-m "not slow and not exhaustive") ;;
+        --distributed) selection=() && arguments+=(tests/distributed) ;;
         *) arguments+=("$argument") ;;
     esac
 done
@@ -25,4 +28,4 @@ export OMP_NUM_THREADS=1
 
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
-exec "$PYTHON" -m pytest -q "${arguments[@]+"${arguments[@]}"}"
+exec "$PYTHON" -m pytest -q "${selection[@]+"${selection[@]}"}" "${arguments[@]+"${arguments[@]}"}"

@@ -93,6 +93,7 @@ class _Line:
         self._me, self._advice = me, advice
         self._first = Member(**monitor["first"])
         self._blamed, self._left = threading.Event(), False
+        self._errors = os.dup(2)  # libraries turn 2 away for moments, DeepSpeed while it tries out a compiler
         self._socket = _connect(monitor["addresses"], monitor["port"])
         os.register_at_fork(after_in_child=self._socket.close)  # or a forked helper's copy would keep the line open
         self._send(token=monitor["token"], member=dataclasses.asdict(me))
@@ -143,10 +144,10 @@ class _Line:
     def _end(self, told: str, speaks: bool) -> None:
         signal.alarm(ENDING)  # the output, or the file system, may block
         try:
-            os.write(2, f"error on rank {self._me.rank}: {told}; ending\n".encode())
+            os.write(self._errors, f"error on rank {self._me.rank}: {told}; ending\n".encode())
             sys.stdout.flush()
             if speaks:
-                os.write(2, f"{self._advice()}\n".encode())
+                os.write(self._errors, f"{self._advice()}\n".encode())
         finally:
             os._exit(1)
 

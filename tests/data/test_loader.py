@@ -17,6 +17,16 @@ from megatron.data.loader import batches
 pytestmark = pytest.mark.slow
 
 
+@pytest.fixture(autouse=True)
+def fork_server():
+    """The loader starts the fork server of its process with signals blocked: others' must not be there already."""
+    from multiprocessing import forkserver
+
+    forkserver._forkserver._stop()
+    yield
+    forkserver._forkserver._stop()
+
+
 class Numbers:
     """A dataset whose sample i is full of i."""
 

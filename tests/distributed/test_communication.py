@@ -95,6 +95,7 @@ CASES = {
 
 
 @pytest.mark.distributed
+@pytest.mark.exhaustive
 def test_planned_bytes_are_those_sent():
     ranks = run_distributed(count, 4, list(CASES.values()))
     for number, (name, made) in enumerate(CASES.items()):

@@ -42,6 +42,7 @@ def test_bf16_has_one_gradient_norm_over_all_degrees_and_stages():
         assert found.losses == pytest.approx(expected.losses, rel=2e-2)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.distributed
 def test_a_checkpoint_of_several_degrees_resumes_as_one_degree_and_back(tmp_path: Path):
     for saver, loaders in (((2, 4), [(1,), (4,)]), ((1,), [(2, 4)]), ((4,), [(2, 4)])):
