@@ -88,6 +88,7 @@ def time(
     args: argparse.Namespace, route: Callable, inputs: Callable[[], tuple], weight_EH: torch.Tensor
 ) -> tuple[float, float]:
     """Milliseconds of forward, and of forward and backward."""
+    small = torch.tensor(0.01, device="cuda")
 
     def forward(x_TH: torch.Tensor, *_: torch.Tensor) -> None:
         with torch.no_grad():
@@ -95,7 +96,7 @@ def time(
 
     def both(x_TH: torch.Tensor, d_gate_T: torch.Tensor, dx_TH: torch.Tensor) -> None:
         passed, found = route(x_TH)
-        outputs, gradients = [found.gate_T, found.aux_loss, found.z_loss], [d_gate_T, *(torch.tensor(0.01).cuda(),) * 2]
+        outputs, gradients = [found.gate_T, found.aux_loss, found.z_loss], [d_gate_T, small, small]
         if passed is not None:
             outputs, gradients = [*outputs, passed], [*gradients, dx_TH]
         torch.autograd.backward(outputs, [g.to(o.dtype) for g, o in zip(gradients, outputs, strict=True)])
