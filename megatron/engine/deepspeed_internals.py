@@ -251,3 +251,40 @@ def accumulated(parameter: nn.Parameter) -> object:
     """
     apart = getattr(parameter, "grad_accum", None)
     return parameter if apart is None else types.SimpleNamespace(grad=apart)
+
+
+def accumulate_without_detours(optimizer: object) -> None:
+    """Let the optimizer of bf16 take a micro-batch's gradients into its fp32 buffers in one pass over each.
+
+    DeepSpeed zeroes the buffers after every update, and for each micro-batch makes an fp32 copy of the gradient to add
+    it up: five passes over fp32 numbers where the first micro-batch needs one, a copy, and each further one two, a sum.
+    """
+    if not isinstance(optimizer, bf16_optimizer.BF16_Optimizer):
+        return
+    has, step = optimizer.fp32_groups_has_gradients, optimizer.step
+
+    def update(parameter: nn.Parameter, group: int, number: int, clear_lp_grads: bool) -> None:
+        if parameter.grad is None:
+            return
+        sum_ = optimizer.fp32_groups_gradients[group][number]
+        new = parameter.grad.view(sum_.shape)
+        if has[group][number]:
+            sum_.add_(new)
+        else:
+            sum_.copy_(new)
+        parameter._hp_grad, has[group][number] = sum_, True
+        if clear_lp_grads:
+            parameter.grad = None
+
+    def forget() -> None:
+        for group in has:
+            group[:] = [False] * len(group)
+
+    def checked_step(*args, **kwargs):
+        for sums, known in zip(optimizer.fp32_groups_gradients, has, strict=True):
+            for sum_, is_new in zip(sums, known, strict=True):
+                if not is_new:  # a parameter without a gradient: what stands there is of an earlier update
+                    sum_.zero_()
+        return step(*args, **kwargs)
+
+    optimizer._update_hp_grad, optimizer.clear_hp_grads, optimizer.step = update, forget, checked_step

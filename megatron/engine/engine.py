@@ -112,6 +112,7 @@ class Engine:
         )
         deepspeed_internals.create_adam_state(self._adam)
         deepspeed_internals.let_loss_scale_rest(self._optimizer)
+        deepspeed_internals.accumulate_without_detours(self._optimizer)
         self.model = model
 
     def _trained_module(self, model: nn.Module, marker: nn.Module | None) -> nn.Module:

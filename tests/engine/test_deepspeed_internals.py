@@ -224,3 +224,32 @@ def test_a_pipeline_has_our_groups_our_steps_and_one_token_table_too_many():
     assert last["marker"] == []
     assert first["replicas"] == set()
     assert last["replicas"] == first["names"] & last["names"] == {"embedding.word_embeddings.weight"}
+
+
+def train_in_bf16(direct: bool) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Three updates of two micro-batches, the second with a parameter without gradient: norms and fp32 weights."""
+    from megatron.engine import deepspeed_internals
+
+    original = deepspeed_internals.accumulate_without_detours
+    if not direct:
+        deepspeed_internals.accumulate_without_detours = lambda optimizer: None
+    try:
+        made = engine()
+    finally:
+        deepspeed_internals.accumulate_without_detours = original
+    norms = []
+    for step in range(3):
+        made.model.final_layernorm.bias.requires_grad_(step != 1)
+        micro_batches = [batch(4 * step + 2 * dist.get_rank() + i) for i in range(2)]
+        norms.append(made.train_step(micro_batches, (step + 1) * 4 * MICRO * SEQ).grad_norm)
+    weights = {t.name: b.tensor.clone() for t in made.saved_tensors() for b in t.boxes}
+    assert (made._optimizer._update_hp_grad.__module__ == original.__module__) == direct
+    return norms, weights
+
+
+def test_gradients_taken_in_without_detours_are_the_same_bit_for_bit():
+    ours, theirs = (run_distributed(train_in_bf16, 2, direct) for direct in (True, False))
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine[0] == other[0]
+        assert mine[1].keys() == other[1].keys()
+        assert all(torch.equal(value, other[1][name]) for name, value in mine[1].items())
