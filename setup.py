@@ -26,7 +26,14 @@ REQUIREMENTS = [
 EXTRAS = {
     "plot": ["matplotlib>=3.8"],
     "wandb": ["wandb>=0.17"],
-    "dev": ["matplotlib>=3.8", "pytest>=8", "ruff==0.17.6", "setuptools>=70", "transformers>=4.50"],
+    "dev": [
+        "matplotlib>=3.8",
+        "pytest>=8",
+        "ruff==0.17.6",
+        "setuptools>=70",
+        "transformers>=4.50",
+        "triton>=3.6; platform_system == 'Linux'",  # its interpreter runs the kernels' tests; torch for CUDA brings it
+    ],
 }
 
 setup(

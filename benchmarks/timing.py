@@ -27,7 +27,7 @@ def median_ms(
             continue
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         flush.zero_()
-        torch.cuda._sleep(10_000_000)  # milliseconds in which the host gets ahead, as in training: launches cost nothing
+        torch.cuda._sleep(10_000_000)  # milliseconds in which the host gets ahead, as it does in training
         start.record()
         step(*made)
         end.record()

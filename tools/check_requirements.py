@@ -52,6 +52,8 @@ def unmet(extras: list[str], setup_py: Path = ROOT / "setup.py") -> list[str]:
     lines = []
     for text in requirements:
         requirement = Requirement(text)
+        if requirement.marker is not None and not requirement.marker.evaluate():
+            continue
         version = installed_version(requirement.name)
         if version is None:
             lines.append(f"{text} (not installed)")
