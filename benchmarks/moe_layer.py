@@ -14,7 +14,6 @@ Letters: T tokens, H hidden, F FFN hidden, E experts.
 
 import argparse
 import dataclasses
-import json
 import logging
 from pathlib import Path
 
@@ -22,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from benchmarks.output import device_name, write_json
 from benchmarks.timing import median_ms, peak_bytes
 from megatron.config import ModelConfig, MoEConfig
 from megatron.moe import MoELayer
@@ -72,11 +72,8 @@ def main(words: list[str] | None = None) -> None:
     for size in args.sizes:
         hidden, tokens = (int(word) for word in size.split("x"))
         rows += measure_size(args, hidden, tokens)
-    device = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
-    print(f"\n{device}, torch {torch.__version__}, {args.dtype}\n" + table(rows), flush=True)
-    if args.json:
-        content = {"device": device, "torch": torch.__version__, "dtype": args.dtype, "rows": [vars(r) for r in rows]}
-        args.json.write_text(json.dumps(content, indent=1) + "\n")
+    print(f"\n{device_name(args.device)}, torch {torch.__version__}, {args.dtype}\n" + table(rows), flush=True)
+    write_json(args.json, args.device, rows, dtype=args.dtype)
 
 
 def measure_size(args: argparse.Namespace, hidden: int, tokens: int) -> list[Row]:

@@ -10,13 +10,13 @@ Letters: T tokens, H hidden, E experts.
 
 import argparse
 import dataclasses
-import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from benchmarks.output import device_name, write_json
 from benchmarks.timing import median_ms
 from megatron.moe.kernels import gate as kernels
 from megatron.moe.plan import expert_capacity
@@ -50,10 +50,8 @@ def main(words: list[str] | None = None) -> None:
     args = parse_args(words)
     logging.basicConfig()
     rows = [row for experts in args.experts for row in measure(args, experts)]
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, bf16\n" + table(rows), flush=True)
-    if args.json:
-        content = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "rows": [vars(r) for r in rows]}
-        args.json.write_text(json.dumps(content, indent=1) + "\n")
+    print(f"{device_name('cuda')}, torch {torch.__version__}, bf16\n" + table(rows), flush=True)
+    write_json(args.json, "cuda", rows)
 
 
 def measure(args: argparse.Namespace, experts: int) -> list[Row]:

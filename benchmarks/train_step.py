@@ -11,7 +11,6 @@ model runs too, compiled and with its fused AdamW, in the shape of each dense ru
 import argparse
 import dataclasses
 import gc
-import json
 import logging
 import statistics
 import sys
@@ -21,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.output import device_name, write_json
 from megatron.config import RunConfig
 from megatron.config.options import build
 from megatron.config.presets import PRESETS
@@ -70,10 +70,8 @@ def main(words: list[str] | None = None) -> None:
             rows.append(nanogpt(name, run, args))
             forget()
         print(table(rows[-1:]), flush=True)
-    print(f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}, {args.precision}\n" + table(rows), flush=True)
-    if args.json:
-        content = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "rows": [vars(r) for r in rows]}
-        args.json.write_text(json.dumps(content, indent=1) + "\n")
+    print(f"\n{device_name('cuda')}, torch {torch.__version__}, {args.precision}\n" + table(rows), flush=True)
+    write_json(args.json, "cuda", rows, precision=args.precision)
 
 
 def describe(name: str, args: argparse.Namespace) -> RunConfig:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import tiny_run
-from distributed import trainers
 
 from megatron.checkpoint import latest
 
@@ -17,20 +16,6 @@ pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small disk, which only root can"),
 ]
 FLAGS = {"num_experts": 4, "moe_expert_parallel_size": 2, "save_interval": 2, "train_tokens": 24 * 16 * tiny_run.SEQ}
-
-
-@pytest.fixture(scope="module")
-def server():
-    with trainers.server() as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus")
-    tiny_run.make_tokenizer(folder)
-    tiny_run.make_dataset(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import tiny_run
-from distributed import trainers
 from distributed.trainers import Death, Job, Server
 
 from megatron.checkpoint import latest
@@ -19,20 +18,6 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 WITHIN = 5.0  # s, as docs/faults.md states
 STEPS, BATCH_TOKENS = 40, 16 * tiny_run.SEQ
 EXPERTS = {"num_experts": 4, "moe_expert_parallel_size": 2, "train_tokens": STEPS * BATCH_TOKENS}
-
-
-@pytest.fixture(scope="module")
-def server():
-    with trainers.server() as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus")
-    tiny_run.make_tokenizer(folder)
-    tiny_run.make_dataset(folder)
-    return folder
 
 
 def run_to_the_end(server: Server, ranks: int, arguments: list[str]) -> None:

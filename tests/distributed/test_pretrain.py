@@ -18,14 +18,6 @@ MOE = {"num_experts": 4, "moe_expert_parallel_size": 2}
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus")
-    tiny_run.make_tokenizer(folder)
-    tiny_run.make_dataset(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def uninterrupted(corpus, tmp_path_factory) -> Path:
     """A finished MoE run, 2 processes, expert parallel 2."""
     save = tmp_path_factory.mktemp("uninterrupted")

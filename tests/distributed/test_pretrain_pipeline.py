@@ -1,6 +1,5 @@
 """A pipeline as users start it: trains, logs, validates, saves, and is resumed by one process."""
 
-from pathlib import Path
 
 import pytest
 import tiny_run
@@ -8,14 +7,6 @@ import torch
 
 pytestmark = pytest.mark.distributed
 MOE = {"num_experts": 4, "num_layers": 4, "moe_z_loss_coeff": 0.01}
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus")
-    tiny_run.make_tokenizer(folder)
-    tiny_run.make_dataset(folder)
-    return folder
 
 
 def test_a_pipeline_and_one_process_train_the_same_and_take_over_from_each_other(corpus, tmp_path):
