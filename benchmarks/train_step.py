@@ -26,6 +26,7 @@ from megatron.config.options import build
 from megatron.config.presets import PRESETS
 from megatron.planning.flops import model_flops_per_token, peak_tflops
 from megatron.planning.parameters import count_parameters
+from megatron.training.profiling import profiled
 
 VOCAB = 50304
 
@@ -179,35 +180,14 @@ def measure(name: str, run: RunConfig, step: Callable[[], None], args: argparse.
         times.append(time.perf_counter() - begin)
     seconds = statistics.median(times)
     if args.profile:
-        profile(name, step)
+        with profiled(None, name, torch.device("cuda", 0)):
+            step()
     tokens = run.training.global_batch_size * run.model.seq_length
     tflops = tokens * model_flops_per_token(run.model, run.moe, VOCAB) / seconds / 1e12
     peak = peak_tflops(torch.cuda.get_device_name(), run.optimizer.precision)
     parameters = count_parameters(run.model, run.moe, VOCAB).total
     memory = torch.cuda.max_memory_allocated() / 1e9
     return Row(name, parameters, 1e3 * seconds, tokens / seconds, tflops, tflops / peak if peak else None, memory)
-
-
-def profile(name: str, step: Callable[[], None]) -> None:
-    """Print a step's kernels by time, and the share of the time in which none ran."""
-    activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities) as seen:
-        begin = time.perf_counter()
-        step()
-        torch.cuda.synchronize()
-        wall = time.perf_counter() - begin
-    spans = sorted(
-        (event.time_range.start, event.time_range.end)
-        for event in seen.events()
-        if event.device_type == torch.autograd.DeviceType.CUDA
-    )
-    busy, end = 0.0, 0.0
-    for start, stop in spans:
-        busy += max(0.0, stop - max(start, end))
-        end = max(end, stop)
-    whole = spans[-1][1] - spans[0][0]
-    print(f"{name}: {1e3 * wall:.1f} ms, kernels from first to last {whole / 1e3:.1f} ms, idle {1 - busy / whole:.1%}")
-    print(seen.key_averages().table(sort_by="self_cuda_time_total", row_limit=32, max_name_column_width=70))
 
 
 def table(rows: list[Row]) -> str:

@@ -27,7 +27,7 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str, str], ...] = (
         make_vocab_size_divisible_by num_experts expert_interval topk moe_expert_parallel_size lr_decay_tokens
         moe_overlap_chunks tensor_model_parallel_size pipeline_model_parallel_size
         loss_scale_window hysteresis train_tokens micro_batch_size global_batch_size rampup_batch_size eval_iters
-        max_skipped_updates exit_tokens log_interval"""),
+        max_skipped_updates exit_tokens log_interval profile_step"""),
     ("at least 0", lambda x: x >= 0, "use 0 or more", """
         min_lr lr_warmup_tokens weight_decay clip_grad loss_scale initial_loss_scale_power moe_loss_coeff
         moe_z_loss_coeff moe_min_capacity check_replicas num_workers eval_interval save_interval keep_last"""),

@@ -28,7 +28,10 @@ def check_outputs(config: RunConfig) -> None:
     if logging.wandb_project and importlib.util.find_spec("wandb") is None:
         raise ConfigError("--wandb-project needs Weights & Biases; run: pip install -e '.[wandb]', or leave it out")
     log_folder = None if logging.log_file is None else str(Path(logging.log_file).parent)
-    for flag, folder in (("--save", save), ("--log-file", log_folder), ("--tensorboard-dir", logging.tensorboard_dir)):
+    for flag, folder in (
+        *(("--save", save), ("--log-file", log_folder)),
+        *(("--tensorboard-dir", logging.tensorboard_dir), ("--profile", logging.profile)),
+    ):
         if folder is None:
             continue
         try:

@@ -19,6 +19,7 @@ from megatron.planning.flops import model_flops_per_token, peak_tflops
 from megatron.training.clock import Clock, global_batch_size, total_samples
 from megatron.training.evaluation import evaluate
 from megatron.training.metrics import StepWindow
+from megatron.training.profiling import profiled
 from megatron.training.report import Report
 from megatron.training.resume import describe
 from megatron.training.signals import StopRequest
@@ -48,7 +49,7 @@ class Trainer:
         self._train_data, self._valid_data = datasets
         self._total = total_samples(config.training, config.model.seq_length, clock.samples)
         self._saver = AsyncSaver(topology.control_group) if config.checkpoint.async_save else None
-        self._last_saved = resumed_from
+        self._last_saved, self._first_step = resumed_from, clock.steps
         self._saving: Path | None = None  # in the background
         self._not_saved: CheckpointError | None = None  # why the last save failed
         self._skipped_in_a_row = 0
@@ -82,7 +83,8 @@ class Trainer:
         while self.clock.samples < end and reason is None:
             size = global_batch_size(self.config.training, self.clock.samples)
             now = self.clock.samples + size
-            result = self.engine.train_step(self._next(data, self._share(size)), now * seq)
+            with self._profile():
+                result = self.engine.train_step(self._next(data, self._share(size)), now * seq)
             validate = self.clock.crosses(now, self.config.training.eval_interval, batch)
             keep = self.clock.crosses(now, self.config.checkpoint.save_interval, batch)
             self.clock.samples = now
@@ -102,6 +104,13 @@ class Trainer:
         if reason is None:
             reason = "all tokens are trained on" if self.clock.samples >= self._total else f"--exit-tokens {limit}"
         self._log("stop", reason=reason)
+
+    def _profile(self) -> contextlib.AbstractContextManager:
+        """Profiles the update that ``--profile`` asks for, on the first rank."""
+        logging, number = self.config.logging, self.clock.steps - self._first_step + 1
+        if logging.profile is None or number != logging.profile_step or not self.topology.is_first:
+            return contextlib.nullcontext()
+        return profiled(Path(logging.profile), f"update {self.clock.steps + 1}", self.topology.device)
 
     def _next(self, data: Iterator[dict[str, Any]], count: int) -> list[dict[str, Any]]:
         micro_batches = list(itertools.islice(data, count))

@@ -21,7 +21,8 @@ MOE = {"num_experts": 4, "moe_expert_parallel_size": 2}
 def uninterrupted(corpus, tmp_path_factory) -> Path:
     """A finished MoE run, 2 processes, expert parallel 2."""
     save = tmp_path_factory.mktemp("uninterrupted")
-    done = tiny_run.train(2, tiny_run.flags(corpus, save=save, **MOE))
+    flags = tiny_run.flags(corpus, save=save, profile=save / "profile", profile_step=3, check_replicas=3, **MOE)
+    done = tiny_run.train(2, flags)
     assert done.returncode == 0, done.stdout + done.stderr
     return save
 
@@ -60,6 +61,7 @@ def test_a_run_learns_logs_validates_and_saves(uninterrupted):
     assert len(experts["load"]) == 1
     assert 1 <= experts["load"][0] <= 4
     assert (uninterrupted / "latest").read_text().strip() == "step_00000008"
+    assert (uninterrupted / "profile" / "table.txt").read_text().startswith("update 3\n")
 
 
 def test_killed_without_warning_and_resumed_ends_bit_for_bit_the_same(corpus, uninterrupted, tmp_path):

@@ -1,6 +1,5 @@
 """A pipeline as users start it: trains, logs, validates, saves, and is resumed by one process."""
 
-
 import pytest
 import tiny_run
 import torch
