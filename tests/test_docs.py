@@ -42,8 +42,17 @@ def test_shown_commands_are_accepted(page):
         assert all((ROOT / script).is_file() for script in scripts), words
         if "pretrain_gpt_moe.py" in words:
             parse_args(words[words.index("pretrain_gpt_moe.py") + 1 :])
+        elif "-m" in words and words[words.index("-m") + 1].startswith("benchmarks."):
+            at = words.index("-m") + 1
+            importlib.import_module(words[at]).parse_args(words[at + 1 :])
         elif words[0] == "python" and hasattr(module := tool(words[1]), "parse_args"):
             module.parse_args(words[2:])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_nothing_is_left_to_be_filled_in(page):
+    lines = page.read_text(encoding="utf-8").splitlines()
+    assert not [line for line in lines if re.fullmatch(r"[A-Z_]{3,}|.*\b(TODO|TBD|FIXME)\b.*", line.strip())]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

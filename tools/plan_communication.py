@@ -27,6 +27,13 @@ LARGEST = PRESETS["6.7B"] | {
 }
 
 
+def _at_least_1(word: str) -> int:
+    number = int(word)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"got {word}; expected 1 or more")
+    return number
+
+
 def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, RunConfig | None]:
     """What to print: sizes of the machine, and the run, if one is described."""
     parser = argparse.ArgumentParser(
@@ -34,8 +41,8 @@ def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, RunConfig | Non
         epilog="All flags of pretrain_gpt_moe.py describe the run.",
         allow_abbrev=False,
     )
-    parser.add_argument("--world-size", type=int, default=64, metavar="N", help="GPUs (default: 64)")
-    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="GPUs of a node (default: 8)")
+    parser.add_argument("--world-size", type=_at_least_1, default=64, metavar="N", help="GPUs (default: 64)")
+    parser.add_argument("--gpus-per-node", type=_at_least_1, default=8, metavar="N", help="GPUs of a node (default: 8)")
     args, rest = parser.parse_known_args(argv)
     return args, flags.parse_args(["--train-tokens", "300B", *rest]) if argv else None
 

@@ -135,7 +135,11 @@ def latest(folder: str | os.PathLike) -> Path | None:
         return folder / marked
     complete = complete_checkpoints(folder)
     if complete:
-        said = "is missing" if marked is None else f"names {marked}, which is not complete"
+        said = (
+            "is missing"
+            if marked is None
+            else f"names {marked}, which cannot be used: {_why_incomplete(folder / marked)}"
+        )
         warnings.warn(f"{folder / LATEST} {said}; using {complete[0]}, the newest complete checkpoint", stacklevel=2)
         return complete[0]
     remains = sorted(p.name for p in folder.iterdir() if _NAME.fullmatch(p.name)) if folder.is_dir() else []
@@ -145,6 +149,14 @@ def latest(folder: str | os.PathLike) -> Path | None:
             f"{remains} none has an intact {MANIFEST}. Restore one of them, or give another folder"
         )
     return None
+
+
+def _why_incomplete(checkpoint: Path) -> str:
+    try:
+        read_manifest(checkpoint)
+    except CheckpointError as error:
+        return str(error)
+    return "it was completed meanwhile"
 
 
 def _marked(folder: Path) -> str | None:

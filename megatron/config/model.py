@@ -1,6 +1,7 @@
 """The shape of the GPT model."""
 
 import dataclasses
+import math
 
 from megatron.config.fields import option
 
@@ -16,7 +17,7 @@ class ModelConfig:
     seq_length: int = option(2048, "Tokens of a training sequence.")
     max_position_embeddings: int | None = option(None, "Rows of the position table (default: --seq-length).")
     make_vocab_size_divisible_by: int = option(
-        128, "The vocabulary is padded to a multiple of this times the tensor-parallel size."
+        128, "The vocabulary is padded to a multiple of this that the tensor-parallel processes can share."
     )
     init_method_std: float = option(0.02, "Standard deviation of the initial weights.")
     hidden_dropout: float = option(0.1, "Dropout on embeddings and on the output of each attention and feed-forward.")
@@ -34,6 +35,10 @@ class ModelConfig:
         return self.max_position_embeddings or self.seq_length
 
     def padded_vocab_size(self, vocab_size: int, tensor_parallel_size: int = 1) -> int:
-        """``vocab_size`` rounded up to a multiple of ``make_vocab_size_divisible_by`` x ``tensor_parallel_size``."""
-        multiple = self.make_vocab_size_divisible_by * tensor_parallel_size
+        """``vocab_size`` rounded up to a multiple of ``make_vocab_size_divisible_by`` and ``tensor_parallel_size``.
+
+        Rows of padding are part of the softmax, so their number must not depend on the layout without need: it is the
+        same for every tensor-parallel size that divides ``make_vocab_size_divisible_by``.
+        """
+        multiple = math.lcm(self.make_vocab_size_divisible_by, tensor_parallel_size)
         return -(-vocab_size // multiple) * multiple

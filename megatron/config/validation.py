@@ -128,17 +128,25 @@ def _heads(config: RunConfig, world_size: int) -> Iterator[str]:
         )
 
 
-@_rule("tensor_model_parallel_size", "pipeline_model_parallel_size")
+@_rule("tensor_model_parallel_size", "pipeline_model_parallel_size", "num_attention_heads", "num_layers")
 def _model_parallel(config: RunConfig, world_size: int) -> Iterator[str]:
     tensor, stages = config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size
-    if world_size % (tensor * stages):
-        start = " or ".join(str(x) for x in _multiples(world_size, tensor * stages))
-        yield (
-            f"--tensor-model-parallel-size {tensor} x --pipeline-model-parallel-size {stages} = {tensor * stages} must"
-            f" divide the number of processes, {world_size} ({remainder(world_size, tensor * stages)}); start {start}"
-            f" processes, or use --tensor-model-parallel-size"
-            f" {around(tensor, divisors(max(world_size // stages, 1)))}"
-        )
+    if world_size % (tensor * stages) == 0:
+        return
+    start = " or ".join(str(x) for x in _multiples(world_size, tensor * stages))
+    if world_size % stages == 0:
+        sizes = divisors(math.gcd(config.model.num_attention_heads, world_size // stages))
+        fix = f"--tensor-model-parallel-size {around(tensor, sizes)}"
+    else:
+        rest = world_size // tensor if world_size % tensor == 0 else world_size
+        sizes = [x for x in divisors(rest) if x <= config.model.num_layers]
+        fix = f"--pipeline-model-parallel-size {around(stages, sizes)}"
+        fix += "" if world_size % tensor == 0 else " and --tensor-model-parallel-size 1"
+    yield (
+        f"--tensor-model-parallel-size {tensor} x --pipeline-model-parallel-size {stages} = {tensor * stages} must"
+        f" divide the number of processes, {world_size} ({remainder(world_size, tensor * stages)}); start {start}"
+        f" processes, or use {fix}"
+    )
 
 
 @_rule("tensor_model_parallel_size", "num_attention_heads", "hidden_size", "ffn_hidden_size")

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.config import RunConfig
-from megatron.config.errors import ConfigError
+from megatron.config.errors import ConfigError, nearest
 
 # What the flags decide already; a user's file may repeat it, not change it.
 _OURS_ALONE = {
@@ -14,8 +14,20 @@ _OURS_ALONE = {
     "pipeline": "use --pipeline-model-parallel-size",
     "zero_optimization.offload_optimizer": "keep the optimizer on the device",
     "zero_optimization.offload_param": "keep the parameters on the device",
+    "torch_autocast": "use --bf16 or --fp16",
+    "amp": "use --bf16 or --fp16",
+    "data_types": "gradients are accumulated in fp32",
+    "communication_data_type": "use --grad-reduce-in-bf16, or nothing for fp32",
     "prescale_gradients": "the engine averages gradients itself",
     "gradient_predivide_factor": "the engine averages gradients itself",
+}
+
+# What else a file may say at its top level: DeepSpeed takes a key that it does not know for nothing.
+_KNOWN = {
+    *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
+    *("bf16", "fp16", "zero_optimization", "zero_allow_untested_optimizer", "steps_per_print", "wall_clock_breakdown"),
+    *("dump_state", "memory_breakdown", "comms_logger", "flops_profiler", "tensorboard", "csv_monitor", "wandb"),
+    *("sparse_gradients", "communication_data_type", "data_types", "disable_allgather", "timers", "seed"),
 }
 
 
@@ -72,7 +84,11 @@ def merge(ours: dict[str, Any], theirs: dict[str, Any], config: RunConfig, where
         merged = dict(into)
         for key, value in extra.items():
             name = f"{path}{key}"
-            if name in _OURS_ALONE:
+            if not path and key not in _KNOWN and key not in _OURS_ALONE:
+                best = nearest(key, sorted(_KNOWN))
+                problems.append(f"{where}: unknown key {key!r}; the nearest valid one is {best!r}")
+                continue
+            if name in _OURS_ALONE and into.get(key) != value:
                 problems.append(f"{where}: {name!r} is not for this file; remove it: {_OURS_ALONE[name]}")
                 continue
             if name == "gradient_accumulation_steps" or value == "auto":

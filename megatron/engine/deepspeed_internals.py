@@ -39,6 +39,7 @@ def start() -> None:
     """
     logger.setLevel(logging.WARNING)
     bf16_optimizer.see_memory_usage = lambda *args, **kwargs: None
+    warnings.filterwarnings("ignore", message=r".*c10d::broadcast_: an autograd kernel was not registered")  # of a tie
     warnings.filterwarnings("ignore", message=r".*(all_gather_into_tensor|reduce_scatter_tensor).* is deprecated")
     deepspeed.ops.__compatible_ops__[SHARED_MEMORY_OP] = False
     deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)

@@ -74,7 +74,7 @@ def micro_batch_seed(seed: int, sample_index: int) -> int:
     """Seed of everything random in the forward pass that starts with sample ``sample_index`` of the run.
 
     Dropout and routing depend on the run's seed and on the data alone, not on how often a generator was used before:
-    a resumed run repeats them exactly, and so does another parallel layout.
+    a resumed run repeats them exactly, and so does another layout, but for dropout under another tensor-parallel size.
     """
     return random.Random(f"{seed}/{sample_index}").getrandbits(63)
 

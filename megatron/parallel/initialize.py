@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import os
 from collections.abc import Mapping
 
 import torch
@@ -86,15 +87,19 @@ class Topology:
         return int(tensor)
 
 
+class NoDevice(ValueError):
+    """A process has no GPU; other processes of its node may have one."""
+
+
 def choose_device(requested: str | None, local_rank: int) -> torch.device:
     """The device of this rank: ``cuda:LOCAL_RANK``, or the CPU where there is no GPU or ``cpu`` is asked for."""
     if requested == "cpu" or (requested is None and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise ValueError("--device cuda was asked for, but torch finds no GPU; check the driver or use --device cpu")
+        raise NoDevice("--device cuda was asked for, but torch finds no GPU; check the driver or use --device cpu")
     count = torch.cuda.device_count()
     if local_rank >= count:
-        raise ValueError(
+        raise NoDevice(
             f"process {local_rank} of this node has no GPU of its own: {count} visible; start {count} processes a node"
         )
     return torch.device("cuda", local_rank)
@@ -106,17 +111,27 @@ def meet(launch: Launch, timeout: datetime.timedelta) -> tuple[Launch, dist.Stor
     Args:
         launch: this process among all; a port of 0 is for a single process, which takes any free one.
         timeout: how long a process waits for what another one has to tell.
+
+    Raises:
+        ConnectionError: rank 0 did not come.
     """
-    if launch.starter == "torchrun":  # has a store, on whichever node leads
-        return launch, next(dist.rendezvous("env://", launch.rank, launch.world_size, timeout=timeout))[0]
-    store = dist.TCPStore(
-        launch.master_addr,
-        launch.master_port,
-        launch.world_size,
-        is_master=launch.rank == 0,
-        timeout=timeout,
-        wait_for_workers=False,
-    )
+    try:
+        if launch.starter == "torchrun":  # has a store, on whichever node leads, which outlives a restart
+            store = next(dist.rendezvous("env://", launch.rank, launch.world_size, timeout=timeout))[0]
+            return launch, dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        store = dist.TCPStore(
+            launch.master_addr,
+            launch.master_port,
+            launch.world_size,
+            is_master=launch.rank == 0,
+            timeout=timeout,
+            wait_for_workers=False,
+        )
+    except dist.DistNetworkError as error:
+        raise ConnectionError(
+            f"rank 0 did not come to {launch.master_addr}:{launch.master_port} within {timeout.total_seconds():g} s"
+            f" (--distributed-timeout-minutes); start it, and check MASTER_ADDR and MASTER_PORT: {error}"
+        ) from None
     return dataclasses.replace(launch, master_port=store.port), store
 
 

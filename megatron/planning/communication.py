@@ -6,8 +6,8 @@ whole, and an all-to-all (n - 1) / n b. A ring goes through the ranks in order, 
 another node. Tokens go straight to their experts' ranks, not by way of nodes. Reductions of a few numbers (norms,
 losses for the log) are left out.
 
-Gradients are summed by all-reduce, in the number format of the weights, once an update: DeepSpeed's ZeRO-1 spreads the
-optimizer's state and work, and then gathers the weights.
+Gradients are summed by all-reduce once an update, in fp32 unless ``--grad-reduce-in-bf16`` says otherwise. DeepSpeed's
+ZeRO-1 spreads the optimizer's state and work, and then gathers the weights.
 
 Letters: T tokens of a micro-batch, H hidden, E experts, K top-k, n ranks of a group.
 """

@@ -1,6 +1,7 @@
 """From a configuration to a finished run."""
 
 import dataclasses
+import socket
 import sys
 
 import torch
@@ -13,7 +14,7 @@ from megatron.data.gpt_dataset import build_datasets
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.engine import deepspeed_config
 from megatron.engine.pipeline import build_engine
-from megatron.parallel.initialize import Topology, choose_device, initialize, meet, shut_down
+from megatron.parallel.initialize import NoDevice, Topology, choose_device, initialize, meet, shut_down
 from megatron.parallel.launch import Launch
 from megatron.parallel.lifeline import lifeline
 from megatron.parallel.replicas import ReplicasDiffer
@@ -21,7 +22,7 @@ from megatron.planning.parameters import count_parameters
 from megatron.planning.placement import place
 from megatron.training.clock import Clock, total_samples
 from megatron.training.report import Report
-from megatron.training.resume import check, clock_from
+from megatron.training.resume import check, clock_from, padded_as_before
 from megatron.training.start import check_outputs, check_precision, find_checkpoint, how_to_go_on, only_run_in
 from megatron.training.trainer import Trainer, TrainingDiverged
 
@@ -31,21 +32,24 @@ def pretrain(config: RunConfig) -> int:
 
     In a run of several processes an error is the end of this one: see :mod:`megatron.parallel.lifeline`.
     """
-    rank = 0
+    local_rank = 0
     try:
         launch = Launch.from_environment()
-        rank = launch.rank
+        local_rank = launch.local_rank
+        device = choose_device(config.training.device, local_rank)
         validate(config, launch.world_size)
         deepspeed_config.build(config, config.parallel.data_parallel_size(launch.world_size))
         check_outputs(config)
-        device = choose_device(config.training.device, launch.local_rank)
         check_precision(config, device)
         # expert parallelism means nothing to a dense model, so that --num-experts alone tells the two apart
         degrees = config.parallel.moe_expert_parallel_size if config.moe.enabled else (1,)
         parallel = dataclasses.replace(config.parallel, moe_expert_parallel_size=degrees)
-    except (ValueError, OSError, CheckpointError) as error:  # the same on every rank
-        if rank == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+    except NoDevice as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except (ValueError, OSError, CheckpointError) as error:
+        if local_rank == 0:  # the same on all ranks of a node, which see the same flags and files
+            print(f"error on {socket.gethostname()}: {error}", file=sys.stderr, flush=True)
         return 2
     try:
         launch, store = meet(launch, parallel.timeout)
@@ -68,8 +72,7 @@ def _run(config: RunConfig, topology: Topology) -> None:
     found = find_checkpoint(config, topology)
     if found is not None:
         source, meta = found
-        if meta["vocab_size"] % topology.tensor_parallel_size == 0:
-            vocab_size = meta["vocab_size"]  # padded for the layout that the run began with
+        vocab_size = padded_as_before(meta, topology.tensor_parallel_size)
         warnings = check(meta, config, vocab_size, tokenizer)
         clock = clock_from(meta)
     samples = total_samples(config.training, config.model.seq_length, clock.samples)

@@ -96,6 +96,22 @@ def check(meta: dict[str, Any], config: RunConfig, vocab_size: int, tokenizer: T
     return _describe(changed)
 
 
+def padded_as_before(meta: dict[str, Any], tensor_parallel_size: int) -> int:
+    """The padded vocabulary of the checkpoint, which a run keeps in whatever layout it goes on.
+
+    Raises:
+        CheckpointError: these tensor-parallel processes cannot share it.
+    """
+    rows = meta["vocab_size"]
+    if rows % tensor_parallel_size:
+        possible = ", ".join(str(size) for size in range(1, 65) if rows % size == 0)
+        raise CheckpointError(
+            f"the checkpoint's padded vocabulary of {rows} cannot be shared evenly by --tensor-model-parallel-size"
+            f" {tensor_parallel_size}; resume it with one of {possible}"
+        )
+    return rows
+
+
 def clock_from(meta: dict[str, Any]) -> Clock:
     """The clock as it stood when the checkpoint was saved."""
     return Clock(**{field.name: meta["clock"][field.name] for field in dataclasses.fields(Clock)})

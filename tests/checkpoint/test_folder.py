@@ -161,7 +161,7 @@ def test_a_crash_while_a_step_is_replaced_loses_nothing(tmp_path):
     save_value(tmp_path, 100, 1.0)
     (tmp_path / "step_00000100").rename(tmp_path / ".step_00000100.replaced")
     assert [path.name for path in complete_checkpoints(tmp_path)] == [".step_00000100.replaced"]
-    with pytest.warns(UserWarning, match="step_00000100, which is not complete"):
+    with pytest.warns(UserWarning, match="step_00000100, which cannot be used: .*manifest.json is missing"):
         assert load_value(tmp_path) == 1.0
     save_value(tmp_path, 200, 2.0)
     assert names(tmp_path) == ["latest", "step_00000100", "step_00000200"]

@@ -74,7 +74,7 @@ def test_valid(values, world_size):
         (
             {"pipeline_model_parallel_size": 4}, 6,
             "--tensor-model-parallel-size 1 x --pipeline-model-parallel-size 4 = 4 must divide the number of processes,"
-            " 6 (6 = 1 x 4 + 2); start 4 or 8 processes, or use --tensor-model-parallel-size 1",
+            " 6 (6 = 1 x 4 + 2); start 4 or 8 processes, or use --pipeline-model-parallel-size 3",
         ),
         (
             {"pipeline_model_parallel_size": 2, "pipeline_layer_split": "2,1,1"}, 2,
@@ -145,7 +145,7 @@ def test_valid(values, world_size):
         (
             {"tensor_model_parallel_size": 4}, 6,
             "--tensor-model-parallel-size 4 x --pipeline-model-parallel-size 1 = 4 must divide the number of processes,"
-            " 6 (6 = 1 x 4 + 2); start 4 or 8 processes, or use --tensor-model-parallel-size 3 or 6",
+            " 6 (6 = 1 x 4 + 2); start 4 or 8 processes, or use --tensor-model-parallel-size 2",
         ),
         (
             {"tensor_model_parallel_size": 8, "num_attention_heads": 4}, 8,

@@ -127,3 +127,21 @@ def test_torchrun(corpus, tmp_path, moment):
 def children(pid: int) -> list[int]:
     found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False)
     return [int(word) for word in found.stdout.split()]
+
+
+def test_torchrun_starts_the_run_again(corpus, tmp_path):
+    arguments = tiny_run.flags(corpus, save=tmp_path, load=tmp_path, **EXPERTS | {"train_tokens": 30 * BATCH_TOKENS})
+    starter, script = tiny_run.command(2, arguments), str(tiny_run.ROOT / "pretrain_gpt_moe.py")
+    starter.insert(starter.index(script), "--max-restarts=1")
+    with subprocess.Popen(
+        starter, env=tiny_run.environment(), cwd=tiny_run.ROOT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    ) as process:  # fmt: skip
+        output = ""
+        while "step      4" not in output:
+            output += process.stdout.readline()
+        os.kill(children(process.pid)[1], signal.SIGKILL)
+        output += process.communicate(timeout=90)[0]
+    assert process.returncode == 0, output
+    assert tiny_run.records(tmp_path, "run")[-1]["resumed_at_tokens"] >= 3 * BATCH_TOKENS
+    assert tiny_run.records(tmp_path, "train")[-1]["step"] == 30

@@ -12,9 +12,19 @@ import torch
 import torch.distributed as dist
 from distributed.spawn import run_distributed
 from distributed.test_layouts import EP, ETP, LAYOUTS, PP, SP, TP, marked
-from distributed.tiny_training import DENSE, DROPLESS, STEPS, TOP1, TOP2, Trained, build, compare, run_config
-
-from distributed.tiny_training import updates, whole  # isort: skip
+from distributed.tiny_training import (
+    DENSE,
+    DROPLESS,
+    STEPS,
+    TOP1,
+    TOP2,
+    Trained,
+    build,
+    compare,
+    run_config,
+    updates,
+    whole,
+)
 
 from megatron.config import MoEConfig, RunConfig
 

@@ -183,3 +183,31 @@ def test_a_loss_that_stays_not_finite_ends_the_run_and_names_the_last_checkpoint
     assert done.returncode != 0
     assert "3 updates in a row" in done.stderr
     assert time.monotonic() - began < 120
+
+
+def lonely_rank_1(arguments: list[str]) -> subprocess.CompletedProcess:
+    """The first process of a second node whose first node never starts."""
+    place = {
+        "RANK": "1",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
+    return subprocess.run(
+        [sys.executable, str(tiny_run.ROOT / "pretrain_gpt_moe.py"), *arguments],
+        env=tiny_run.environment() | place, cwd=tiny_run.ROOT, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+
+
+def test_what_only_another_node_lacks_is_told_there(corpus, tmp_path):
+    done = lonely_rank_1(tiny_run.flags(corpus, data_path=tmp_path / "nothing"))
+    assert done.returncode == 2
+    assert f"error on {socket.gethostname()}: --data-path" in done.stderr
+
+
+def test_a_first_rank_that_never_comes_is_named(corpus):
+    done = lonely_rank_1(tiny_run.flags(corpus, distributed_timeout_minutes=0.05))
+    assert done.returncode == 1
+    assert "error on rank 1: rank 0 did not come to 127.0.0.1:" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -227,6 +227,17 @@ def compare(found: Trained, expected: Trained, where: str = "", tolerance: float
     assert min(expected.norms) > CLIP, "clipping must be active for this test to mean anything"
 
 
+def strayed(found: Trained, moe: MoEConfig) -> float:
+    """How far a training's weights ended from the reference's, as a share of how far that came from the start."""
+    expected, model = reference(moe), GPTModel(MODEL, moe, VOCAB, seed=run_config(moe).training.seed)
+    start = {name: p.detach() for name, p in model.named_parameters()}
+
+    def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+        return float(sum((a[name] - value).square().sum() for name, value in b.items())) ** 0.5
+
+    return distance(found.weights, expected.weights) / distance(expected.weights, start)
+
+
 def with_dropout(run: RunConfig) -> RunConfig:
     """The same run with dropout."""
     return dataclasses.replace(run, model=dataclasses.replace(run.model, hidden_dropout=0.2, attention_dropout=0.2))

@@ -59,3 +59,18 @@ def test_a_contradiction_is_an_error_with_both_values(tmp_path, theirs, numbers)
 def test_a_file_that_is_no_json_object_is_an_error(tmp_path, text):
     with pytest.raises(ConfigError, match=r"ds\.json"):
         build(run(tmp_path, text), data_parallel_size=1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, "--bf16"),
+        ({"communication_data_type": "bf16"}, "--grad-reduce-in-bf16"),
+        ({"data_types": {"grad_accum_dtype": "bf16"}}, "fp32"),
+        ({"gradient_cliping": 1.0}, "the nearest valid one is 'gradient_clipping'"),
+    ],
+)
+def test_what_would_change_the_numbers_or_mean_nothing_is_refused(tmp_path, settings, message):
+    with pytest.raises(ConfigError) as error:
+        build(run(tmp_path, settings), data_parallel_size=1)
+    assert message in str(error.value)
