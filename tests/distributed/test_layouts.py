@@ -132,8 +132,8 @@ def test_recomputed_activations_change_nothing(layout: str):
     compare(found, reference(TOP1), layout)
 
 
-# What half precision may differ by after three updates: in the loss, relative to fp32; and in the weights, as a share of
-# the way that they have gone (a learning rate of half or double the size is 0.5 or 1 away).
+# What half precision may differ by after three updates: in the loss, relative to fp32; and in the weights, as a share
+# of the way that they have gone (a learning rate of half or double the size is 0.5 or 1 away).
 TOLERANCES = {"bf16": (2e-3, 0.3), "fp16": (1e-3, 0.15)}
 
 
