@@ -1,7 +1,6 @@
 """Where the Triton kernels take over from plain torch: the top-1 router, and the whole layer if it is on one process.
 
-What they compute is what router, exchange and experts compute in plain torch; only which tokens a random selection
-keeps is drawn otherwise.
+What they compute is what router, exchange and experts compute in plain torch, the random selection of tokens included.
 """
 
 import torch

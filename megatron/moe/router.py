@@ -11,6 +11,7 @@ from torch import nn
 
 from megatron.config import MoEConfig
 from megatron.moe.losses import load_balancing_loss, z_loss
+from megatron.moe.order import random_order
 from megatron.moe.plan import RoutingPlan, count_experts, expert_capacity, slots
 from megatron.parallel.groups import ALONE, TensorGroup
 from megatron.parallel.randomness import own_randomness
@@ -127,6 +128,9 @@ class Router(nn.Module):
         priority_KT = None  # choice by choice, first tokens first
         if capacity is not None and K > 2:
             priority_KT = -gate_TK.T
+        elif capacity is not None and self.training and self.random_selection and K == 1 and T > 0:
+            order_T = random_order(T, torch.randint(2**62, (), device=expert_TK.device))
+            priority_KT = torch.empty_like(order_T).scatter_(0, order_T, torch.arange(T, device=order_T.device))
         elif capacity is not None and self.training and self.random_selection:
             token_T = torch.rand(T, dtype=torch.float64, device=expert_TK.device)  # 53 random bits: no ties
             priority_KT = token_T + torch.arange(K, device=expert_TK.device)[:, None]

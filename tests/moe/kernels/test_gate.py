@@ -4,7 +4,9 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+from megatron.config import MoEConfig
 from megatron.moe.kernels import gate as module
+from megatron.moe.router import Router
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
@@ -67,6 +69,24 @@ def test_random_selection_keeps_as_many_as_there_is_room_for_and_repeats_with_th
     assert torch.equal(first, again)
     if T > 2:
         assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize(("T", "E", "capacity"), [(64, 4, 6), (100, 4, 9), (300, 3, 40)])
+def test_random_selection_keeps_the_tokens_that_plain_torch_keeps(T, E, capacity):
+    """So that a run does not depend on whether its layout lets the kernels route."""
+    x, weight = inputs(T, 32, E, torch.float32)
+    torch.manual_seed(11)
+    _, found = module.gate(x, weight, capacity, random=True)
+    router = Router(32, E, MoEConfig(num_experts=(E,), moe_min_capacity=1)).to(DEVICE)
+    router.weight = torch.nn.Parameter(weight)
+    router.capacity = lambda tokens: capacity
+    torch.manual_seed(11)
+    plan, aux_loss, z_loss = router(x)
+    assert torch.equal(plan.expert_TK[:, 0].int(), found.expert_T)
+    assert torch.equal(plan.slot_TK[:, 0].int(), found.slot_T)
+    torch.testing.assert_close(plan.gate_TK[:, 0], found.gate_T)
+    torch.testing.assert_close(aux_loss, found.aux_loss)
+    torch.testing.assert_close(z_loss, found.z_loss)
 
 
 def test_random_selection_keeps_every_token_equally_often():
