@@ -22,13 +22,13 @@ def _why_not(device_type: str) -> str | None:
 
 
 @functools.cache
-def _say(why: str) -> None:
-    _LOG.warning("no fused kernels, plain torch instead: %s", why)
+def _say(why: str, level: int) -> None:
+    _LOG.log(level, "no fused kernels, plain torch instead: %s", why)
 
 
 def usable(x: torch.Tensor) -> bool:
     """Whether the kernels can work on ``x``; if not, the first call says why in one line of the log."""
     why = _why_not(x.device.type)
     if why is not None:
-        _say(why)
+        _say(why, logging.INFO if x.device.type == "cpu" else logging.WARNING)  # on a CPU nobody expects any
     return why is None and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
