@@ -26,6 +26,7 @@ from benchmarks.timing import median_ms, peak_bytes
 from megatron.config import ModelConfig, MoEConfig
 from megatron.moe import MoELayer
 from megatron.moe.mlp import MLP
+from megatron.training.profiling import profiled
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 SKEW = 0.4  # added to the logits of the most favoured expert, whose random part is about 1
@@ -263,10 +264,8 @@ def profile(layer: nn.Module, x_TH: torch.Tensor) -> None:
     dy_TH = torch.randn_like(x_TH)
     for _ in range(3):
         answer(layer, x_TH)[0].backward(dy_TH)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+    with profiled(None, "one layer, forward and backward", x_TH.device):
         answer(layer, x_TH)[0].backward(dy_TH)
-        torch.cuda.synchronize()
-    print(seen.key_averages().table(sort_by="self_cuda_time_total", row_limit=20, max_name_column_width=60))
 
 
 def table(rows: list[Row]) -> str:

@@ -1,4 +1,4 @@
-"""The gate of a top-1 router in two launches forward: product, softmax, choice and sums; then losses and slots.
+"""The top-1 router in three launches forward and two backward.
 
     forward    gate kernel       x, weight -> expert, gate, logsumexp of each token; sums over each block of tokens
                order kernel      tokens of each expert in each block, in the order in which slots are given
@@ -8,7 +8,7 @@
 No [T, E] tensor is in memory forward; backward has the gradient of the logits, for the matrix product. Nothing is added
 atomically, so results are deterministic, and the host waits for nothing.
 
-Letters: T tokens, H hidden, E experts, C capacity, B tokens of a block, N blocks.
+Letters: T tokens, H hidden, E experts, C capacity, R rows of all buffers, B tokens of a block.
 """
 
 from typing import NamedTuple
