@@ -10,12 +10,13 @@ model runs too, compiled and with its fused AdamW, in the shape of each dense ru
 
 import argparse
 import dataclasses
-import gc
+import itertools
 import logging
+import multiprocessing
 import statistics
 import sys
-import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -29,6 +30,7 @@ from megatron.planning.parameters import count_parameters
 from megatron.training.profiling import profiled
 
 VOCAB = 50304
+PROFILED = 3  # steps: in the first the host is not yet ahead of the device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,13 +66,10 @@ def main(words: list[str] | None = None) -> None:
     logging.basicConfig()
     rows: list[Row] = []
     for name in args.runs:
-        run = describe(name, args)
-        rows.append(ours(name, run, args))
-        forget()
-        if args.nanogpt and not run.moe.enabled:
-            rows.append(nanogpt(name, run, args))
-            forget()
-        print(table(rows[-1:]), flush=True)
+        rows.append(alone(ours, name, args))
+        if args.nanogpt and not describe(name, args).moe.enabled:
+            rows.append(alone(nanogpt, name, args))
+        print(table(rows[-2:]), flush=True)
     print(f"\n{device_name('cuda')}, torch {torch.__version__}, {args.precision}\n" + table(rows), flush=True)
     write_json(args.json, "cuda", rows, precision=args.precision)
 
@@ -95,36 +94,33 @@ def describe(name: str, args: argparse.Namespace) -> RunConfig:
     return build(values)
 
 
-def forget() -> None:
-    """Give the memory of the last run back."""
-    gc.collect()
-    torch.cuda.empty_cache()
+def alone(measurement: Callable[[str, argparse.Namespace], Row], name: str, args: argparse.Namespace) -> Row:
+    """Measure in a process of its own, in whose memory nothing is left of another run."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(measurement, name, args).result()
 
 
 def batch(run: RunConfig, number: int) -> dict:
     """A micro-batch of random tokens."""
     size = (run.training.micro_batch_size, run.model.seq_length)
     tokens, labels = (torch.randint(0, VOCAB, size).pin_memory() for _ in range(2))
-    return {"tokens": tokens, "labels": labels, "loss_mask": torch.ones(size), "sample_index": number * size[0]}
+    return {
+        "tokens": tokens,
+        "labels": labels,
+        "loss_mask": torch.ones(size).pin_memory(),
+        "sample_index": number * size[0],
+    }
 
 
-def ours(name: str, run: RunConfig, args: argparse.Namespace) -> Row:
+def ours(name: str, args: argparse.Namespace) -> Row:
     """Our engine."""
     from megatron.engine.pipeline import build_engine
-    from megatron.parallel.initialize import forget_groups, initialize, meet
+    from megatron.parallel.initialize import initialize, meet
     from megatron.parallel.launch import Launch
 
-    device = torch.device("cuda", 0)
-    launch = Launch.from_environment({})
-    if torch.distributed.is_initialized():
-        from megatron.parallel.initialize import build_groups
-
-        topology = build_groups(run.parallel, launch, device)
-    else:
-        launch, store = meet(launch, run.parallel.timeout)
-        topology = initialize(run.parallel, launch, device, store)
-    with torch.device("cpu"):
-        engine = build_engine(run, topology, VOCAB)
+    run = describe(name, args)
+    launch, store = meet(Launch.from_environment({}), run.parallel.timeout)
+    engine = build_engine(run, initialize(run.parallel, launch, torch.device("cuda", 0), store), VOCAB)
     count = run.training.global_batch_size // run.training.micro_batch_size
     batches = [batch(run, number) for number in range(count)]
     tokens = run.training.global_batch_size * run.model.seq_length
@@ -134,13 +130,12 @@ def ours(name: str, run: RunConfig, args: argparse.Namespace) -> Row:
         done[0] += tokens
         engine.train_step(batches, done[0])
 
-    row = measure(f"{name} ours", run, step, args)
-    forget_groups()
-    return row
+    return measure(f"{name} ours", run, step, args)
 
 
-def nanogpt(name: str, run: RunConfig, args: argparse.Namespace) -> Row:
+def nanogpt(name: str, args: argparse.Namespace) -> Row:
     """nanoGPT's model and optimizer, as its train.py uses them."""
+    run = describe(name, args)
     sys.path.insert(0, str(args.nanogpt))
     from model import GPT, GPTConfig
 
@@ -167,21 +162,22 @@ def nanogpt(name: str, run: RunConfig, args: argparse.Namespace) -> Row:
 
 
 def measure(name: str, run: RunConfig, step: Callable[[], None], args: argparse.Namespace) -> Row:
-    """Time steps one after another, as in training."""
+    """Time steps one after another, as in training: the host waits for the device once, after the last."""
     torch.cuda.reset_peak_memory_stats()
     for _ in range(min(5, args.steps)):
         step()
     torch.cuda.synchronize()
-    times = []
-    for _ in range(args.steps):
-        begin = time.perf_counter()
+    ends = [torch.cuda.Event(enable_timing=True) for _ in range(args.steps + 1)]
+    ends[0].record()
+    for end in ends[1:]:
         step()
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - begin)
-    seconds = statistics.median(times)
+        end.record()
+    torch.cuda.synchronize()
+    seconds = statistics.median(begin.elapsed_time(end) for begin, end in itertools.pairwise(ends)) / 1e3
     if args.profile:
-        with profiled(None, name, torch.device("cuda", 0)):
-            step()
+        with profiled(None, f"{name}, {PROFILED} steps", torch.device("cuda", 0)):
+            for _ in range(PROFILED):
+                step()
     tokens = run.training.global_batch_size * run.model.seq_length
     tflops = tokens * model_flops_per_token(run.model, run.moe, VOCAB) / seconds / 1e12
     peak = peak_tflops(torch.cuda.get_device_name(), run.optimizer.precision)

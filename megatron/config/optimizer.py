@@ -21,6 +21,16 @@ class OptimizerConfig:
     adam_beta2: float = option(0.95, "Decay of the second moment.")
     adam_eps: float = option(1e-8, "Added to the root of the second moment.")
     clip_grad: float = option(1.0, "Largest global gradient norm; 0 turns clipping off.")
+    exp_avg_dtype: str = option(
+        "fp32",
+        "bf16: number format of Adam's first moment; bf16 saves 2 bytes a weight.",
+        choices=("fp32", "bf16"),
+    )
+    exp_avg_sq_dtype: str = option(
+        "fp32",
+        "bf16: number format of Adam's second moment; bf16 saves 2 bytes a weight.",
+        choices=("fp32", "bf16"),
+    )
     precision: str = option("bf16", "Number format of weights and activations.", choices=("bf16", "fp16", "fp32"))
     grad_reduce_in_bf16: bool = option(
         False, "bf16: add gradients over processes in bf16 instead of fp32, which halves what is sent for it."

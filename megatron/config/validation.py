@@ -338,6 +338,14 @@ def _gradient_reduction(config: RunConfig, world_size: int) -> Iterator[str]:
         yield f"--grad-reduce-in-bf16 must have --bf16, and the precision is {precision}; drop it, or use --bf16"
 
 
+@_rule("precision", "exp_avg_dtype", "exp_avg_sq_dtype")
+def _moments(config: RunConfig, world_size: int) -> Iterator[str]:
+    opt = config.optimizer
+    for flag, dtype in (("--exp-avg-dtype", opt.exp_avg_dtype), ("--exp-avg-sq-dtype", opt.exp_avg_sq_dtype)):
+        if dtype != "fp32" and opt.precision != "bf16":
+            yield f"{flag} {dtype} must have --bf16, and the precision is {opt.precision}; drop it, or use --bf16"
+
+
 @_rule("device", "distributed_backend")
 def _backend(config: RunConfig, world_size: int) -> Iterator[str]:
     if config.training.device == "cpu" and config.parallel.distributed_backend == "nccl":

@@ -22,6 +22,9 @@ _OURS_ALONE = {
     "gradient_predivide_factor": "the engine averages gradients itself",
 }
 
+# Unless a file asks for it: DeepSpeed's measurement of throughput waits for the device twice an update.
+QUIET: dict[str, Any] = {"timers": {"throughput": {"enabled": False}}}
+
 # What else a file may say at its top level: DeepSpeed takes a key that it does not know for nothing.
 _KNOWN = {
     *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
@@ -127,7 +130,7 @@ def build(config: RunConfig, data_parallel_size: int) -> dict[str, Any]:
     """
     ours = from_flags(config, data_parallel_size)
     if config.parallel.deepspeed_config is None:
-        return ours
+        return ours | QUIET
     path = Path(config.parallel.deepspeed_config)
     try:
         theirs = json.loads(path.read_text(encoding="utf-8"))
@@ -135,4 +138,4 @@ def build(config: RunConfig, data_parallel_size: int) -> dict[str, Any]:
         raise ConfigError(f"--deepspeed_config {path}: {error}; give a readable JSON file") from None
     if not isinstance(theirs, dict):
         raise ConfigError(f"--deepspeed_config {path}: expected a JSON object, got {type(theirs).__name__}")
-    return merge(ours, theirs, config, str(path))
+    return QUIET | merge(ours, theirs, config, str(path))

@@ -1,7 +1,8 @@
 """Everything we use of DeepSpeed that is not its documented interface, in one place.
 
-One more thing stands in ``pipeline_module.py``: it overrides ``PipelineModule._partition_layers`` and ``forward`` and
-reads ``forward_funcs``, ``_local_start``, ``_local_stop`` and ``_num_layers``. The number of micro-batches changes by
+Two more things stand elsewhere: ``pipeline_module.py`` overrides ``PipelineModule._partition_layers`` and ``forward``
+and reads ``forward_funcs``, ``_local_start``, ``_local_stop`` and ``_num_layers``; ``update.py`` takes over from
+``BF16_Optimizer``. The number of micro-batches changes by
 the documented ``set_train_batch_size``.
 
 Written for the DeepSpeed version pinned in setup.py. ``tests/engine/test_deepspeed_internals.py`` fails when an upgrade
@@ -202,15 +203,15 @@ def let_loss_scale_rest(optimizer: object) -> None:
         scaler.raise_error_at_min_scale = False
 
 
-def create_adam_state(adam: torch.optim.AdamW) -> None:
+def create_adam_state(adam: torch.optim.AdamW, exp_avg_dtype: torch.dtype, exp_avg_sq_dtype: torch.dtype) -> None:
     """Make the moments now instead of at the first step, so that a checkpoint can be loaded into them."""
     for group in adam.param_groups:
         for flat in group["params"]:
             state = adam.state[flat]
             if not state:
                 state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
-                state["exp_avg"] = torch.zeros_like(flat)
-                state["exp_avg_sq"] = torch.zeros_like(flat)
+                state["exp_avg"] = torch.zeros_like(flat, dtype=exp_avg_dtype)
+                state["exp_avg_sq"] = torch.zeros_like(flat, dtype=exp_avg_sq_dtype)
 
 
 def fragments(module: nn.Module, adam: torch.optim.AdamW) -> Iterator[tuple[str, nn.Parameter, Fragment | None]]:
@@ -252,40 +253,3 @@ def accumulated(parameter: nn.Parameter) -> object:
     """
     apart = getattr(parameter, "grad_accum", None)
     return parameter if apart is None else types.SimpleNamespace(grad=apart)
-
-
-def accumulate_without_detours(optimizer: object) -> None:
-    """Let the optimizer of bf16 take a micro-batch's gradients into its fp32 buffers in one pass over each.
-
-    DeepSpeed zeroes the buffers after every update, and for each micro-batch makes an fp32 copy of the gradient to add
-    it up: five passes over fp32 numbers where the first micro-batch needs one, a copy, and each further one two, a sum.
-    """
-    if not isinstance(optimizer, bf16_optimizer.BF16_Optimizer):
-        return
-    has, step = optimizer.fp32_groups_has_gradients, optimizer.step
-
-    def update(parameter: nn.Parameter, group: int, number: int, clear_lp_grads: bool) -> None:
-        if parameter.grad is None:
-            return
-        sum_ = optimizer.fp32_groups_gradients[group][number]
-        new = parameter.grad.view(sum_.shape)
-        if has[group][number]:
-            sum_.add_(new)
-        else:
-            sum_.copy_(new)
-        parameter._hp_grad, has[group][number] = sum_, True
-        if clear_lp_grads:
-            parameter.grad = None
-
-    def forget() -> None:
-        for group in has:
-            group[:] = [False] * len(group)
-
-    def checked_step(*args, **kwargs):
-        for sums, known in zip(optimizer.fp32_groups_gradients, has, strict=True):
-            for sum_, is_new in zip(sums, known, strict=True):
-                if not is_new:  # a parameter without a gradient: what stands there is of an earlier update
-                    sum_.zero_()
-        return step(*args, **kwargs)
-
-    optimizer._update_hp_grad, optimizer.clear_hp_grads, optimizer.step = update, forget, checked_step

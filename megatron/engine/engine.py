@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import functools
+import math
 import os
 import random
 from collections.abc import Iterable, Mapping, Sequence
@@ -43,15 +45,42 @@ class LossSums:
         )
 
 
+class LateNumber:
+    """A number that the device has yet to compute; reading it waits for that alone, not for later work."""
+
+    def __init__(self, value: torch.Tensor) -> None:
+        self._value, self._there = value, None
+        if value.is_cuda:
+            self._value = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+            self._value.copy_(value, non_blocking=True)
+            self._there = torch.cuda.Event()
+            self._there.record()
+
+    def __float__(self) -> float:
+        if self._there is not None:
+            self._there.synchronize()
+        return float(self._value)
+
+
 @dataclasses.dataclass(frozen=True)
 class StepResult:
-    """What one optimizer update did."""
+    """What one optimizer update did. The device may not have done it yet: read the properties as late as you can."""
 
     sums: LossSums
-    grad_norm: float  # before clipping; inf when the update was skipped
     lr: float
-    skipped: bool  # a gradient was not finite; weights and moments are as before
-    scale_fell: bool  # skipped because fp16's loss scale was too high, and it was lowered: nothing is wrong
+    norm: float | LateNumber
+    scale_fell: bool = False  # skipped because fp16's loss scale was too high, and it was lowered: nothing is wrong
+
+    @functools.cached_property
+    def grad_norm(self) -> float:
+        """Before clipping; inf when the update was skipped."""
+        norm = float(self.norm)
+        return norm if math.isfinite(norm) else math.inf
+
+    @property
+    def skipped(self) -> bool:
+        """Whether a gradient was not finite; weights and moments are then as before."""
+        return self.grad_norm == math.inf
 
 
 class _TrainedModule(nn.Module):
@@ -85,9 +114,11 @@ class Engine:
     def __init__(self, model: nn.Module, config: RunConfig, topology: Topology) -> None:
         os.environ.setdefault("DS_ACCELERATOR", topology.device.type)
         import deepspeed
+        from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 
         from megatron.engine import deepspeed_config, deepspeed_internals
         from megatron.engine.optimizer import build_adam
+        from megatron.engine.update import Update
 
         self._internals = deepspeed_internals
         self._config = config
@@ -110,9 +141,11 @@ class Engine:
             mpu=None if topology.pipeline_parallel_size > 1 else unit,  # a pipeline has its own
             dist_init_required=False,
         )
-        deepspeed_internals.create_adam_state(self._adam)
+        moments = (DTYPES[config.optimizer.exp_avg_dtype], DTYPES[config.optimizer.exp_avg_sq_dtype])
+        deepspeed_internals.create_adam_state(self._adam, *moments)
         deepspeed_internals.let_loss_scale_rest(self._optimizer)
-        deepspeed_internals.accumulate_without_detours(self._optimizer)
+        bf16 = isinstance(self._optimizer, BF16_Optimizer)
+        self._update = Update(self._optimizer, config.optimizer, topology) if bf16 else None
         self.model = model
 
     def _trained_module(self, model: nn.Module, marker: nn.Module | None) -> nn.Module:
@@ -131,6 +164,7 @@ class Engine:
         lr = self._set_learning_rate(tokens_after)
         self._engine.train()
         sums: LossSums | None = None
+        self._begin(len(micro_batches))
         for number, batch in enumerate(micro_batches, start=1):
             self._engine.set_gradient_accumulation_boundary(number == len(micro_batches))
             torch.manual_seed(micro_batch_seed(self._config.training.seed, int(batch["sample_index"])))
@@ -149,11 +183,17 @@ class Engine:
             group["lr"] = lr
         return lr
 
+    def _begin(self, micro_batches: int) -> None:
+        if self._update is not None:
+            self._update.begin(micro_batches)
+
     def _result(self, sums: LossSums, lr: float, scale: float) -> StepResult:
         """What the update just done was; ``scale`` is the loss scale before it."""
+        if self._update is not None:
+            return StepResult(sums, lr, LateNumber(self._update.norm))
         skipped = bool(self._optimizer.overflow)
-        grad_norm = float(self._optimizer._global_grad_norm)
-        return StepResult(sums, grad_norm, lr, skipped, scale_fell=skipped and self._loss_scale() < scale)
+        norm = math.inf if skipped else float(self._optimizer._global_grad_norm)
+        return StepResult(sums, lr, norm, scale_fell=skipped and self._loss_scale() < scale)
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Iterable[Mapping[str, Any]]) -> LossSums:
@@ -202,7 +242,7 @@ class Engine:
         return self._internals.fragments(self.model, self._adam)
 
     def saved_tensors(self) -> list[ShardedTensor]:
-        """This rank's share of the fp32 weights and Adam moments, as views: nothing is copied or communicated."""
+        """This rank's share of fp32 weights and Adam moments, as views: nothing is copied or communicated."""
         entries = []
         for name, _, fragment in self._fragments():
             if fragment is None:
@@ -210,7 +250,7 @@ class Engine:
             parts = ((MODEL, fragment.master), (EXP_AVG, fragment.exp_avg), (EXP_AVG_SQ, fragment.exp_avg_sq))
             for prefix, flat in parts:
                 boxes = self._boxes(name, fragment.start, flat)
-                entries.append(ShardedTensor(prefix + name, self._global_shape(name), torch.float32, boxes))
+                entries.append(ShardedTensor(prefix + name, self._global_shape(name), flat.dtype, boxes))
         return entries
 
     @contextlib.contextmanager
@@ -229,7 +269,7 @@ class Engine:
                 continue
             for prefix, flat in ((EXP_AVG, fragment.exp_avg), (EXP_AVG_SQ, fragment.exp_avg_sq)):
                 boxes = self._boxes(name, fragment.start, flat)
-                entries.append(ShardedTensor(prefix + name, self._global_shape(name), torch.float32, boxes))
+                entries.append(ShardedTensor(prefix + name, self._global_shape(name), flat.dtype, boxes))
         yield entries
         with torch.no_grad():
             for name, parameter, fragment in self._fragments():

@@ -52,6 +52,7 @@ class PipelineEngine(Engine):
         count, engine = len(micro_batches), self._engine
         engine.set_train_batch_size(count * engine.train_micro_batch_size_per_gpu() * engine.dp_world_size)
         self._module.begin(self._seeds(micro_batches), scale / count)
+        self._begin(count)
         engine.train_batch(self._inputs(micro_batches))
         return self._result(self._module.sums, lr, scale)
 

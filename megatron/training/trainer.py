@@ -53,6 +53,7 @@ class Trainer:
         self._saving: Path | None = None  # in the background
         self._not_saved: CheckpointError | None = None  # why the last save failed
         self._skipped_in_a_row = 0
+        self._unwatched: tuple[StepResult, int] | None = None  # an update with its global batch size
         self._window = StepWindow(
             model_flops_per_token(config.model, config.moe, vocab_size),
             config.logging.peak_tflops or peak_tflops(_device_name(topology), config.optimizer.precision),
@@ -89,10 +90,14 @@ class Trainer:
             keep = self.clock.crosses(now, self.config.checkpoint.save_interval, batch)
             self.clock.samples = now
             self.clock.steps += 1
-            self._watch(result, size)
+            self._watch()  # the update before this one: the device is busy with this one
+            self._unwatched = result, size
             self._compare_replicas()
             done = now >= end
-            if done or self.clock.steps % self.config.logging.log_interval == 0:
+            log = done or self.clock.steps % self.config.logging.log_interval == 0
+            if log or validate or keep:
+                self._watch()
+            if log:
                 self._log("train", **self._window.take())
             if validate or now >= self._total:
                 self._validate()
@@ -100,6 +105,7 @@ class Trainer:
             if self._saver and not self._saver.busy:
                 self._end_of_saving()
             if keep or done or reason:
+                self._watch()
                 self._save(in_background=not (done or reason))
         if reason is None:
             reason = "all tokens are trained on" if self.clock.samples >= self._total else f"--exit-tokens {limit}"
@@ -129,7 +135,11 @@ class Trainer:
         rank, size = self.topology.data_parallel_rank, self.topology.data_parallel_size
         return iter(batches(dataset, config, rank, size, consumed_samples))
 
-    def _watch(self, result: StepResult, size: int) -> None:
+    def _watch(self) -> None:
+        """Take in what the last update was, unless that has happened; waits for the device to be through with it."""
+        if self._unwatched is None:
+            return
+        (result, size), self._unwatched = self._unwatched, None
         self._window.add(result, size * self.config.model.seq_length)
         if not result.skipped:
             self._skipped_in_a_row = 0

@@ -9,12 +9,12 @@ import torch
 import torch.distributed as dist
 from distributed.spawn import run_distributed
 
-from megatron.config import ModelConfig, MoEConfig, ParallelConfig, RunConfig, TrainingConfig
+from megatron.config import ModelConfig, MoEConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainingConfig
 
 VOCAB, SEQ, MICRO = 32, 8, 2
 
 
-def engine():
+def engine(expert_size: int | None = None, clip: float = 1.0, **optimizer):
     from megatron.engine.engine import Engine
     from megatron.model.gpt import GPTModel
     from megatron.parallel.initialize import build_groups
@@ -24,7 +24,8 @@ def engine():
     run = RunConfig(
         model=ModelConfig(num_layers=2, hidden_size=16, num_attention_heads=2, seq_length=SEQ),
         moe=MoEConfig(num_experts=(4,)),
-        parallel=ParallelConfig(moe_expert_parallel_size=(2,)),
+        parallel=ParallelConfig(moe_expert_parallel_size=(expert_size or min(2, size),)),
+        optimizer=OptimizerConfig(clip_grad=clip, **optimizer),
         training=TrainingConfig(train_tokens=10_000, micro_batch_size=MICRO, global_batch_size=MICRO * size),
     )
     topology = build_groups(run.parallel, Launch(rank, size, rank, "127.0.0.1", 0, "test"), torch.device("cpu"))
@@ -60,7 +61,6 @@ def inspect() -> dict:
         "compiled": deepspeed.ops.__compatible_ops__[SHARED_MEMORY_OP],
         "stage": made._engine.zero_optimization_stage(),
         "step": {float(state["step"]) for state in made._adam.state.values()},
-        "flags": {type(getattr(made._optimizer, name)).__name__ for name in ("overflow", "_global_grad_norm")},
     }
 
 
@@ -103,7 +103,6 @@ def test_deepspeed_runs_zero_1_knows_of_the_experts_and_compiles_nothing(seen):
         assert rank["sees experts"]
         assert rank["stage"] == 1
         assert rank["compiled"] is False
-        assert rank["flags"] <= {"bool", "float", "Tensor"}
 
 
 # (tensor, degrees, experts sharded, groups of each degree: expert-parallel and expert-data)
@@ -224,32 +223,3 @@ def test_a_pipeline_has_our_groups_our_steps_and_one_token_table_too_many():
     assert last["marker"] == []
     assert first["replicas"] == set()
     assert last["replicas"] == first["names"] & last["names"] == {"embedding.word_embeddings.weight"}
-
-
-def train_in_bf16(direct: bool) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Three updates of two micro-batches, the second with a parameter without gradient: norms and fp32 weights."""
-    from megatron.engine import deepspeed_internals
-
-    original = deepspeed_internals.accumulate_without_detours
-    if not direct:
-        deepspeed_internals.accumulate_without_detours = lambda optimizer: None
-    try:
-        made = engine()
-    finally:
-        deepspeed_internals.accumulate_without_detours = original
-    norms = []
-    for step in range(3):
-        made.model.final_layernorm.bias.requires_grad_(step != 1)
-        micro_batches = [batch(4 * step + 2 * dist.get_rank() + i) for i in range(2)]
-        norms.append(made.train_step(micro_batches, (step + 1) * 4 * MICRO * SEQ).grad_norm)
-    weights = {t.name: b.tensor.clone() for t in made.saved_tensors() for b in t.boxes}
-    assert (made._optimizer._update_hp_grad.__module__ == original.__module__) == direct
-    return norms, weights
-
-
-def test_gradients_taken_in_without_detours_are_the_same_bit_for_bit():
-    ours, theirs = (run_distributed(train_in_bf16, 2, direct) for direct in (True, False))
-    for mine, other in zip(ours, theirs, strict=True):
-        assert mine[0] == other[0]
-        assert mine[1].keys() == other[1].keys()
-        assert all(torch.equal(value, other[1][name]) for name, value in mine[1].items())

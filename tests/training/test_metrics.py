@@ -25,10 +25,8 @@ def test_a_dense_model_has_no_balance():
 def test_a_window_averages_updates_and_leaves_skipped_ones_out():
     window = StepWindow(flops_per_token=1e9, peak_tflops=None, devices=1)
     assert window.take() is None
-    window.add(StepResult(sums(2.0, [1, 1], 0), 0.5, 1e-3, skipped=False, scale_fell=False), tokens=100)
-    window.add(
-        StepResult(sums(float("nan"), [1, 1], 0), float("inf"), 1e-3, skipped=True, scale_fell=False), tokens=100
-    )
+    window.add(StepResult(sums(2.0, [1, 1], 0), 1e-3, 0.5), tokens=100)
+    window.add(StepResult(sums(float("nan"), [1, 1], 0), 1e-3, float("nan")), tokens=100)
     record = window.take()
     assert record["loss"] == 2.0
     assert record["skipped"] == 1
@@ -40,7 +38,7 @@ def test_pauses_do_not_count_as_training_time(monkeypatch):
     clock = iter([0.0, 10.0, 10.0])
     monkeypatch.setattr("megatron.training.metrics.time.perf_counter", lambda: next(clock))
     window = StepWindow(flops_per_token=1e12, peak_tflops=100.0, devices=2)
-    window.add(StepResult(sums(2.0, [1], 0), 0.5, 1e-3, skipped=False, scale_fell=False), tokens=50)
+    window.add(StepResult(sums(2.0, [1], 0), 1e-3, 0.5), tokens=50)
     window.pause(5.0)
     record = window.take()
     assert record["tokens_per_second"] == pytest.approx(10.0)

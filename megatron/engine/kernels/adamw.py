@@ -1,0 +1,71 @@
+"""AdamW in one pass: clip, update moments and fp32 weights, and write the weights that the model computes with.
+
+The references are :func:`megatron.engine.adamw.update` and ``square_sum``.
+
+Bytes of a weight with moments of m bytes each and a gradient of g: 4 + 2 m + g are read and 6 + 2 m written, 28 or 30
+with fp32 moments. As separate passes, clipping and casting would add 14.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from megatron.engine.adamw import Piece, Rates
+
+BLOCK = 1024  # elements of a program
+PROGRAMS = 1024  # of a sum of squares
+SUM_BLOCK = 4096  # elements that such a program adds at a time
+
+
+@triton.jit
+def _update(
+    master_ptr, gradient_ptr, exp_avg_ptr, exp_avg_sq_ptr, weight_ptr, scalars_ptr, numel,
+    keep, beta1, rest1, beta2, rest2, eps, BLOCK: tl.constexpr,
+):  # fmt: skip
+    factor = tl.load(scalars_ptr)
+    if factor == factor:
+        step_size, root = tl.load(scalars_ptr + 1), tl.load(scalars_ptr + 2)
+        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        inside = at < numel
+        g = tl.load(gradient_ptr + at, mask=inside, other=0.0).to(tl.float32) * factor
+        m = tl.load(exp_avg_ptr + at, mask=inside, other=0.0).to(tl.float32) * beta1 + g * rest1
+        v = tl.load(exp_avg_sq_ptr + at, mask=inside, other=0.0).to(tl.float32) * beta2 + g * g * rest2
+        p = tl.load(master_ptr + at, mask=inside, other=0.0)
+        p = p * keep - step_size * m / (tl.sqrt(v) / root + eps)
+        tl.store(exp_avg_ptr + at, m.to(exp_avg_ptr.dtype.element_ty), mask=inside)
+        tl.store(exp_avg_sq_ptr + at, v.to(exp_avg_sq_ptr.dtype.element_ty), mask=inside)
+        tl.store(master_ptr + at, p, mask=inside)
+        tl.store(weight_ptr + at, p.to(weight_ptr.dtype.element_ty), mask=inside)
+
+
+def update(piece: Piece, rates: Rates) -> None:
+    """One AdamW update in place (Loshchilov and Hutter 2019), in one launch; the host waits for nothing."""
+    numel = piece.master.numel()
+    if numel:
+        _update[(triton.cdiv(numel, BLOCK),)](
+            piece.master, piece.gradient, piece.exp_avg, piece.exp_avg_sq, piece.weight, rates.scalars, numel,
+            1 - rates.lr * rates.weight_decay, rates.beta1, 1 - rates.beta1, rates.beta2, 1 - rates.beta2, rates.eps,
+            BLOCK,
+        )  # fmt: skip
+
+
+@triton.jit
+def _square_sums(x_ptr, sums_ptr, numel, BLOCK: tl.constexpr):
+    program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for start in range(program * BLOCK, numel, programs * BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + at, mask=at < numel, other=0.0).to(tl.float32)
+        total += x * x
+    tl.store(sums_ptr + program, tl.sum(total, axis=0))
+
+
+def square_sum(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """The sum of the squares of all elements of contiguous tensors, in a launch for each; deterministic."""
+    sums = tensors[0].new_zeros((len(tensors), PROGRAMS), dtype=torch.float32)
+    for x, sums_x in zip(tensors, sums, strict=True):
+        if x.numel():
+            _square_sums[(min(PROGRAMS, triton.cdiv(x.numel(), SUM_BLOCK)),)](
+                x, sums_x, x.numel(), SUM_BLOCK, num_warps=8
+            )
+    return sums.sum(dtype=torch.float64)
