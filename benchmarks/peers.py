@@ -15,7 +15,9 @@ Letters: T tokens, H hidden, F FFN hidden, E experts.
 
 import dataclasses
 import functools
+import importlib.util
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -106,7 +108,26 @@ class _Flat(nn.Module):
 
 
 def megatron_layer(shape: Shape) -> Peer:
-    """Megatron-core's ``MoELayer``, with every fusion that the installed Transformer Engine has."""
+    """Megatron-core's ``MoELayer``, with as many fusions as run with the installed Transformer Engine."""
+    fusions = []
+    if importlib.util.find_spec("transformer_engine"):
+        fusions = ["use_te_activation_func", "moe_permute_fusion", "moe_router_fusion"]
+    while True:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of what it would like to be installed
+                peer = _megatron_layer(shape, fusions)
+            x_TH = torch.randn(8 * shape.experts, shape.hidden, device=shape.device, dtype=shape.dtype)
+            y_TH, _ = answer(peer.layer, x_TH.requires_grad_())
+            y_TH.backward(torch.ones_like(y_TH))
+            return peer
+        except Exception as error:  # versions of the two do not always fit
+            if not fusions:
+                raise
+            print(f"Megatron-core without {fusions.pop()}, with which it fails: {one_line(error)}", flush=True)
+
+
+def _megatron_layer(shape: Shape, fusions: list[str]) -> Peer:
     from megatron.core import package_info, parallel_state
     from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -122,16 +143,6 @@ def megatron_layer(shape: Shape) -> Peer:
     if not hasattr(moe_utils, "te_general_gemm"):  # without Transformer Engine 0.16 tests a name it never defines
         moe_utils.te_general_gemm = None
     engine, name = moe_utils.HAVE_TE, f"Megatron-core {package_info.__version__}"
-
-    def has(function: str) -> bool:
-        return getattr(moe_utils, function, None) is not None
-
-    fused = {
-        "moe_grouped_gemm": engine,
-        "use_te_activation_func": engine,
-        "moe_permute_fusion": has("fused_permute_with_probs"),
-        "moe_router_fusion": has("fused_topk_with_score_function") and has("fused_moe_aux_loss"),
-    }
     config = TransformerConfig(
         num_layers=1,
         hidden_size=shape.hidden,
@@ -151,7 +162,8 @@ def megatron_layer(shape: Shape) -> Peer:
         perform_initialization=False,
         params_dtype=shape.dtype,
         bf16=shape.dtype == torch.bfloat16,
-        **fused,
+        moe_grouped_gemm=engine,
+        **dict.fromkeys(fusions, True),
     )
     spec = get_moe_module_spec(use_te=engine, num_experts=shape.experts, moe_grouped_gemm=engine)
     layer = build_module(spec, config=config)
@@ -164,8 +176,6 @@ def megatron_layer(shape: Shape) -> Peer:
         import transformer_engine
 
         name += f" + Transformer Engine {transformer_engine.__version__}"
-        missing = [flag for flag, on in fused.items() if not on]
-        name += f" without {', '.join(missing)}" if missing else ""
 
     def expert(number: int) -> tuple[torch.Tensor, ...]:
         if engine:
