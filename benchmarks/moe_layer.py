@@ -25,7 +25,7 @@ from torch import nn
 
 from benchmarks import peers
 from benchmarks.loads import Loads
-from benchmarks.output import DTYPES, device_name, make_parser, markdown, number, write_json
+from benchmarks.output import DTYPES, device_name, make_parser, markdown, number, one_line, write_json
 from benchmarks.peers import answer, initialize
 from benchmarks.timing import median_ms, peak_bytes
 from megatron.config import ModelConfig, MoEConfig
@@ -123,7 +123,7 @@ def measure_peer(
             args, peer.name, peer.layer, peer.router_EH, hidden, tokens, experts, dense_ms, dropless=dropless
         )
     except Exception as error:  # whatever another project raises must not end the run
-        print(f"{name} with {experts} experts is left out: {peers.one_line(error)}", flush=True)
+        print(f"{name} with {experts} experts is left out: {one_line(error)}", flush=True)
         return None
     finally:
         del peer

@@ -73,6 +73,12 @@ def markdown(columns: str, rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([head, rule, *body])
 
 
+def one_line(error: Exception) -> str:
+    """What went wrong, short."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
+
+
 def write_json(file: Path | None, device: str, rows: Sequence[Any], **setting: Any) -> None:
     """Rows (of a dataclass) and how they were measured, as JSON; nothing without a file."""
     if file is not None:

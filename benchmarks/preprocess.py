@@ -32,8 +32,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.output import make_parser, markdown, number, write_json
-from benchmarks.peers import one_line
+from benchmarks.output import make_parser, markdown, number, one_line, write_json
 from megatron.data.jsonl import read_batches
 
 ROOT = Path(__file__).resolve().parent.parent

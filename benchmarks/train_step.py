@@ -5,7 +5,13 @@
 A run is PRESET[+EXPERTS]:MICRO_BATCH[:MICRO_BATCHES]: the preset's shape and optimizer, with so many experts in every
 other layer, and micro-batches of one update (1 by default). Sequences of 2 048 random tokens, vocabulary 50 304.
 Activations are not recomputed unless --checkpoint-activations asks for it. With the path of a nanoGPT checkout, its
-model runs too, compiled and with its fused AdamW, in the shape of each dense run.
+model runs too, compiled and with its fused AdamW, in the shape of each dense run. Memory and MFU, the share of the
+device's peak, are shown for GPUs.
+
+--set changes options of all runs, by their names in a configuration file, such as to try the benchmark on a CPU:
+
+    python -m benchmarks.train_step --runs 125M:2 125M+4:2 --device cpu --steps 2 \\
+        --set num_layers=2 hidden_size=32 num_attention_heads=2 seq_length=32
 """
 
 import argparse
@@ -19,10 +25,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import yaml
 
-from benchmarks.output import device_name, write_json
+from benchmarks.output import device_name, make_parser, markdown, number, one_line, write_json
 from megatron.config import RunConfig
-from megatron.config.options import build
+from megatron.config.options import build, read_mapping
 from megatron.config.presets import PRESETS
 from megatron.planning.flops import model_flops_per_token, peak_tflops
 from megatron.planning.parameters import count_parameters
@@ -40,21 +47,20 @@ class Row:
     step_ms: float
     tokens_per_second: float
     tflops: float
-    mfu: float | None
-    memory_gb: float
+    mfu: float | None  # where the peak of the device is known
+    memory_gb: float | None  # on a GPU
 
 
 def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--runs", nargs="+", default=["350M:16", "350M+8:16", "350M+32:16", "1.3B:8"])
+    parser = make_parser(__doc__, profile="Print the kernels of a step and the GPU's idle share.")
+    parser.add_argument("--runs", nargs="+", metavar="RUN", default=["350M:16", "350M+8:16", "350M+32:16", "1.3B:8"])
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--checkpoint-activations", action="store_true")
     parser.add_argument("--precision", choices=("bf16", "fp16"), default="bf16")
-    parser.add_argument("--nanogpt", type=Path, metavar="DIR")
+    parser.add_argument("--nanogpt", type=Path, metavar="DIR", help="A checkout of nanoGPT.")
     parser.add_argument("--steps", type=int, default=12, help="Timed steps; as many again before them, at most 5.")
-    parser.add_argument("--profile", action="store_true", help="Print the kernels of a step and the GPU's idle share.")
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--set", nargs="+", default=[], metavar="OPTION=VALUE", help="Options of all runs.")
     return parser.parse_args(words)
 
 
@@ -65,14 +71,18 @@ def main(words: list[str] | None = None) -> None:
     rows: list[Row] = []
     for name in args.runs:
         run = describe(name, args)
-        rows.append(ours(name, run, args))
+        done = [ours(name, run, args)]
         forget()
         if args.nanogpt and not run.moe.enabled:
-            rows.append(nanogpt(name, run, args))
+            try:
+                done.append(nanogpt(name, run, args))
+            except Exception as error:  # whatever another project raises must not end the run
+                print(f"nanoGPT as {name} is left out: {one_line(error)}", flush=True)
             forget()
-        print(table(rows[-1:]), flush=True)
-    print(f"\n{device_name('cuda')}, torch {torch.__version__}, {args.precision}\n" + table(rows), flush=True)
-    write_json(args.json, "cuda", rows, precision=args.precision)
+        rows += done
+        print(table(done), flush=True)
+        write_json(args.json, args.device, rows, precision=args.precision)  # after each run, lest a later one fail
+    print(f"\n{device_name(args.device)}, torch {torch.__version__}, {args.precision}\n" + table(rows), flush=True)
 
 
 def describe(name: str, args: argparse.Namespace) -> RunConfig:
@@ -92,19 +102,30 @@ def describe(name: str, args: argparse.Namespace) -> RunConfig:
     }
     if experts:
         values |= {"num_experts": (int(experts),)}
-    return build(values)
+    return build(values | read_mapping(dict(changed(word) for word in args.set)))
+
+
+def changed(word: str) -> tuple[str, object]:
+    """Name and value of ``OPTION=VALUE``, the value as in YAML."""
+    name, equals, value = word.partition("=")
+    if not equals:
+        raise SystemExit(f"--set {word}: expected OPTION=VALUE, such as num_layers=2")
+    return name, yaml.safe_load(value)
 
 
 def forget() -> None:
     """Give the memory of the last run back."""
     gc.collect()
-    torch.cuda.empty_cache()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def batch(run: RunConfig, number: int) -> dict:
     """A micro-batch of random tokens."""
     size = (run.training.micro_batch_size, run.model.seq_length)
-    tokens, labels = (torch.randint(0, VOCAB, size).pin_memory() for _ in range(2))
+    tokens, labels = (torch.randint(0, VOCAB, size) for _ in range(2))
+    if torch.cuda.is_available():
+        tokens, labels = tokens.pin_memory(), labels.pin_memory()
     return {"tokens": tokens, "labels": labels, "loss_mask": torch.ones(size), "sample_index": number * size[0]}
 
 
@@ -114,7 +135,7 @@ def ours(name: str, run: RunConfig, args: argparse.Namespace) -> Row:
     from megatron.parallel.initialize import forget_groups, initialize, meet
     from megatron.parallel.launch import Launch
 
-    device = torch.device("cuda", 0)
+    device = torch.device(args.device, 0 if args.device == "cuda" else None)
     launch = Launch.from_environment({})
     if torch.distributed.is_initialized():
         from megatron.parallel.initialize import build_groups
@@ -147,16 +168,16 @@ def nanogpt(name: str, run: RunConfig, args: argparse.Namespace) -> Row:
     model = run.model
     shape = {"block_size": model.seq_length, "vocab_size": VOCAB, "n_layer": model.num_layers, "bias": True}
     gpt = GPT(GPTConfig(**shape, n_head=model.num_attention_heads, n_embd=model.hidden_size, dropout=args.dropout))
-    gpt = gpt.cuda()
-    optimizer = gpt.configure_optimizers(0.1, 1e-4, (0.9, 0.95), "cuda")
+    gpt = gpt.to(args.device)
+    optimizer = gpt.configure_optimizers(0.1, 1e-4, (0.9, 0.95), args.device)
     compiled = torch.compile(gpt)
     count = run.training.global_batch_size // run.training.micro_batch_size
     batches = [batch(run, number) for number in range(count)]
 
     def step() -> None:
         for made in batches:
-            x, y = (made[key].cuda(non_blocking=True) for key in ("tokens", "labels"))
-            with torch.amp.autocast("cuda", dtype=torch.bfloat16):
+            x, y = (made[key].to(args.device, non_blocking=True) for key in ("tokens", "labels"))
+            with torch.amp.autocast(args.device, dtype=torch.bfloat16):
                 _, loss = compiled(x, y)
             (loss / count).backward()
         torch.nn.utils.clip_grad_norm_(gpt.parameters(), 1.0)
@@ -168,41 +189,41 @@ def nanogpt(name: str, run: RunConfig, args: argparse.Namespace) -> Row:
 
 def measure(name: str, run: RunConfig, step: Callable[[], None], args: argparse.Namespace) -> Row:
     """Time steps one after another, as in training."""
-    torch.cuda.reset_peak_memory_stats()
+    on_gpu = args.device == "cuda"
+    wait = torch.cuda.synchronize if on_gpu else lambda: None
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
     for _ in range(min(5, args.steps)):
         step()
-    torch.cuda.synchronize()
+    wait()
     times = []
     for _ in range(args.steps):
         begin = time.perf_counter()
         step()
-        torch.cuda.synchronize()
+        wait()
         times.append(time.perf_counter() - begin)
     seconds = statistics.median(times)
     if args.profile:
-        with profiled(None, name, torch.device("cuda", 0)):
+        with profiled(None, name, torch.device(args.device)):
             step()
     tokens = run.training.global_batch_size * run.model.seq_length
     tflops = tokens * model_flops_per_token(run.model, run.moe, VOCAB) / seconds / 1e12
-    peak = peak_tflops(torch.cuda.get_device_name(), run.optimizer.precision)
+    peak = peak_tflops(device_name(args.device), run.optimizer.precision)
     parameters = count_parameters(run.model, run.moe, VOCAB).total
-    memory = torch.cuda.max_memory_allocated() / 1e9
+    memory = torch.cuda.max_memory_allocated() / 1e9 if on_gpu else None
     return Row(name, parameters, 1e3 * seconds, tokens / seconds, tflops, tflops / peak if peak else None, memory)
 
 
 def table(rows: list[Row]) -> str:
     """Markdown."""
-    lines = [
-        "| run | parameters | step ms | tokens/s | TFLOP/s | MFU | memory GB |",
-        "|---|---:|---:|---:|---:|---:|---:|",
-    ]
-    for row in rows:
+
+    def cells(row: Row) -> list[str]:
+        numbers = [f"{row.parameters / 1e6:.0f}M", number(row.step_ms, 1), number(row.tokens_per_second, 0)]
         mfu = "" if row.mfu is None else f"{row.mfu:.0%}"
-        lines.append(
-            f"| {row.run} | {row.parameters / 1e6:.0f}M | {row.step_ms:.1f} | {row.tokens_per_second:,.0f} |"
-            f" {row.tflops:.0f} | {mfu} | {row.memory_gb:.1f} |"
-        )
-    return "\n".join(lines)
+        return [row.run, *numbers, number(row.tflops, 0), mfu, number(row.memory_gb, 1)]
+
+    columns = "<run | parameters | step ms | tokens/s | TFLOP/s | MFU | memory GB"
+    return markdown(columns, [cells(row) for row in rows])
 
 
 if __name__ == "__main__":
