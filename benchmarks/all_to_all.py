@@ -53,14 +53,18 @@ class Row:
 def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = make_parser(__doc__, dtype=True, repeats=(20, "Timed runs of each form"))
-    parser.add_argument("--hidden-size", type=int, default=2048)
-    parser.add_argument("--tokens", type=int, default=8192, help="Tokens of each process.")
-    parser.add_argument("--experts", type=int, nargs="+", default=[8, 32])
-    parser.add_argument("--topk", type=int, default=1)
-    parser.add_argument("--mlp-type", choices=("standard", "residual"), default="standard")
-    parser.add_argument("--chunks", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--ranks-per-node", type=int, help="Also go by way of nodes of so many processes.")
-    parser.add_argument("--warm-up", type=int, default=5)
+    parser.add_argument("--hidden-size", type=int, default=2048, metavar="H", help="Default: 2048.")
+    parser.add_argument("--tokens", type=int, default=8192, metavar="T", help="Tokens of each process (default: 8192).")
+    parser.add_argument(
+        "--experts", type=int, nargs="+", default=[8, 32], metavar="E", help="Numbers of experts (default: 8 32)."
+    )
+    parser.add_argument("--topk", type=int, default=1, metavar="K", help="Experts of a token (default: 1).")
+    parser.add_argument("--mlp-type", choices=("standard", "residual"), default="standard", help="Default: standard.")
+    parser.add_argument(
+        "--chunks", type=int, nargs="+", default=[1, 2, 4], metavar="N", help="Numbers of chunks (default: 1 2 4)."
+    )
+    parser.add_argument("--ranks-per-node", type=int, metavar="M", help="Also go by way of nodes of so many processes.")
+    parser.add_argument("--warm-up", type=int, default=5, metavar="N", help="Runs before the timed ones (default: 5).")
     return parser.parse_args(words)
 
 

@@ -64,9 +64,18 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
         repeats=(20, "Timed runs of each layer"),
         profile="Print the kernels of each of our layers.",
     )
-    parser.add_argument("--sizes", nargs="+", default=["2048x16384", "1024x32768"], metavar="HxT")
-    parser.add_argument("--experts", type=int, nargs="+", default=[8, 32, 128], metavar="E")
-    parser.add_argument("--peers", nargs="+", choices=tuple(peers.PEERS), default=list(peers.PEERS))
+    parser.add_argument(
+        "--sizes", nargs="+", default=["2048x16384", "1024x32768"], metavar="HxT", help="Hidden size x tokens."
+    )
+    parser.add_argument("--experts", type=int, nargs="+", default=[8, 32, 128], metavar="E", help="Numbers of experts.")
+    parser.add_argument(
+        "--peers",
+        nargs="+",
+        choices=tuple(peers.PEERS),
+        default=list(peers.PEERS),
+        metavar="NAME",
+        help=f"Other projects' layers, of {', '.join(peers.PEERS)} (default: all).",
+    )
     parser.add_argument("--skip-peers", action="store_true", help="Leave other projects' layers out.")
     parser.add_argument("--scattermoe", type=Path, metavar="DIR", help="A checkout of ScatterMoE.")
     return parser.parse_args(words)

@@ -44,9 +44,11 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(
         __doc__, dtype=True, repeats=(30, "Timed runs of each router"), profile="Print the kernels of our router."
     )
-    parser.add_argument("--tokens", type=int, default=16384, metavar="T")
-    parser.add_argument("--hidden-size", type=int, default=2048, metavar="H")
-    parser.add_argument("--experts", type=int, nargs="+", default=[8, 32, 128, 512], metavar="E")
+    parser.add_argument("--tokens", type=int, default=16384, metavar="T", help="Tokens (default: 16384).")
+    parser.add_argument("--hidden-size", type=int, default=2048, metavar="H", help="Hidden size (default: 2048).")
+    parser.add_argument(
+        "--experts", type=int, nargs="+", default=[8, 32, 128, 512], metavar="E", help="Numbers of experts."
+    )
     return parser.parse_args(words)
 
 

@@ -54,10 +54,16 @@ class Row:
 def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = make_parser(__doc__, profile="Print the kernels of a step and the GPU's idle share.")
-    parser.add_argument("--runs", nargs="+", metavar="RUN", default=["350M:16", "350M+8:16", "350M+32:16", "1.3B:8"])
-    parser.add_argument("--dropout", type=float, default=0.0)
-    parser.add_argument("--checkpoint-activations", action="store_true")
-    parser.add_argument("--precision", choices=("bf16", "fp16"), default="bf16")
+    parser.add_argument(
+        "--runs",
+        nargs="+",
+        metavar="RUN",
+        default=["350M:16", "350M+8:16", "350M+32:16", "1.3B:8"],
+        help="PRESET[+EXPERTS]:MICRO_BATCH[:MICRO_BATCHES] ... (default: %(default)s).",
+    )
+    parser.add_argument("--dropout", type=float, default=0.0, help="Of hidden states and attention (default: 0).")
+    parser.add_argument("--checkpoint-activations", action="store_true", help="Recompute activations.")
+    parser.add_argument("--precision", choices=("bf16", "fp16"), default="bf16", help="Default: bf16.")
     parser.add_argument("--nanogpt", type=Path, metavar="DIR", help="A checkout of nanoGPT.")
     parser.add_argument("--steps", type=int, default=12, help="Timed steps; as many again before them, at most 5.")
     parser.add_argument("--set", nargs="+", default=[], metavar="OPTION=VALUE", help="Options of all runs.")
