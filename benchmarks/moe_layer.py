@@ -184,9 +184,10 @@ def measure(
             answer(layer, x_TH)
 
     def inputs(skewed: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-        x_TH = fresh(hidden, tokens, args).detach()
+        x_TH = torch.randn(tokens, hidden, device=args.device)
         if loads is not None:
             x_TH = loads.skewed(x_TH) if skewed else loads.even(x_TH)
+        x_TH = x_TH.to(DTYPES[args.dtype])
         return x_TH.requires_grad_(), torch.randn_like(x_TH)
 
     even, _, _ = median_ms(both, inputs, repeats=args.repeats)

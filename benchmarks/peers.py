@@ -173,7 +173,7 @@ def _megatron_layer(shape: Shape, fusions: list[str]) -> Peer:
     layer = layer.to(device=shape.device)
     initialize(layer)
     if not engine:
-        name += ", no biases"
+        name += " without Transformer Engine, no biases"
     else:
         import transformer_engine
 

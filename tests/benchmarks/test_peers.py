@@ -52,7 +52,11 @@ def verified(*words: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("name", "shown"), [("deepspeed", "DeepSpeed 0.19.8 1.0"), ("megatron", "Megatron-core 0.16.1, no biases None")]
+    ("name", "shown"),
+    [
+        ("deepspeed", "DeepSpeed 0.19.8 1.0"),
+        ("megatron", "Megatron-core 0.16.1 without Transformer Engine, no biases None"),
+    ],
 )
 def test_layers_that_need_process_groups(name, shown):
     assert verified(name, "cpu", "float32", "2e-5") == shown
