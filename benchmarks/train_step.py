@@ -15,6 +15,7 @@ device's peak, are shown for GPUs.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import itertools
 import logging
@@ -22,7 +23,7 @@ import multiprocessing
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -147,7 +148,9 @@ def ours(name: str, args: argparse.Namespace) -> Row:
     run = describe(name, args)
     device = torch.device(args.device, 0 if args.device == "cuda" else None)
     launch, store = meet(Launch.from_environment({}), run.parallel.timeout)
-    engine = build_engine(run, initialize(run.parallel, launch, device, store), VOCAB)
+    topology = initialize(run.parallel, launch, device, store)
+    with torch.device(device), quick_initial_values():
+        engine = build_engine(run, topology, VOCAB)
     count = run.training.global_batch_size // run.training.micro_batch_size
     batches = [batch(run, number) for number in range(count)]
     tokens = run.training.global_batch_size * run.model.seq_length
@@ -158,6 +161,28 @@ def ours(name: str, args: argparse.Namespace) -> Row:
         engine.train_step(batches, done[0])
 
     return measure(f"{name} ours", run, step, args)
+
+
+@contextlib.contextmanager
+def quick_initial_values() -> Iterator[None]:
+    """Draw 16M normal numbers once and repeat them, from another one on in each tensor: billions take a CPU minutes."""
+    count = 1 << 24
+    numbers = torch.randn(count, device="cpu").repeat(2)
+    normal = torch.Tensor.normal_
+
+    def repeat(x: torch.Tensor, mean: float = 0.0, std: float = 1.0, *, generator: torch.Generator | None = None):
+        if x.is_cuda or x.numel() < count or mean:
+            return normal(x, mean, std, generator=generator)
+        first = int(torch.randint(count, (), generator=generator, device="cpu"))
+        for part in x.view(-1).split(count):
+            torch.mul(numbers[first : first + part.numel()], std, out=part)
+        return x
+
+    torch.Tensor.normal_ = repeat
+    try:
+        yield
+    finally:
+        torch.Tensor.normal_ = normal
 
 
 def nanogpt(name: str, args: argparse.Namespace) -> Row:
