@@ -21,6 +21,17 @@ class OptimizerConfig:
     adam_beta2: float = option(0.95, "Decay of the second moment.")
     adam_eps: float = option(1e-8, "Added to the root of the second moment.")
     clip_grad: float = option(1.0, "Largest global gradient norm; 0 turns clipping off.")
+    optimizer: str = option(
+        "adamw",
+        "How AdamW's moments are kept: in fp32 (adamw), or those of matrices in 8 bits a number (adamw8bit, needs the"
+        " extra [8bit]). Checkpoints hold fp32 moments either way.",
+        choices=("adamw", "adamw8bit"),
+    )
+    optimizer_cpu_offload: bool = option(
+        False,
+        "Keep fp32 weights and AdamW's moments in CPU memory and update them there (ZeRO-Offload): saves GPU memory,"
+        " makes updates slower.",
+    )
     precision: str = option("bf16", "Number format of weights and activations.", choices=("bf16", "fp16", "fp32"))
     grad_reduce_in_bf16: bool = option(
         False, "bf16: add gradients over processes in bf16 instead of fp32, which halves what is sent for it."

@@ -338,6 +338,16 @@ def _gradient_reduction(config: RunConfig, world_size: int) -> Iterator[str]:
         yield f"--grad-reduce-in-bf16 must have --bf16, and the precision is {precision}; drop it, or use --bf16"
 
 
+@_rule("optimizer", "optimizer_cpu_offload")
+def _optimizer_state(config: RunConfig, world_size: int) -> Iterator[str]:
+    optimizer = config.optimizer.optimizer
+    if config.optimizer.optimizer_cpu_offload and optimizer != "adamw":
+        yield (
+            f"--optimizer-cpu-offload must have --optimizer adamw, and the optimizer is {optimizer}; 8-bit moments are"
+            f" for GPU memory: use --optimizer adamw, or drop --optimizer-cpu-offload"
+        )
+
+
 @_rule("device", "distributed_backend")
 def _backend(config: RunConfig, world_size: int) -> Iterator[str]:
     if config.training.device == "cpu" and config.parallel.distributed_backend == "nccl":

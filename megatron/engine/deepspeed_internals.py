@@ -25,6 +25,7 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 from megatron.config import RunConfig
+from megatron.engine.eight_bit import Stretch
 from megatron.parallel.initialize import Topology
 from megatron.parallel.sharding import shards_of
 
@@ -185,14 +186,14 @@ class Fragment:
     """The stretch of one parameter whose fp32 weights and Adam moments this rank keeps (ZeRO-1).
 
     ``start`` and ``numel`` address the flattened parameter; the tensors are one-dimensional views of ``numel`` elements
-    into the optimizer's own memory.
+    into the optimizer's own memory. Moments of 8 bits are :class:`megatron.engine.eight_bit.Stretch` instead.
     """
 
     start: int
     numel: int
     master: torch.Tensor
-    exp_avg: torch.Tensor
-    exp_avg_sq: torch.Tensor
+    exp_avg: torch.Tensor | Stretch
+    exp_avg_sq: torch.Tensor | Stretch
 
 
 def let_loss_scale_rest(optimizer: object) -> None:
@@ -207,6 +208,8 @@ def create_adam_state(adam: torch.optim.AdamW) -> None:
     for group in adam.param_groups:
         for flat in group["params"]:
             state = adam.state[flat]
+            if group.get("eight_bit"):
+                state.update(adam.new_state(flat, group))
             if not state:
                 state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
                 state["exp_avg"] = torch.zeros_like(flat)

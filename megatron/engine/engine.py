@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import os
 import random
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,6 +13,7 @@ from torch import nn
 
 from megatron.checkpoint import Box, ShardedTensor, flat_boxes
 from megatron.config import MoEConfig, RunConfig
+from megatron.engine.eight_bit import AdamW8bit, Stretch
 from megatron.engine.schedule import learning_rate
 from megatron.model.gpt import GPTModel
 from megatron.parallel.initialize import Topology
@@ -102,7 +104,7 @@ class Engine:
         marker = deepspeed_internals.mark_experts(config, model) if config.moe.enabled else None
         deepspeed_internals.mark_model_parallel(model)
         module = self._trained_module(model, marker).to(topology.device)
-        self._adam = build_adam(module, config.optimizer)
+        self._adam = build_adam(module, config.optimizer, config.training.compile)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=module,
             optimizer=self._adam,
@@ -202,14 +204,18 @@ class Engine:
         return self._internals.fragments(self.model, self._adam)
 
     def saved_tensors(self) -> list[ShardedTensor]:
-        """This rank's share of the fp32 weights and Adam moments, as views: nothing is copied or communicated."""
+        """This rank's share of the fp32 weights and Adam moments, as views: nothing is copied or communicated.
+
+        Moments of 8 bits are decoded when they are written, one box at a time.
+        """
         entries = []
         for name, _, fragment in self._fragments():
             if fragment is None:
                 continue
             parts = ((MODEL, fragment.master), (EXP_AVG, fragment.exp_avg), (EXP_AVG_SQ, fragment.exp_avg_sq))
             for prefix, flat in parts:
-                boxes = self._boxes(name, fragment.start, flat)
+                cut = functools.partial(self._boxes, name, fragment.start)
+                boxes = flat.boxes(cut) if isinstance(flat, Stretch) else cut(flat)
                 entries.append(ShardedTensor(prefix + name, self._global_shape(name), torch.float32, boxes))
         return entries
 
@@ -228,7 +234,8 @@ class Engine:
             if fragment is None:
                 continue
             for prefix, flat in ((EXP_AVG, fragment.exp_avg), (EXP_AVG_SQ, fragment.exp_avg_sq)):
-                boxes = self._boxes(name, fragment.start, flat)
+                to_fill = flat.to_fill() if isinstance(flat, Stretch) else flat
+                boxes = self._boxes(name, fragment.start, to_fill)
                 entries.append(ShardedTensor(prefix + name, self._global_shape(name), torch.float32, boxes))
         yield entries
         with torch.no_grad():
@@ -236,6 +243,8 @@ class Engine:
                 parameter.copy_(weights[name])
                 if fragment is not None:
                     fragment.master.copy_(weights[name].view(-1).narrow(0, fragment.start, fragment.numel))
+        if isinstance(self._adam, AdamW8bit):
+            self._adam.take_filled()
 
     def scalar_state(self) -> dict[str, Any]:
         """What the optimizer keeps besides tensors, JSON-able."""
