@@ -51,6 +51,8 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--checkpoint-activations", action="store_true")
     parser.add_argument("--precision", choices=("bf16", "fp16"), default="bf16")
+    parser.add_argument("--optimizer", choices=("adamw", "adamw8bit"), default="adamw")
+    parser.add_argument("--optimizer-cpu-offload", action="store_true")
     parser.add_argument("--nanogpt", type=Path, metavar="DIR")
     parser.add_argument("--steps", type=int, default=12, help="Timed steps; as many again before them, at most 5.")
     parser.add_argument("--profile", action="store_true", help="Print the kernels of a step and the GPU's idle share.")
@@ -71,8 +73,11 @@ def main(words: list[str] | None = None) -> None:
             rows.append(nanogpt(name, run, args))
             forget()
         print(table(rows[-1:]), flush=True)
-    print(f"\n{device_name('cuda')}, torch {torch.__version__}, {args.precision}\n" + table(rows), flush=True)
-    write_json(args.json, "cuda", rows, precision=args.precision)
+    optimizer = args.optimizer + (" in CPU memory" if args.optimizer_cpu_offload else "")
+    print(
+        f"\n{device_name('cuda')}, torch {torch.__version__}, {args.precision}, {optimizer}\n" + table(rows), flush=True
+    )
+    write_json(args.json, "cuda", rows, precision=args.precision, optimizer=optimizer)
 
 
 def describe(name: str, args: argparse.Namespace) -> RunConfig:
@@ -89,6 +94,8 @@ def describe(name: str, args: argparse.Namespace) -> RunConfig:
         "hidden_dropout": args.dropout,
         "attention_dropout": args.dropout,
         "precision": args.precision,
+        "optimizer": args.optimizer,
+        "optimizer_cpu_offload": args.optimizer_cpu_offload,
     }
     if experts:
         values |= {"num_experts": (int(experts),)}

@@ -20,12 +20,13 @@ import torch
 from deepspeed.moe.layer import MoE
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from deepspeed.runtime import bf16_optimizer
+from deepspeed.runtime.zero import utils as zero_utils
 from deepspeed.utils import groups, logger
 from torch import nn
 from torch.distributed import ProcessGroup
 
 from megatron.config import RunConfig
-from megatron.engine.eight_bit import Stretch
+from megatron.engine.eight_bit import AdamW8bit, Stretch
 from megatron.parallel.initialize import Topology
 from megatron.parallel.sharding import shards_of
 
@@ -43,6 +44,8 @@ def start() -> None:
     warnings.filterwarnings("ignore", message=r".*c10d::broadcast_: an autograd kernel was not registered")  # of a tie
     warnings.filterwarnings("ignore", message=r".*(all_gather_into_tensor|reduce_scatter_tensor).* is deprecated")
     deepspeed.ops.__compatible_ops__[SHARED_MEMORY_OP] = False
+    if AdamW8bit not in zero_utils.ZERO_SUPPORTED_OPTIMIZERS:  # else it warns of an optimizer it has not tested
+        zero_utils.ZERO_SUPPORTED_OPTIMIZERS.append(AdamW8bit)
     deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
 
 
@@ -292,3 +295,14 @@ def accumulate_without_detours(optimizer: object) -> None:
         return step(*args, **kwargs)
 
     optimizer._update_hp_grad, optimizer.clear_hp_grads, optimizer.step = update, forget, checked_step
+
+
+def offload_from_where_gradients_are_reduced(optimizer: object) -> None:
+    """With the optimizer's state in CPU memory, let gradients go there from the buffer in which they are reduced.
+
+    DeepSpeed puts one more fp32 buffer for this rank's share of a group between the two. ZeRO-1 has no use for it: it
+    reduces once an update. It takes 4 bytes of GPU memory a parameter / replicas, and after an update that was skipped
+    its contents, which are not finite, stay and are added to: no further update would be made.
+    """
+    if getattr(optimizer, "cpu_offload", False):
+        optimizer._use_compact_grad_partition_buffer = lambda group: False

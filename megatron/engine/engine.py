@@ -14,6 +14,7 @@ from torch import nn
 from megatron.checkpoint import Box, ShardedTensor, flat_boxes
 from megatron.config import MoEConfig, RunConfig
 from megatron.engine.eight_bit import AdamW8bit, Stretch
+from megatron.engine.offload import use_cores
 from megatron.engine.schedule import learning_rate
 from megatron.model.gpt import GPTModel
 from megatron.parallel.initialize import Topology
@@ -104,6 +105,8 @@ class Engine:
         marker = deepspeed_internals.mark_experts(config, model) if config.moe.enabled else None
         deepspeed_internals.mark_model_parallel(model)
         module = self._trained_module(model, marker).to(topology.device)
+        if config.optimizer.optimizer_cpu_offload and topology.device.type == "cuda":
+            use_cores(topology.launch.world_size)
         self._adam = build_adam(module, config.optimizer, config.training.compile)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=module,
@@ -115,6 +118,7 @@ class Engine:
         deepspeed_internals.create_adam_state(self._adam)
         deepspeed_internals.let_loss_scale_rest(self._optimizer)
         deepspeed_internals.accumulate_without_detours(self._optimizer)
+        deepspeed_internals.offload_from_where_gradients_are_reduced(self._optimizer)
         self.model = model
 
     def _trained_module(self, model: nn.Module, marker: nn.Module | None) -> nn.Module:
