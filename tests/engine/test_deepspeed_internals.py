@@ -253,3 +253,14 @@ def test_gradients_taken_in_without_detours_are_the_same_bit_for_bit():
         assert mine[0] == other[0]
         assert mine[1].keys() == other[1].keys()
         assert all(torch.equal(value, other[1][name]) for name, value in mine[1].items())
+
+
+def test_what_offloading_overrides_is_there():
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+    from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
+
+    from megatron.engine.deepspeed_internals import offload_from_where_gradients_are_reduced
+
+    assert callable(DeepSpeedZeroOptimizer._use_compact_grad_partition_buffer)
+    assert torch.optim.AdamW in ZERO_SUPPORTED_OPTIMIZERS
+    offload_from_where_gradients_are_reduced(torch.optim.AdamW([torch.zeros(1)]))  # nothing to do
