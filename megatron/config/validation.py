@@ -338,12 +338,28 @@ def _gradient_reduction(config: RunConfig, world_size: int) -> Iterator[str]:
         yield f"--grad-reduce-in-bf16 must have --bf16, and the precision is {precision}; drop it, or use --bf16"
 
 
-@_rule("precision", "exp_avg_dtype", "exp_avg_sq_dtype")
-def _moments(config: RunConfig, world_size: int) -> Iterator[str]:
-    opt = config.optimizer
-    for flag, dtype in (("--exp-avg-dtype", opt.exp_avg_dtype), ("--exp-avg-sq-dtype", opt.exp_avg_sq_dtype)):
-        if dtype != "fp32" and opt.precision != "bf16":
-            yield f"{flag} {dtype} must have --bf16, and the precision is {opt.precision}; drop it, or use --bf16"
+@_rule("precision", "optimizer", "optimizer_cpu_offload", "exp_avg_dtype", "exp_avg_sq_dtype")
+def _optimizer_state(config: RunConfig, world_size: int) -> Iterator[str]:
+    optimizer = config.optimizer.optimizer
+    if config.optimizer.optimizer_cpu_offload and optimizer != "adamw":
+        yield (
+            f"--optimizer-cpu-offload must have --optimizer adamw, and the optimizer is {optimizer}; 8-bit moments are"
+            f" for GPU memory: use --optimizer adamw, or drop --optimizer-cpu-offload"
+        )
+    for flag, dtype in (
+        ("--exp-avg-dtype", config.optimizer.exp_avg_dtype),
+        ("--exp-avg-sq-dtype", config.optimizer.exp_avg_sq_dtype),
+    ):
+        if dtype == "fp32":
+            continue
+        if config.optimizer.precision != "bf16":
+            yield (
+                f"{flag} {dtype} must have --bf16, and the precision is {config.optimizer.precision}; drop it, or use"
+                f" --bf16"
+            )
+        if optimizer != "adamw" or config.optimizer.optimizer_cpu_offload:
+            other = f"--optimizer {optimizer}" if optimizer != "adamw" else "--optimizer-cpu-offload"
+            yield f"{flag} {dtype} does not go with {other}, which has moments of its own; drop one of the two"
 
 
 @_rule("device", "distributed_backend")

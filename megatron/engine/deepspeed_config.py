@@ -12,7 +12,7 @@ _OURS_ALONE = {
     "optimizer": "use --lr, --weight-decay, --adam-beta1 and their like",
     "scheduler": "use --lr-decay-style, --lr-warmup-tokens and --lr-decay-tokens",
     "pipeline": "use --pipeline-model-parallel-size",
-    "zero_optimization.offload_optimizer": "keep the optimizer on the device",
+    "zero_optimization.offload_optimizer": "use --optimizer-cpu-offload",
     "zero_optimization.offload_param": "keep the parameters on the device",
     "torch_autocast": "use --bf16 or --fp16",
     "amp": "use --bf16 or --fp16",
@@ -48,6 +48,9 @@ def from_flags(config: RunConfig, data_parallel_size: int) -> dict[str, Any]:
         # stages hand on activations as they are, not cut over the tensor-parallel processes
         "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
     }
+    if optimizer.optimizer_cpu_offload:
+        settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+        settings["zero_force_ds_cpu_optimizer"] = False  # torch's fused AdamW: as fast, and nothing to compile
     if optimizer.precision == "bf16":
         settings["bf16"] = {"enabled": True}
         settings["data_types"] = {"grad_accum_dtype": "fp32"}

@@ -14,6 +14,8 @@ from torch import nn
 
 from megatron.checkpoint import Box, ShardedTensor, flat_boxes
 from megatron.config import MoEConfig, RunConfig
+from megatron.engine.eight_bit import AdamW8bit, Stretch
+from megatron.engine.offload import use_cores
 from megatron.engine.schedule import learning_rate
 from megatron.model.gpt import GPTModel
 from megatron.parallel.initialize import Topology
@@ -133,7 +135,9 @@ class Engine:
         marker = deepspeed_internals.mark_experts(config, model) if config.moe.enabled else None
         deepspeed_internals.mark_model_parallel(model)
         module = self._trained_module(model, marker).to(topology.device)
-        self._adam = build_adam(module, config.optimizer)
+        if config.optimizer.optimizer_cpu_offload and topology.device.type == "cuda":
+            use_cores(topology.launch.world_size)
+        self._adam = build_adam(module, config.optimizer, config.training.compile)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=module,
             optimizer=self._adam,
@@ -146,6 +150,7 @@ class Engine:
         deepspeed_internals.let_loss_scale_rest(self._optimizer)
         bf16 = isinstance(self._optimizer, BF16_Optimizer)
         self._update = Update(self._optimizer, config.optimizer, topology) if bf16 else None
+        deepspeed_internals.offload_from_where_gradients_are_reduced(self._optimizer)
         self.model = model
 
     def _trained_module(self, model: nn.Module, marker: nn.Module | None) -> nn.Module:
@@ -242,14 +247,18 @@ class Engine:
         return self._internals.fragments(self.model, self._adam)
 
     def saved_tensors(self) -> list[ShardedTensor]:
-        """This rank's share of fp32 weights and Adam moments, as views: nothing is copied or communicated."""
+        """This rank's share of fp32 weights and Adam moments, as views: nothing is copied or communicated.
+
+        Moments of 8 bits are decoded when they are written, one box at a time.
+        """
         entries = []
         for name, _, fragment in self._fragments():
             if fragment is None:
                 continue
             parts = ((MODEL, fragment.master), (EXP_AVG, fragment.exp_avg), (EXP_AVG_SQ, fragment.exp_avg_sq))
             for prefix, flat in parts:
-                boxes = self._boxes(name, fragment.start, flat)
+                cut = functools.partial(self._boxes, name, fragment.start)
+                boxes = flat.boxes(cut) if isinstance(flat, Stretch) else cut(flat)
                 entries.append(ShardedTensor(prefix + name, self._global_shape(name), flat.dtype, boxes))
         return entries
 
@@ -268,14 +277,17 @@ class Engine:
             if fragment is None:
                 continue
             for prefix, flat in ((EXP_AVG, fragment.exp_avg), (EXP_AVG_SQ, fragment.exp_avg_sq)):
-                boxes = self._boxes(name, fragment.start, flat)
-                entries.append(ShardedTensor(prefix + name, self._global_shape(name), flat.dtype, boxes))
+                to_fill = flat.to_fill() if isinstance(flat, Stretch) else flat
+                boxes = self._boxes(name, fragment.start, to_fill)
+                entries.append(ShardedTensor(prefix + name, self._global_shape(name), to_fill.dtype, boxes))
         yield entries
         with torch.no_grad():
             for name, parameter, fragment in self._fragments():
                 parameter.copy_(weights[name])
                 if fragment is not None:
                     fragment.master.copy_(weights[name].view(-1).narrow(0, fragment.start, fragment.numel))
+        if isinstance(self._adam, AdamW8bit):
+            self._adam.take_filled()
 
     def scalar_state(self) -> dict[str, Any]:
         """What the optimizer keeps besides tensors, JSON-able."""

@@ -54,6 +54,15 @@ def check_precision(config: RunConfig, device: torch.device) -> None:
         raise ConfigError("--fp16 needs a GPU; on a CPU use --fp32 or --bf16")
 
 
+def check_optimizer(config: RunConfig) -> None:
+    """Raises ConfigError where the library of the optimizer asked for is missing."""
+    if config.optimizer.optimizer == "adamw8bit" and importlib.util.find_spec("torchao") is None:
+        raise ConfigError(
+            "--optimizer adamw8bit needs torchao; run: pip install -c constraints.txt -e '.[8bit]', or use"
+            " --optimizer adamw"
+        )
+
+
 def _continues(config: RunConfig) -> bool:
     """Whether ``--load`` is the folder of ``--save``, or a checkpoint in it."""
     save, load = config.checkpoint.save, config.checkpoint.load

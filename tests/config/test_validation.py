@@ -51,6 +51,8 @@ def problems(values: dict, world_size: int = 4) -> tuple[str, ...]:
         ({"save_interval": 5}, 4),
         ({"async_save": True, "keep_last": 2, "save": "checkpoints"}, 4),
         ({"min_loss_scale": 2.0**20}, 4),  # only of fp16
+        (MOE | {"optimizer": "adamw8bit", "pipeline_model_parallel_size": 2}, 4),
+        (MOE | {"optimizer_cpu_offload": True, "pipeline_model_parallel_size": 2}, 4),
         ({"tensor_model_parallel_size": 2, "sequence_parallel": True}, 4),
         ({"tensor_model_parallel_size": 4, "global_batch_size": 2}, 4),  # one replica
         (MOE | {"tensor_model_parallel_size": 2, "enable_expert_tensor_parallelism": True}, 4),
@@ -261,6 +263,11 @@ def test_valid(values, world_size):
             {"precision": "fp16", "initial_loss_scale_power": 3, "min_loss_scale": 10.0}, 4,
             "--min-loss-scale 10.0 must not exceed the first loss scale, 2 to the power --initial-loss-scale-power 3 ="
             " 8; use --initial-loss-scale-power 4 or more",
+        ),
+        (
+            {"optimizer": "adamw8bit", "optimizer_cpu_offload": True}, 4,
+            "--optimizer-cpu-offload must have --optimizer adamw, and the optimizer is adamw8bit; 8-bit moments are for"
+            " GPU memory: use --optimizer adamw, or drop --optimizer-cpu-offload",
         ),
         (
             {"device": "cpu", "distributed_backend": "nccl"}, 4,

@@ -4,7 +4,7 @@ import pytest
 
 from megatron.config import OptimizerConfig, ParallelConfig, RunConfig, TrainingConfig
 from megatron.config.errors import ConfigError
-from megatron.engine.deepspeed_config import build
+from megatron.engine.deepspeed_config import build, from_flags
 
 
 def run(tmp_path, theirs: object, precision: str = "bf16") -> RunConfig:
@@ -67,6 +67,7 @@ def test_a_file_that_is_no_json_object_is_an_error(tmp_path, text):
         ({"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, "--bf16"),
         ({"communication_data_type": "bf16"}, "--grad-reduce-in-bf16"),
         ({"data_types": {"grad_accum_dtype": "bf16"}}, "fp32"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "--optimizer-cpu-offload"),
         ({"gradient_cliping": 1.0}, "the nearest valid one is 'gradient_clipping'"),
     ],
 )
@@ -74,3 +75,10 @@ def test_what_would_change_the_numbers_or_mean_nothing_is_refused(tmp_path, sett
     with pytest.raises(ConfigError) as error:
         build(run(tmp_path, settings), data_parallel_size=1)
     assert message in str(error.value)
+
+
+def test_offload_moves_the_optimizer_alone_and_needs_no_compiler():
+    plain, moved = (from_flags(RunConfig(optimizer=OptimizerConfig(optimizer_cpu_offload=x)), 1) for x in (False, True))
+    assert moved.pop("zero_force_ds_cpu_optimizer") is False
+    assert moved["zero_optimization"].pop("offload_optimizer")["device"] == "cpu"
+    assert moved == plain

@@ -223,3 +223,14 @@ def test_a_pipeline_has_our_groups_our_steps_and_one_token_table_too_many():
     assert last["marker"] == []
     assert first["replicas"] == set()
     assert last["replicas"] == first["names"] & last["names"] == {"embedding.word_embeddings.weight"}
+
+
+def test_what_offloading_overrides_is_there():
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+    from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
+
+    from megatron.engine.deepspeed_internals import offload_from_where_gradients_are_reduced
+
+    assert callable(DeepSpeedZeroOptimizer._use_compact_grad_partition_buffer)
+    assert torch.optim.AdamW in ZERO_SUPPORTED_OPTIMIZERS
+    offload_from_where_gradients_are_reduced(torch.optim.AdamW([torch.zeros(1)]))  # nothing to do
