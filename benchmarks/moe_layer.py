@@ -1,15 +1,17 @@
 """One MoE layer, forward and backward, against the dense feed-forward of the same FLOPs and against other MoE layers.
 
     python -m benchmarks.moe_layer --json moe_layer.json
+    python -m benchmarks.moe_layer --mode dropless --topk 2
 
-Top-1, capacity factor 1.0, random token selection, bf16, GELU, biases; the router is part of the layer. "dense" is the
-feed-forward that every token passes through: as many FLOPs as an MoE layer that fills its buffers. Tokens are random;
-in the columns "even" the router is nearly balanced, in "skewed" the busiest expert is asked for several times its part.
+Top-1 or top-k, capacity factor 1.0 with random token selection or dropless, bf16, GELU, biases; the router is part of
+the layer. "dense" is the feed-forward that every token passes through: as many FLOPs as an MoE layer that fills its
+buffers, so for top-k it is k times as wide. Tokens are random; in the columns "even" the router is nearly balanced, in
+"skewed" the busiest expert is asked for several times its part.
 
 Before anything is timed, answers and gradients of some tokens and of one expert's weights are compared with float64.
 DeepSpeed's layer runs too where it can be imported.
 
-Letters: T tokens, H hidden, F FFN hidden, E experts.
+Letters: T tokens, H hidden, F FFN hidden, E experts, K experts of each token.
 """
 
 import argparse
@@ -24,8 +26,9 @@ from torch import nn
 from benchmarks.output import device_name, write_json
 from benchmarks.timing import median_ms, peak_bytes
 from megatron.config import ModelConfig, MoEConfig
-from megatron.moe import MoELayer
+from megatron.moe import MoELayer, fused
 from megatron.moe.mlp import MLP
+from megatron.moe.router import Router
 from megatron.training.profiling import profiled
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -48,7 +51,7 @@ class Row:
     dense_over_skewed: float | None
     memory_mb: float  # most memory of forward and backward beside parameters and their gradients
     busiest: float | None = None  # skewed: tokens of the busiest expert over the mean
-    dropped: float | None = None  # skewed: share of the tokens
+    dropped: float | None = None  # skewed, with a capacity: share of the assignments
 
 
 def parse_args(words: list[str] | None = None) -> argparse.Namespace:
@@ -56,6 +59,8 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--sizes", nargs="+", default=["2048x16384", "1024x32768"], help="HIDDENxTOKENS ...")
     parser.add_argument("--experts", type=int, nargs="+", default=[8, 32, 128])
+    parser.add_argument("--mode", choices=("capacity", "dropless"), default="capacity")
+    parser.add_argument("--topk", type=int, default=1)
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--skip-peers", action="store_true", help="Leave other projects' layers out.")
@@ -73,26 +78,26 @@ def main(words: list[str] | None = None) -> None:
     for size in args.sizes:
         hidden, tokens = (int(word) for word in size.split("x"))
         rows += measure_size(args, hidden, tokens)
-    print(f"\n{device_name(args.device)}, torch {torch.__version__}, {args.dtype}\n" + table(rows), flush=True)
-    write_json(args.json, args.device, rows, dtype=args.dtype)
+    settings = f"{args.dtype}, {args.mode}, top-{args.topk}"
+    print(f"\n{device_name(args.device)}, torch {torch.__version__}, {settings}\n" + table(rows), flush=True)
+    write_json(args.json, args.device, rows, dtype=args.dtype, mode=args.mode, topk=args.topk)
 
 
 def measure_size(args: argparse.Namespace, hidden: int, tokens: int) -> list[Row]:
     """The dense layer of one size, and every layer with experts."""
-    dtype = DTYPES[args.dtype]
-    dense = MLP(hidden, 4 * hidden).to(args.device, dtype)
+    dense = MLP(hidden, 4 * hidden * args.topk).to(args.device, DTYPES[args.dtype])
     initialize(dense)
     rows: list[Row] = [measure(args, "dense", dense, None, hidden, tokens, 1, None)]
     base = rows[0].even_ms
     for experts in args.experts:
-        layer = make_layer(hidden, experts, args.device, dtype)
+        layer = make_layer(hidden, experts, args)
         check(layer, hidden, tokens, args)
         rows.append(measure(args, "ours", layer, layer.router.weight, hidden, tokens, experts, base))
         if args.profile:
             profile(layer, fresh(hidden, tokens, args))
         del layer
         if not args.skip_peers:
-            peer = deepspeed_layer(hidden, experts, args.device, dtype)
+            peer = deepspeed_layer(hidden, experts, args)
             if peer is not None:
                 rows.append(measure(args, "DeepSpeed", *peer, hidden, tokens, experts, base))
             del peer
@@ -105,12 +110,13 @@ def initialize(module: nn.Module) -> None:
         nn.init.normal_(parameter, std=parameter.size(-2 if parameter.dim() == 3 else -1) ** -0.5)
 
 
-def make_layer(hidden: int, experts: int, device: str, dtype: torch.dtype) -> MoELayer:
+def make_layer(hidden: int, experts: int, args: argparse.Namespace) -> MoELayer:
     """A layer of ours in training mode."""
-    model, moe = ModelConfig(num_layers=2, hidden_size=hidden, num_attention_heads=1), MoEConfig(num_experts=(experts,))
+    model = ModelConfig(num_layers=2, hidden_size=hidden, num_attention_heads=1)
+    moe = MoEConfig(num_experts=(experts,), topk=args.topk, moe_token_dropping=args.mode == "capacity")
     with torch.device("meta"):
         layer = MoELayer(model, moe, experts)
-    layer = layer.to(dtype).to_empty(device=device)
+    layer = layer.to(DTYPES[args.dtype]).to_empty(device=args.device)
     initialize(layer)
     return layer
 
@@ -180,9 +186,12 @@ def measure(
         skew(router_EH, direction_H)
         skewed, _, _ = median_ms(both, lambda: inputs(direction_H), repeats=args.repeats)
         x_TH = inputs(direction_H)[0].detach()
-        counts_E = torch.bincount(F.linear(x_TH, router_EH.to(x_TH.dtype)).argmax(-1), minlength=experts)
-        busiest = float(counts_E.max()) * experts / tokens
-        dropped = float((counts_E - tokens / experts).clamp(min=0).sum()) / tokens
+        logits_TE = F.linear(x_TH, router_EH.to(x_TH.dtype))
+        counts_E = torch.bincount(logits_TE.topk(args.topk).indices.flatten(), minlength=experts)
+        even_share = tokens * args.topk / experts
+        busiest = float(counts_E.max()) / even_share
+        if args.mode == "capacity":
+            dropped = float((counts_E - even_share).clamp(min=0).sum()) / (tokens * args.topk)
     base = dense_ms or even
     ratio = None if skewed is None else base / skewed
     return Row(
@@ -198,36 +207,60 @@ def check(layer: MoELayer, hidden: int, tokens: int, args: argparse.Namespace) -
     """
     x_TH = fresh(hidden, tokens, args)
     dy_TH = torch.randn_like(x_TH)
+    torch.manual_seed(0)
     out = layer(x_TH)
     out.y.backward(dy_TH)
-    # Which tokens found room is random: it shows in the answers.
-    kept_T = out.y.detach().abs().sum(-1) > 0
-    router, ex = layer.router.weight.detach().double(), layer.experts
-    expert_T = F.linear(x_TH.detach().double(), router).argmax(-1)
-    chosen = int(torch.bincount(expert_T[kept_T], minlength=router.size(0)).argmax())
-    own = ((expert_T == chosen) & kept_T).nonzero()[:, 0]
-    x, weights = x_TH.detach()[own].double().requires_grad_(), [
-        p.detach()[chosen].double().requires_grad_() for p in (ex.w1, ex.b1, ex.w2, ex.b2)
-    ]  # fmt: skip
-    w1, b1, w2, b2 = weights
-    gate = F.linear(x, router).softmax(-1)[:, chosen]
-    y = (F.gelu(x @ w1 + b1, approximate="tanh") @ w2 + b2) * gate[:, None]
+    torch.manual_seed(0)  # which tokens find room is random
+    with torch.no_grad():
+        route = fused.route if fused.routes(layer.router, x_TH) else Router.__call__
+        plan = route(layer.router, x_TH).plan
+    logits_TE = F.linear(x_TH.detach().double(), layer.router.weight.detach().double())
+    best_TK = logits_TE.topk(args.topk).indices
+    assert float((best_TK != plan.expert_TK).double().mean()) <= 1e-3, "tokens do not go to their best experts"
+    kept_TK = plan.slot_TK < (tokens if plan.capacity is None else plan.capacity)
+    assert int(out.dropped) == int((~kept_TK).sum())
+    assert not out.y[~kept_TK.any(1)].any(), "a token that found no room got an answer"
+
+    chosen = int(torch.bincount(plan.expert_TK[kept_TK], minlength=logits_TE.size(1)).argmax())
+    own = ((plan.expert_TK == chosen) & kept_TK).any(1).nonzero()[:, 0]
+    some = own if args.topk == 1 else own[:8]  # these pass through many experts
+    _, y, weights = in_float64(layer, x_TH[own], plan.expert_TK[own], kept_TK[own], [chosen])
     y.backward(dy_TH[own].double())
-    pairs = {"answers": (out.y[own], y), "tokens' gradient": (x_TH.grad[own], x.grad)}
-    for name, parameter, exact in zip(("w1", "b1", "w2", "b2"), (ex.w1, ex.b1, ex.w2, ex.b2), weights, strict=True):
-        pairs[f"{name}'s gradient"] = (parameter.grad[chosen], exact.grad)
+    pairs = {
+        f"{name}'s gradient": (getattr(layer.experts, name).grad[chosen], weight.grad)
+        for name, weight in weights[chosen].items()
+    }
+    everywhere = plan.expert_TK[some].unique().tolist()
+    x, y, _ = in_float64(layer, x_TH[some], plan.expert_TK[some], kept_TK[some], everywhere)
+    y.backward(dy_TH[some].double())
+    pairs |= {"answers": (out.y[some], y), "tokens' gradient": (x_TH.grad[some], x.grad)}
     for name, (found, exact) in pairs.items():
         error = float((found.detach().double() - exact.detach()).norm() / exact.detach().norm())
         assert error <= TOLERANCE[args.dtype], f"{name} of expert {chosen}: relative error {error}"  # NaN fails too
-    dropped = (~kept_T).nonzero()[:, 0]
-    assert int(out.dropped) == len(dropped)
     for parameter in layer.parameters():
         parameter.grad = None
 
 
-def deepspeed_layer(
-    hidden: int, experts: int, device: str, dtype: torch.dtype
-) -> tuple[nn.Module, torch.Tensor] | None:
+def in_float64(
+    layer: MoELayer, x_TH: torch.Tensor, expert_TK: torch.Tensor, kept_TK: torch.Tensor, experts: list[int]
+) -> tuple[torch.Tensor, torch.Tensor, dict[int, dict[str, torch.Tensor]]]:
+    """Tokens, the answers of those of their experts that are among ``experts``, and the weights of these."""
+    x_TH = x_TH.detach().double().requires_grad_()
+    gate_TK = F.linear(x_TH, layer.router.weight.detach().double()).softmax(-1).gather(1, expert_TK) * kept_TK
+    if expert_TK.size(1) > 1:
+        gate_TK = gate_TK / gate_TK.sum(1, keepdim=True)
+    y_TH, weights = torch.zeros_like(x_TH), {}
+    for expert in experts:
+        weights[expert] = {
+            name: p.detach()[expert].double().requires_grad_() for name, p in layer.experts.named_parameters()
+        }
+        w1, b1, w2, b2 = (weights[expert][name] for name in ("w1", "b1", "w2", "b2"))
+        answer_TH = F.gelu(x_TH @ w1 + b1, approximate="tanh") @ w2 + b2
+        y_TH = y_TH + answer_TH * (gate_TK * (expert_TK == expert)).sum(1, keepdim=True)
+    return x_TH, y_TH, weights
+
+
+def deepspeed_layer(hidden: int, experts: int, args: argparse.Namespace) -> tuple[nn.Module, torch.Tensor] | None:
     """DeepSpeed's own layer and its router, or None with one line of output."""
     try:
         import deepspeed
@@ -247,13 +280,14 @@ def deepspeed_layer(
 
     if not torch.distributed.is_initialized():
         store = torch.distributed.HashStore()
-        backend = "nccl" if device == "cuda" else "gloo"
+        backend = "nccl" if args.device == "cuda" else "gloo"
         torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
         deepspeed.init_distributed(dist_backend=backend, verbose=False)
     groups._create_expert_and_data_parallel(1)
-    layer = MoE(hidden, Expert(), num_experts=experts, k=1, capacity_factor=1.0, min_capacity=4, use_rts=True)
+    settings = {"k": args.topk, "capacity_factor": 1.0, "min_capacity": 4, "use_rts": True}
+    layer = MoE(hidden, Expert(), num_experts=experts, drop_tokens=args.mode == "capacity", **settings)
     layer.set_deepspeed_parallelism()
-    layer = layer.to(device=device, dtype=dtype)
+    layer = layer.to(device=args.device, dtype=DTYPES[args.dtype])
     initialize(layer)
     router = layer.deepspeed_moe.gate.wg.float().weight
     return layer, router

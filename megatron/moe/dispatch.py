@@ -78,8 +78,8 @@ class CapacityExchange:
 
     def arrive(self, trip: Trip) -> torch.Tensor:
         """The rows of a chunk for this rank's experts, [L, G, c, H]; in memory, those of each process together."""
-        x = trip.finish()
-        return x.view(self._G, self._plan.counts_E.numel() // self._G, -1, x.size(-1)).transpose(0, 1)
+        x, E = trip.finish(), self._plan.counts_E.numel()
+        return x.view(self._G, E // self._G, x.size(0) // E, x.size(-1)).transpose(0, 1)
 
     def send_back(self, y_LGcH: torch.Tensor) -> Trip:
         """Send the answers to a chunk to the processes that asked."""
@@ -111,8 +111,8 @@ class DroplessExchange:
             # Rows arrive sorted by (process, expert). Sorting them by expert keeps the order of processes.
             expert_L = torch.arange(received_GL.size(1)).repeat(expert_group.size)
             arrived_R = expert_L.repeat_interleave(received_GL.flatten())
-            self._by_expert_R = arrived_R.argsort(stable=True).to(plan.counts_E.device)
-            self._by_process_R = self._by_expert_R.argsort()
+            self._by_expert_R = arrived_R.argsort(stable=True).int().to(plan.counts_E.device)
+            self._by_process_R = self._by_expert_R.argsort().int()
 
     @property
     def rows_per_expert(self) -> list[int]:

@@ -83,10 +83,10 @@ def moves(plan: RoutingPlan, chunk: int | None = None) -> "Moves":
 
 
 def permute(x_RH: torch.Tensor, index_R: torch.Tensor, inverse_R: torch.Tensor) -> torch.Tensor:
-    """Row ``index_R[r]`` of at least one row for each r; ``inverse_R`` is the permutation back."""
+    """Row ``index_R[r]`` (int32) of at least one row for each r; ``inverse_R`` is the permutation back."""
     from megatron.moe.kernels.rows import Places, to_rows
 
-    return to_rows(x_RH, Places(inverse_R.int(), index_R.int()))
+    return to_rows(x_RH, Places(inverse_R, index_R))
 
 
 def answers(experts: Experts, x: torch.Tensor) -> bool:
