@@ -1,17 +1,19 @@
 """One MoE layer, forward and backward, against the dense feed-forward of the same FLOPs and against other MoE layers.
 
     python -m benchmarks.moe_layer --scattermoe CHECKOUT --json moe_layer.json
+    python -m benchmarks.moe_layer --mode dropless --topk 2
 
-Ours is top-1, capacity factor 1.0, random token selection, GELU, biases; the router is part of the layer. "dense" is
-the feed-forward that every token passes through: as many FLOPs as an MoE layer that fills its buffers. In the columns
-"even" every expert gets exactly as many of the random tokens as any other, in "skewed" the busiest gets twice the mean
-(benchmarks/loads.py); "dropped" is the share of tokens that then find no room.
+Ours is top-1 or top-k, capacity factor 1.0 with random token selection or dropless, GELU, biases; the router is part of
+the layer. "dense" is the feed-forward that every token passes through: as many FLOPs as an MoE layer that fills its
+buffers, so for top-k it is k times as wide. In the columns "even" every expert gets exactly as many of the random
+tokens as any other, in "skewed" the busiest gets twice the mean as first choice (benchmarks/loads.py); "dropped" is the
+share of assignments that then find no room.
 
 Before anything is timed, answers and gradients are compared with float64. The other layers (benchmarks/peers.py) run
 where they can be imported: DeepSpeed's, Megatron-core's, ScatterMoE's, and a sort before torch's grouped product.
 "peer / ours" is the ratio of their milliseconds, even and skewed.
 
-Letters: T tokens, H hidden, F FFN hidden, E experts.
+Letters: T tokens, H hidden, F FFN hidden, E experts, K experts of each token.
 """
 
 import argparse
@@ -29,8 +31,9 @@ from benchmarks.output import DTYPES, device_name, make_parser, markdown, number
 from benchmarks.peers import answer, initialize
 from benchmarks.timing import median_ms, peak_bytes
 from megatron.config import ModelConfig, MoEConfig
-from megatron.moe import MoELayer
+from megatron.moe import MoELayer, fused
 from megatron.moe.mlp import MLP
+from megatron.moe.router import Router
 from megatron.training.profiling import profiled
 
 TOLERANCE = {"bf16": 2e-2, "fp32": 2e-5}  # of the norm of what is compared
@@ -53,7 +56,7 @@ class Row:
     over_ours_even: float | None = None  # a peer's milliseconds over ours
     over_ours_skewed: float | None = None
     busiest: float | None = None  # skewed: tokens of the busiest expert over the mean
-    dropped: float | None = None  # skewed: share of the tokens that find no room
+    dropped: float | None = None  # skewed: share of the assignments that find no room
 
 
 def parse_args(words: list[str] | None = None) -> argparse.Namespace:
@@ -76,6 +79,10 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
         metavar="NAME",
         help=f"Other projects' layers, of {', '.join(peers.PEERS)} (default: all).",
     )
+    parser.add_argument(
+        "--mode", choices=("capacity", "dropless"), default="capacity", help="Of our layer (default: capacity)."
+    )
+    parser.add_argument("--topk", type=int, default=1, metavar="K", help="Experts of a token; peers have 1 only.")
     parser.add_argument("--skip-peers", action="store_true", help="Leave other projects' layers out.")
     parser.add_argument("--scattermoe", type=Path, metavar="DIR", help="A checkout of ScatterMoE.")
     return parser.parse_args(words)
@@ -89,26 +96,30 @@ def main(words: list[str] | None = None) -> None:
     for size in args.sizes:
         hidden, tokens = (int(word) for word in size.split("x"))
         rows += measure_size(args, hidden, tokens)
-        write_json(args.json, args.device, rows, dtype=args.dtype)  # after each size, lest a later one fail
-    print(f"\n{device_name(args.device)}, torch {torch.__version__}, {args.dtype}\n" + table(rows), flush=True)
+        settings = {"dtype": args.dtype, "mode": args.mode, "topk": args.topk}
+        write_json(args.json, args.device, rows, **settings)  # after each size, lest a later one fail
+    settings = f"{args.dtype}, {args.mode}, top-{args.topk}"
+    print(f"\n{device_name(args.device)}, torch {torch.__version__}, {settings}\n" + table(rows), flush=True)
 
 
 def measure_size(args: argparse.Namespace, hidden: int, tokens: int) -> list[Row]:
     """The dense layer of one size, and every layer with experts."""
-    dtype = DTYPES[args.dtype]
-    dense = MLP(hidden, 4 * hidden).to(args.device, dtype)
+    dense = MLP(hidden, 4 * hidden * args.topk).to(args.device, DTYPES[args.dtype])
     initialize(dense)
     rows: list[Row] = [measure(args, "dense", dense, None, hidden, tokens, 1, None)]
     base = rows[0].even_ms
     for experts in args.experts:
-        layer = make_layer(hidden, experts, args.device, dtype)
+        layer = make_layer(hidden, experts, args)
         check(layer, hidden, tokens, args)
-        ours = measure(args, "ours", layer, layer.router.weight, hidden, tokens, experts, base)
+        ours = measure(
+            args, "ours", layer, layer.router.weight, hidden, tokens, experts, base,
+            topk=args.topk, dropless=args.mode == "dropless",
+        )  # fmt: skip
         rows.append(ours)
         if args.profile:
             profile(layer, fresh(hidden, tokens, args))
         del layer
-        for name in () if args.skip_peers else args.peers:
+        for name in () if args.skip_peers or args.topk > 1 else args.peers:
             row = measure_peer(args, name, hidden, tokens, experts, base)
             if row is not None:
                 ratios = {
@@ -140,12 +151,13 @@ def measure_peer(
             torch.cuda.empty_cache()
 
 
-def make_layer(hidden: int, experts: int, device: str, dtype: torch.dtype) -> MoELayer:
+def make_layer(hidden: int, experts: int, args: argparse.Namespace) -> MoELayer:
     """A layer of ours in training mode."""
-    model, moe = ModelConfig(num_layers=2, hidden_size=hidden, num_attention_heads=1), MoEConfig(num_experts=(experts,))
+    model = ModelConfig(num_layers=2, hidden_size=hidden, num_attention_heads=1)
+    moe = MoEConfig(num_experts=(experts,), topk=args.topk, moe_token_dropping=args.mode == "capacity")
     with torch.device("meta"):
         layer = MoELayer(model, moe, experts)
-    layer = layer.to(dtype).to_empty(device=device)
+    layer = layer.to(DTYPES[args.dtype]).to_empty(device=args.device)
     initialize(layer)
     return layer
 
@@ -165,6 +177,7 @@ def measure(
     experts: int,
     dense_ms: float | None,
     *,
+    topk: int = 1,
     dropless: bool = False,
 ) -> Row:
     """Time one layer."""
@@ -186,7 +199,7 @@ def measure(
     def inputs(skewed: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         x_TH = torch.randn(tokens, hidden, device=args.device)
         if loads is not None:
-            x_TH = loads.skewed(x_TH) if skewed else loads.even(x_TH)
+            x_TH = loads.skewed(x_TH) if skewed else loads.even(x_TH, topk)
         x_TH = x_TH.to(DTYPES[args.dtype])
         return x_TH.requires_grad_(), torch.randn_like(x_TH)
 
@@ -199,13 +212,14 @@ def measure(
     skewed = busiest = dropped = None
     if loads is not None:
         skewed, _, _ = median_ms(both, lambda: inputs(skewed=True), repeats=args.repeats)
-        counts_E = loads.counts(inputs()[0])
-        assert int(counts_E.max() - counts_E.min()) <= 1, (
+        counts_E = loads.counts(inputs()[0], topk)
+        assert int(counts_E.max() - counts_E.min()) <= topk, (
             f"tokens of each expert: {counts_E.tolist()}; expected as many"
         )
-        counts_E = loads.counts(inputs(skewed=True)[0])
-        busiest = float(counts_E.max()) * experts / tokens
-        dropped = 0.0 if dropless else float((counts_E - tokens / experts).clamp(min=0).sum()) / tokens
+        counts_E = loads.counts(inputs(skewed=True)[0], topk)
+        mean = tokens * topk / experts
+        busiest = float(counts_E.max()) / mean
+        dropped = 0.0 if dropless else float((counts_E - mean).clamp(min=0).sum()) / (tokens * topk)
     base = dense_ms or even
     ratio = None if skewed is None else base / skewed
     return Row(
@@ -222,31 +236,57 @@ def check(layer: MoELayer, hidden: int, tokens: int, args: argparse.Namespace) -
     """
     x_TH = fresh(hidden, tokens, args)
     dy_TH = torch.randn_like(x_TH)
+    torch.manual_seed(0)
     out = layer(x_TH)
     out.y.backward(dy_TH)
-    # Which tokens found room is random: it shows in the answers.
-    kept_T = out.y.detach().abs().sum(-1) > 0
-    router, ex = layer.router.weight.detach().double(), layer.experts
-    expert_T = F.linear(x_TH.detach().double(), router).argmax(-1)
-    chosen = int(torch.bincount(expert_T[kept_T], minlength=router.size(0)).argmax())
-    own = ((expert_T == chosen) & kept_T).nonzero()[:, 0]
-    x, weights = x_TH.detach()[own].double().requires_grad_(), [
-        p.detach()[chosen].double().requires_grad_() for p in (ex.w1, ex.b1, ex.w2, ex.b2)
-    ]  # fmt: skip
-    w1, b1, w2, b2 = weights
-    gate = F.linear(x, router).softmax(-1)[:, chosen]
-    y = (F.gelu(x @ w1 + b1, approximate="tanh") @ w2 + b2) * gate[:, None]
+    torch.manual_seed(0)  # which tokens find room is random
+    with torch.no_grad():
+        route = fused.route if fused.routes(layer.router, x_TH) else Router.__call__
+        plan = route(layer.router, x_TH).plan
+    logits_TE = F.linear(x_TH.detach().double(), layer.router.weight.detach().double())
+    best_TK = logits_TE.topk(args.topk).indices
+    assert float((best_TK != plan.expert_TK).double().mean()) <= 1e-3, "tokens do not go to their best experts"
+    kept_TK = plan.slot_TK < (tokens if plan.capacity is None else plan.capacity)
+    assert int(out.dropped) == int((~kept_TK).sum())
+    assert not out.y[~kept_TK.any(1)].any(), "a token that found no room got an answer"
+
+    chosen = int(torch.bincount(plan.expert_TK[kept_TK], minlength=logits_TE.size(1)).argmax())
+    own = ((plan.expert_TK == chosen) & kept_TK).any(1).nonzero()[:, 0]
+    some = own if args.topk == 1 else own[:8]  # these pass through many experts
+    _, y, weights = in_float64(layer, x_TH[own], plan.expert_TK[own], kept_TK[own], [chosen])
     y.backward(dy_TH[own].double())
-    pairs = {"answers": (out.y[own], y), "tokens' gradient": (x_TH.grad[own], x.grad)}
-    for name, parameter, exact in zip(("w1", "b1", "w2", "b2"), (ex.w1, ex.b1, ex.w2, ex.b2), weights, strict=True):
-        pairs[f"{name}'s gradient"] = (parameter.grad[chosen], exact.grad)
+    pairs = {
+        f"{name}'s gradient": (getattr(layer.experts, name).grad[chosen], weight.grad)
+        for name, weight in weights[chosen].items()
+    }
+    everywhere = plan.expert_TK[some].unique().tolist()
+    x, y, _ = in_float64(layer, x_TH[some], plan.expert_TK[some], kept_TK[some], everywhere)
+    y.backward(dy_TH[some].double())
+    pairs |= {"answers": (out.y[some], y), "tokens' gradient": (x_TH.grad[some], x.grad)}
     for name, (found, exact) in pairs.items():
         error = float((found.detach().double() - exact.detach()).norm() / exact.detach().norm())
         assert error <= TOLERANCE[args.dtype], f"{name} of expert {chosen}: relative error {error}"  # NaN fails too
-    dropped = (~kept_T).nonzero()[:, 0]
-    assert int(out.dropped) == len(dropped)
     for parameter in layer.parameters():
         parameter.grad = None
+
+
+def in_float64(
+    layer: MoELayer, x_TH: torch.Tensor, expert_TK: torch.Tensor, kept_TK: torch.Tensor, experts: list[int]
+) -> tuple[torch.Tensor, torch.Tensor, dict[int, dict[str, torch.Tensor]]]:
+    """Tokens, the answers of those of their experts that are among ``experts``, and the weights of these."""
+    x_TH = x_TH.detach().double().requires_grad_()
+    gate_TK = F.linear(x_TH, layer.router.weight.detach().double()).softmax(-1).gather(1, expert_TK) * kept_TK
+    if expert_TK.size(1) > 1:
+        gate_TK = gate_TK / gate_TK.sum(1, keepdim=True)
+    y_TH, weights = torch.zeros_like(x_TH), {}
+    for expert in experts:
+        weights[expert] = {
+            name: p.detach()[expert].double().requires_grad_() for name, p in layer.experts.named_parameters()
+        }
+        w1, b1, w2, b2 = (weights[expert][name] for name in ("w1", "b1", "w2", "b2"))
+        answer_TH = F.gelu(x_TH @ w1 + b1, approximate="tanh") @ w2 + b2
+        y_TH = y_TH + answer_TH * (gate_TK * (expert_TK == expert)).sum(1, keepdim=True)
+    return x_TH, y_TH, weights
 
 
 def profile(layer: nn.Module, x_TH: torch.Tensor) -> None:
