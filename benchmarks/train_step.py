@@ -24,6 +24,7 @@ from benchmarks.output import device_name, write_json
 from megatron.config import RunConfig
 from megatron.config.options import build
 from megatron.config.presets import PRESETS
+from megatron.parallel.determinism import make_deterministic
 from megatron.planning.flops import model_flops_per_token, peak_tflops
 from megatron.planning.parameters import count_parameters
 from megatron.training.profiling import profiled
@@ -51,6 +52,8 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--checkpoint-activations", action="store_true")
     parser.add_argument("--precision", choices=("bf16", "fp16"), default="bf16")
+    parser.add_argument("--deterministic", action="store_true", help="Steps that repeat bit for bit.")
+    parser.add_argument("--cuda-graphs", action="store_true", help="Our micro-batches as CUDA graphs.")
     parser.add_argument("--nanogpt", type=Path, metavar="DIR")
     parser.add_argument("--steps", type=int, default=12, help="Timed steps; as many again before them, at most 5.")
     parser.add_argument("--profile", action="store_true", help="Print the kernels of a step and the GPU's idle share.")
@@ -62,6 +65,8 @@ def main(words: list[str] | None = None) -> None:
     """Measure and print."""
     args = parse_args(words)
     logging.basicConfig()
+    if args.deterministic:
+        make_deterministic()
     rows: list[Row] = []
     for name in args.runs:
         run = describe(name, args)
@@ -71,8 +76,10 @@ def main(words: list[str] | None = None) -> None:
             rows.append(nanogpt(name, run, args))
             forget()
         print(table(rows[-1:]), flush=True)
-    print(f"\n{device_name('cuda')}, torch {torch.__version__}, {args.precision}\n" + table(rows), flush=True)
-    write_json(args.json, "cuda", rows, precision=args.precision)
+    options = {"precision": args.precision, "deterministic": args.deterministic, "cuda_graphs": args.cuda_graphs}
+    said = ", ".join(f"{name} {value}" for name, value in options.items())
+    print(f"\n{device_name('cuda')}, torch {torch.__version__}, {said}\n" + table(rows), flush=True)
+    write_json(args.json, "cuda", rows, **options)
 
 
 def describe(name: str, args: argparse.Namespace) -> RunConfig:
@@ -89,6 +96,7 @@ def describe(name: str, args: argparse.Namespace) -> RunConfig:
         "hidden_dropout": args.dropout,
         "attention_dropout": args.dropout,
         "precision": args.precision,
+        "cuda_graphs": args.cuda_graphs,
     }
     if experts:
         values |= {"num_experts": (int(experts),)}

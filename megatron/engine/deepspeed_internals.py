@@ -254,6 +254,11 @@ def accumulated(parameter: nn.Parameter) -> object:
     return parameter if apart is None else types.SimpleNamespace(grad=apart)
 
 
+def end_backward(engine: object) -> None:
+    """What ``engine`` does after a backward pass of its own: add up gradients, and after the last one reduce them."""
+    engine._backward_epilogue()
+
+
 def accumulate_without_detours(optimizer: object) -> None:
     """Let the optimizer of bf16 take a micro-batch's gradients into its fp32 buffers in one pass over each.
 

@@ -46,6 +46,7 @@ def test_agreeing_settings_are_merged_and_new_ones_added(tmp_path):
         ({"fp16": {"enabled": True}}, ("fp16", "bf16")),
         ({"optimizer": {"type": "Adam"}}, ("optimizer", "--lr")),
         ({"scheduler": {}}, ("scheduler", "--lr-decay-style")),
+        ({"timers": {"throughput": {"enabled": True}}}, ("timers", "tokens/s")),
     ],
 )
 def test_a_contradiction_is_an_error_with_both_values(tmp_path, theirs, numbers):
@@ -74,3 +75,17 @@ def test_what_would_change_the_numbers_or_mean_nothing_is_refused(tmp_path, sett
     with pytest.raises(ConfigError) as error:
         build(run(tmp_path, settings), data_parallel_size=1)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"wall_clock_breakdown": True}, {"memory_breakdown": True}, {"flops_profiler": {"enabled": True}}]
+)
+def test_what_looks_at_each_pass_does_not_go_with_cuda_graphs(tmp_path, settings):
+    config = run(tmp_path, settings)
+    build(config, data_parallel_size=1)
+    config.training.cuda_graphs = True
+    with pytest.raises(ConfigError, match=f"{next(iter(settings))!r} sees nothing of a CUDA graph"):
+        build(config, data_parallel_size=1)
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(settings).replace("true", "false"))
+    build(config, data_parallel_size=1)
