@@ -35,6 +35,7 @@ from benchmarks.output import device_name, make_parser, markdown, number, one_li
 from megatron.config import RunConfig
 from megatron.config.options import build, read_mapping
 from megatron.config.presets import PRESETS
+from megatron.parallel.determinism import make_deterministic
 from megatron.planning.flops import model_flops_per_token, peak_tflops
 from megatron.planning.parameters import count_parameters
 from megatron.training.profiling import profiled
@@ -146,6 +147,8 @@ def ours(name: str, args: argparse.Namespace) -> Row:
     from megatron.parallel.launch import Launch
 
     run = describe(name, args)
+    if run.training.deterministic:
+        make_deterministic()
     device = torch.device(args.device, 0 if args.device == "cuda" else None)
     launch, store = meet(Launch.from_environment({}), run.parallel.timeout)
     topology = initialize(run.parallel, launch, device, store)
@@ -188,6 +191,8 @@ def quick_initial_values() -> Iterator[None]:
 def nanogpt(name: str, args: argparse.Namespace) -> Row:
     """nanoGPT's model and optimizer, as its train.py uses them."""
     run = describe(name, args)
+    if run.training.deterministic:
+        make_deterministic()
     sys.path.insert(0, str(args.nanogpt))
     from model import GPT, GPTConfig
 

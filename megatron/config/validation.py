@@ -12,6 +12,7 @@ from megatron.config.errors import ConfigError, around, divisors, remainder
 from megatron.config.exchange_rules import exchange_problems
 from megatron.config.expert_rules import expert_layer_problems, expert_parallel_problems
 from megatron.config.files import file_problems
+from megatron.config.graph_rules import graph_problems
 from megatron.config.options import OPTIONS, Option, flatten
 from megatron.config.pipeline_rules import pipeline_problems
 from megatron.config.run import RunConfig
@@ -366,6 +367,15 @@ def _optimizer_state(config: RunConfig, world_size: int) -> Iterator[str]:
 def _backend(config: RunConfig, world_size: int) -> Iterator[str]:
     if config.training.device == "cpu" and config.parallel.distributed_backend == "nccl":
         yield "--distributed-backend nccl must have GPUs, and --device is cpu; use --distributed-backend gloo"
+
+
+@_rule(
+    *("cuda_graphs", "device", "precision", "checkpoint_activations", "num_experts", "topk", "moe_rts"),
+    *("moe_noise_policy", "moe_token_dropping", "moe_expert_parallel_size"),
+    *("tensor_model_parallel_size", "pipeline_model_parallel_size"),
+)
+def _graphs(config: RunConfig, world_size: int) -> Iterator[str]:
+    yield from graph_problems(config)
 
 
 @_rule("split", "eval_interval")

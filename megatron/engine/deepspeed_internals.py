@@ -261,6 +261,11 @@ def accumulated(parameter: nn.Parameter) -> object:
     return parameter if apart is None else types.SimpleNamespace(grad=apart)
 
 
+def end_backward(engine: object) -> None:
+    """What ``engine`` does after a backward pass of its own: add up gradients, and after the last one reduce them."""
+    engine._backward_epilogue()
+
+
 def offload_from_where_gradients_are_reduced(optimizer: object) -> None:
     """With the optimizer's state in CPU memory, let gradients go there from the buffer in which they are reduced.
 

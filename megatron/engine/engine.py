@@ -14,6 +14,7 @@ from torch import nn
 
 from megatron.checkpoint import Box, ShardedTensor, flat_boxes
 from megatron.config import MoEConfig, RunConfig
+from megatron.engine.cuda_graphs import GraphedMicroBatches
 from megatron.engine.eight_bit import AdamW8bit, Stretch
 from megatron.engine.offload import use_cores
 from megatron.engine.schedule import learning_rate
@@ -152,6 +153,7 @@ class Engine:
         self._update = Update(self._optimizer, config.optimizer, topology) if bf16 else None
         deepspeed_internals.offload_from_where_gradients_are_reduced(self._optimizer)
         self.model = model
+        self._graphs = GraphedMicroBatches(module, model, topology.device) if config.training.cuda_graphs else None
 
     def _trained_module(self, model: nn.Module, marker: nn.Module | None) -> nn.Module:
         """What DeepSpeed trains: ``model`` with its losses, and the marker of experts."""
@@ -172,15 +174,25 @@ class Engine:
         self._begin(len(micro_batches))
         for number, batch in enumerate(micro_batches, start=1):
             self._engine.set_gradient_accumulation_boundary(number == len(micro_batches))
-            torch.manual_seed(micro_batch_seed(self._config.training.seed, int(batch["sample_index"])))
-            loss, new = self._engine(self._to_device(batch))
-            self._engine.backward(loss / len(micro_batches), scale_wrt_gas=False)
+            new = self._forward_backward(batch, len(micro_batches))
             sums = new if sums is None else sums + new
         if sums is None:
             raise ValueError("a step needs at least one micro-batch; got none")
         scale = self._loss_scale()
         self._engine.step()
         return self._result(sums, lr, scale)
+
+    def _forward_backward(self, batch: Mapping[str, Any], count: int) -> LossSums:
+        """One of ``count`` micro-batches of an update: its losses; its gradients are added to the update's."""
+        seed = micro_batch_seed(self._config.training.seed, int(batch["sample_index"]))
+        if self._graphs is not None and self._graphs.serves(batch):
+            sums = LossSums(*self._graphs.run(batch, seed, count))
+            self._internals.end_backward(self._engine)
+            return sums
+        torch.manual_seed(seed)
+        loss, sums = self._engine(self._to_device(batch))
+        self._engine.backward(loss / count, scale_wrt_gas=False)
+        return sums
 
     def _set_learning_rate(self, tokens_after: int) -> float:
         lr = learning_rate(self._config.optimizer, tokens_after, self._decay_tokens)

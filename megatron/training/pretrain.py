@@ -15,6 +15,7 @@ from megatron.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.engine import deepspeed_config
 from megatron.engine.offload import threads_in_words
 from megatron.engine.pipeline import build_engine
+from megatron.parallel.determinism import make_deterministic
 from megatron.parallel.initialize import NoDevice, Topology, choose_device, initialize, meet, shut_down
 from megatron.parallel.launch import Launch
 from megatron.parallel.lifeline import lifeline
@@ -25,6 +26,7 @@ from megatron.training.clock import Clock, total_samples
 from megatron.training.report import Report
 from megatron.training.resume import check, clock_from, padded_as_before
 from megatron.training.start import (
+    check_graphs,
     check_optimizer,
     check_outputs,
     check_precision,
@@ -50,6 +52,9 @@ def pretrain(config: RunConfig) -> int:
         check_outputs(config)
         check_precision(config, device)
         check_optimizer(config)
+        check_graphs(config, device)
+        if config.training.deterministic:
+            make_deterministic()
         # expert parallelism means nothing to a dense model, so that --num-experts alone tells the two apart
         degrees = config.parallel.moe_expert_parallel_size if config.moe.enabled else (1,)
         parallel = dataclasses.replace(config.parallel, moe_expert_parallel_size=degrees)

@@ -63,6 +63,12 @@ def check_optimizer(config: RunConfig) -> None:
         )
 
 
+def check_graphs(config: RunConfig, device: torch.device) -> None:
+    """Raises ConfigError where the device has no CUDA graphs, and they are asked for."""
+    if config.training.cuda_graphs and device.type != "cuda":
+        raise ConfigError("--cuda-graphs needs a GPU, and torch finds none; drop it")
+
+
 def _continues(config: RunConfig) -> bool:
     """Whether ``--load`` is the folder of ``--save``, or a checkpoint in it."""
     save, load = config.checkpoint.save, config.checkpoint.load

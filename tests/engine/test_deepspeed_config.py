@@ -46,6 +46,7 @@ def test_agreeing_settings_are_merged_and_new_ones_added(tmp_path):
         ({"fp16": {"enabled": True}}, ("fp16", "bf16")),
         ({"optimizer": {"type": "Adam"}}, ("optimizer", "--lr")),
         ({"scheduler": {}}, ("scheduler", "--lr-decay-style")),
+        ({"timers": {"throughput": {"enabled": True}}}, ("timers", "tokens/s")),
     ],
 )
 def test_a_contradiction_is_an_error_with_both_values(tmp_path, theirs, numbers):
@@ -82,3 +83,17 @@ def test_offload_moves_the_optimizer_alone_and_needs_no_compiler():
     assert moved.pop("zero_force_ds_cpu_optimizer") is False
     assert moved["zero_optimization"].pop("offload_optimizer")["device"] == "cpu"
     assert moved == plain
+
+
+@pytest.mark.parametrize(
+    "settings", [{"wall_clock_breakdown": True}, {"memory_breakdown": True}, {"flops_profiler": {"enabled": True}}]
+)
+def test_what_looks_at_each_pass_does_not_go_with_cuda_graphs(tmp_path, settings):
+    config = run(tmp_path, settings)
+    build(config, data_parallel_size=1)
+    config.training.cuda_graphs = True
+    with pytest.raises(ConfigError, match=f"{next(iter(settings))!r} sees nothing of a CUDA graph"):
+        build(config, data_parallel_size=1)
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(settings).replace("true", "false"))
+    build(config, data_parallel_size=1)

@@ -60,6 +60,7 @@ def inspect() -> dict:
         "sees experts": made._engine.has_moe_layers,
         "compiled": deepspeed.ops.__compatible_ops__[SHARED_MEMORY_OP],
         "stage": made._engine.zero_optimization_stage(),
+        "timed": made._engine.tput_timer.config.enabled or made._engine.engine_timers.active_timers(),
         "step": {float(state["step"]) for state in made._adam.state.values()},
     }
 
@@ -102,6 +103,7 @@ def test_deepspeed_runs_zero_1_knows_of_the_experts_and_compiles_nothing(seen):
     for rank in seen:
         assert rank["sees experts"]
         assert rank["stage"] == 1
+        assert not rank["timed"], "DeepSpeed's timers wait for the device"
         assert rank["compiled"] is False
 
 
