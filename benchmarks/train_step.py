@@ -94,7 +94,7 @@ def describe(name: str, args: argparse.Namespace) -> RunConfig:
         "hidden_dropout": args.dropout,
         "attention_dropout": args.dropout,
         "precision": args.precision,
-        "optimizer": args.optimizer,
+        "optimizer_name": args.optimizer,
         "optimizer_cpu_offload": args.optimizer_cpu_offload,
     }
     if experts:

@@ -21,11 +21,12 @@ class OptimizerConfig:
     adam_beta2: float = option(0.95, "Decay of the second moment.")
     adam_eps: float = option(1e-8, "Added to the root of the second moment.")
     clip_grad: float = option(1.0, "Largest global gradient norm; 0 turns clipping off.")
-    optimizer: str = option(
+    optimizer_name: str = option(
         "adamw",
         "How AdamW's moments are kept: in fp32 (adamw), or those of matrices in 8 bits a number (adamw8bit, needs the"
         " extra [8bit]). Checkpoints hold fp32 moments either way.",
         choices=("adamw", "adamw8bit"),
+        flag="--optimizer",
     )
     optimizer_cpu_offload: bool = option(
         False,

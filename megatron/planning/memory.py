@@ -37,7 +37,7 @@ def bytes_per_parameter(optimizer: OptimizerConfig, replicas: int) -> BytesPerPa
         raise ValueError(f"got {replicas} replicas; a parameter is on at least 1 process")
     weight = 4 if optimizer.precision == "fp32" else 2
     sums = 4
-    moments = 2 * (1 + 4 / BLOCK) if optimizer.optimizer == "adamw8bit" else 8
+    moments = 2 * (1 + 4 / BLOCK) if optimizer.optimizer_name == "adamw8bit" else 8
     state = (4 + moments) / replicas
     if optimizer.optimizer_cpu_offload:
         return BytesPerParameter(gpu=weight + sums, cpu=state + (4 + weight) / replicas)

@@ -13,7 +13,7 @@ from megatron.planning.memory import BytesPerParameter, bytes_per_parameter
 DOCUMENT = Path(__file__).parents[2] / "docs" / "memory.md"
 FLAGS = {
     "--optimizer adamw": {},
-    "--optimizer adamw8bit": {"optimizer": "adamw8bit"},
+    "--optimizer adamw8bit": {"optimizer_name": "adamw8bit"},
     "--optimizer-cpu-offload": {"optimizer_cpu_offload": True},
 }
 
