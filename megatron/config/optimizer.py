@@ -31,11 +31,12 @@ class OptimizerConfig:
         "bf16: number format of Adam's second moment; bf16 saves 2 bytes a weight.",
         choices=("fp32", "bf16"),
     )
-    optimizer: str = option(
+    optimizer_name: str = option(
         "adamw",
         "How AdamW's moments are kept: in fp32 (adamw), or those of matrices in 8 bits a number (adamw8bit, needs the"
         " extra [8bit]). Checkpoints hold fp32 moments either way.",
         choices=("adamw", "adamw8bit"),
+        flag="--optimizer",
     )
     optimizer_cpu_offload: bool = option(
         False,

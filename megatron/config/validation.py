@@ -339,9 +339,9 @@ def _gradient_reduction(config: RunConfig, world_size: int) -> Iterator[str]:
         yield f"--grad-reduce-in-bf16 must have --bf16, and the precision is {precision}; drop it, or use --bf16"
 
 
-@_rule("precision", "optimizer", "optimizer_cpu_offload", "exp_avg_dtype", "exp_avg_sq_dtype")
+@_rule("precision", "optimizer_name", "optimizer_cpu_offload", "exp_avg_dtype", "exp_avg_sq_dtype")
 def _optimizer_state(config: RunConfig, world_size: int) -> Iterator[str]:
-    optimizer = config.optimizer.optimizer
+    optimizer = config.optimizer.optimizer_name
     if config.optimizer.optimizer_cpu_offload and optimizer != "adamw":
         yield (
             f"--optimizer-cpu-offload must have --optimizer adamw, and the optimizer is {optimizer}; 8-bit moments are"

@@ -14,6 +14,7 @@ import contextlib
 import functools
 import itertools
 import logging
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -32,7 +33,8 @@ PART = 2**22  # numbers that are decoded or encoded at once
 
 
 def _torchao() -> tuple[Any, Any]:
-    """torchao's AdamW8bit and its 8-bit tensor, imported without remarks on operators that nothing here uses."""
+    """torchao's AdamW8bit and its 8-bit tensor, without remarks on operators and a cache that nothing here uses."""
+    warnings.filterwarnings("ignore", message="OptimState8bit does not implement _stable_hash_for_caching")
     loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -12,7 +12,7 @@ def build_adam(model: nn.Module, config: OptimizerConfig, compiled: bool = True)
     """AdamW over all parameters of ``model``; weight decay on matrices only, experts in groups of their own.
 
     Biases and norms are the tensors with one dimension, plus the stacked biases of experts, which have two. Their
-    moments are fp32 whatever ``config.optimizer`` says: they are few, and differ too much in size to share scales.
+    moments are fp32 whatever ``config.optimizer_name`` says: they are few, and differ too much in size to share scales.
 
     Args:
         model: on its device.
@@ -30,12 +30,12 @@ def build_adam(model: nn.Module, config: OptimizerConfig, compiled: bool = True)
             "params": [p for _, p in decay],
             "weight_decay": config.weight_decay,
             "name": "decay",
-            "eight_bit": config.optimizer == "adamw8bit",
+            "eight_bit": config.optimizer_name == "adamw8bit",
         },
         {"params": [p for _, p in no_decay], "weight_decay": 0.0, "name": "no_decay"},
     ]
     split = split_expert_groups([group for group in groups if group["params"]])
     options = {"lr": 0.0, "betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_eps, "fused": True}
-    if config.optimizer == "adamw8bit":  # the learning rate is set before every step
+    if config.optimizer_name == "adamw8bit":  # the learning rate is set before every step
         return AdamW8bit(split, compiled=compiled, **options)
     return torch.optim.AdamW(split, **options)

@@ -40,12 +40,12 @@ def bytes_per_parameter(
     if replicas < 1:
         raise ValueError(f"got {replicas} replicas; a parameter is on at least 1 process")
     weight = 4 if optimizer.precision == "fp32" else 2
-    if optimizer.optimizer == "adamw8bit":
+    if optimizer.optimizer_name == "adamw8bit":
         moments = 2 * (1 + 4 / BLOCK)
     else:
         moments = sum(_BYTES[dtype] for dtype in (optimizer.exp_avg_dtype, optimizer.exp_avg_sq_dtype))
     state = (4 + moments) / replicas
     if optimizer.optimizer_cpu_offload:
         return BytesPerParameter(gpu=weight + 4, cpu=state + (4 + weight) / replicas)
-    direct = one_micro_batch and replicas == 1 and optimizer.precision == "bf16" and optimizer.optimizer == "adamw"
+    direct = one_micro_batch and replicas == 1 and optimizer.precision == "bf16" and optimizer.optimizer_name == "adamw"
     return BytesPerParameter(gpu=weight + (2 if direct else 4) + state, cpu=0)

@@ -9,6 +9,7 @@ import torch
 from megatron.checkpoint import CheckpointError
 from megatron.config import RunConfig
 from megatron.config.flags import from_dict, to_dict
+from megatron.config.options import OPTIONS
 from megatron.data.tokenizer import Tokenizer
 from megatron.training.clock import Clock
 
@@ -84,7 +85,8 @@ def check(meta: dict[str, Any], config: RunConfig, vocab_size: int, tokenizer: T
     for section in _COMPARED:
         before, after = vars(getattr(saved, section)), vars(getattr(config, section))
         for name, value in after.items():
-            flag = f"--{name.replace('_', '-')}"
+            option = OPTIONS[name]
+            flag = f"--{name.replace('_', '-')}" if option.opposite else option.flag
             if name not in _HARMLESS and flag not in now and before[name] != value:
                 changed[flag] = (before[name], value)
     return _describe(changed)

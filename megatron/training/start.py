@@ -56,7 +56,7 @@ def check_precision(config: RunConfig, device: torch.device) -> None:
 
 def check_optimizer(config: RunConfig) -> None:
     """Raises ConfigError where the library of the optimizer asked for is missing."""
-    if config.optimizer.optimizer == "adamw8bit" and importlib.util.find_spec("torchao") is None:
+    if config.optimizer.optimizer_name == "adamw8bit" and importlib.util.find_spec("torchao") is None:
         raise ConfigError(
             "--optimizer adamw8bit needs torchao; run: pip install -c constraints.txt -e '.[8bit]', or use"
             " --optimizer adamw"

@@ -52,7 +52,7 @@ def problems(values: dict, world_size: int = 4) -> tuple[str, ...]:
         ({"save_interval": 5}, 4),
         ({"async_save": True, "keep_last": 2, "save": "checkpoints"}, 4),
         ({"min_loss_scale": 2.0**20}, 4),  # only of fp16
-        (MOE | {"optimizer": "adamw8bit", "pipeline_model_parallel_size": 2}, 4),
+        (MOE | {"optimizer_name": "adamw8bit", "pipeline_model_parallel_size": 2}, 4),
         (MOE | {"optimizer_cpu_offload": True, "pipeline_model_parallel_size": 2}, 4),
         ({"tensor_model_parallel_size": 2, "sequence_parallel": True}, 4),
         ({"tensor_model_parallel_size": 4, "global_batch_size": 2}, 4),  # one replica
@@ -308,7 +308,7 @@ def test_valid(values, world_size):
             " 8; use --initial-loss-scale-power 4 or more",
         ),
         (
-            {"optimizer": "adamw8bit", "optimizer_cpu_offload": True}, 4,
+            {"optimizer_name": "adamw8bit", "optimizer_cpu_offload": True}, 4,
             "--optimizer-cpu-offload must have --optimizer adamw, and the optimizer is adamw8bit; 8-bit moments are for"
             " GPU memory: use --optimizer adamw, or drop --optimizer-cpu-offload",
         ),

@@ -43,7 +43,7 @@ def offloaded(run: RunConfig) -> RunConfig:
 
 def eight_bit(run: RunConfig) -> RunConfig:
     pytest.importorskip("torchao", reason="needs the extra [8bit]")
-    return with_(run, optimizer="adamw8bit")
+    return with_(run, optimizer_name="adamw8bit")
 
 
 def train(run: RunConfig) -> tuple[Trained, bool, str]:
@@ -180,7 +180,7 @@ def test_8_bit_moments_are_saved_as_fp32_and_loaded_from_it(tmp_path: Path, prec
         assert all(torch.equal(loaded[key], value) for key, value in weights.items()), name
         for mine, theirs in zip(found, moments, strict=True):
             assert mine.keys() == theirs.keys()
-            encoded = resumes.optimizer.optimizer == "adamw8bit"
+            encoded = resumes.optimizer.optimizer_name == "adamw8bit"
             largest = max(float(value.abs().max()) for value in theirs.values())
             errors = {key: float((mine[key] - value).abs().max()) for key, value in theirs.items()}
             assert all(error <= (largest / 64 if encoded else 0.0) for error in errors.values()), (name, errors)

@@ -51,14 +51,14 @@ def test_offloaded_updates_are_those_on_the_gpu(topology, precision: str, tolera
 def test_8_bit_moments_follow_fp32_ones_and_take_a_quarter(topology, precision: str):  # noqa: F811
     pytest.importorskip("torchao", reason="needs the extra [8bit]")
     losses, _, held, tensors = trained(config(precision), topology)
-    found = trained(config(precision, optimizer="adamw8bit"), topology)
+    found = trained(config(precision, optimizer_name="adamw8bit"), topology)
     assert found[0] == pytest.approx(losses, rel=0.05, abs=0.05)
     assert held - found[2] > 0.9 * 5.9 * parameters(tensors)
 
 
 def test_compiled_8_bit_updates_are_those_of_eager_ones(topology):  # noqa: F811
     pytest.importorskip("torchao", reason="needs the extra [8bit]")
-    run = config("fp32", optimizer="adamw8bit")
+    run = config("fp32", optimizer_name="adamw8bit")
     eager, fused = (trained(compiled(run, choice), topology) for choice in (False, True))
     assert fused[0] == pytest.approx(eager[0], rel=1e-2)
     assert fused[0][:2] == pytest.approx(eager[0][:2], rel=1e-4)

@@ -14,7 +14,7 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "memory.md"
 FLAGS = {
     "--optimizer adamw": {},
     "--exp-avg-dtype bf16 --exp-avg-sq-dtype bf16": {"exp_avg_dtype": "bf16", "exp_avg_sq_dtype": "bf16"},
-    "--optimizer adamw8bit": {"optimizer": "adamw8bit"},
+    "--optimizer adamw8bit": {"optimizer_name": "adamw8bit"},
     "--optimizer-cpu-offload": {"optimizer_cpu_offload": True},
 }
 

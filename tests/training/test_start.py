@@ -13,4 +13,4 @@ def test_8_bit_moments_without_their_library_are_an_error_that_names_the_extra(m
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     check_optimizer(RunConfig())
     with pytest.raises(ConfigError, match=r"needs torchao; run: pip install .*\[8bit\].* or use --optimizer adamw"):
-        check_optimizer(RunConfig(optimizer=OptimizerConfig(optimizer="adamw8bit")))
+        check_optimizer(RunConfig(optimizer=OptimizerConfig(optimizer_name="adamw8bit")))
