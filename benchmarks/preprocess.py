@@ -6,7 +6,8 @@
 "library" is Hugging Face's tokenizers on the same documents, already in memory, with a thread for each core; nothing
 is read, converted or written while the clock runs. The tools read the same JSON lines from a plain file and write
 .bin/.idx, with a worker for each core; every process that they start stays on these cores. "start-up" is what a tool
-takes for one document, and is not counted in tokens/s.
+takes for one document, and is not counted in rates. Tokens per CPU second are what matters for a large corpus on all
+cores of a machine, and depend little on what else the machine does: the cores' busy time in all processes counts.
 
 Every .bin/.idx must hold the library's tokens, document by document, or the tool is not timed. Megatron-LM's
 tools/preprocess_data.py runs from a checkout (its own requirements must be installed) with the same vocabulary through
@@ -21,6 +22,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -29,6 +31,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -49,9 +52,19 @@ class Row:
     cores: int
     seconds: float  # of the whole command, start-up included
     startup_seconds: float
+    cpu_seconds: float  # busy time of all cores, start-up not counted
     tokens_per_second: float  # start-up not counted
     tokens_per_second_per_core: float
     of_library: float  # speed as a share of the library's on as many cores
+    tokens_per_cpu_second: float
+    of_library_per_cpu_second: float
+
+
+class Times(NamedTuple):
+    """Seconds of a run by the clock, and those in which cores were busy with it."""
+
+    wall: float
+    cpu: float
 
 
 def parse_args(words: list[str] | None = None) -> argparse.Namespace:
@@ -101,30 +114,37 @@ def measure(args: argparse.Namespace, folder: Path) -> tuple[list[Row], int, int
         tools["Megatron-LM"] = functools.partial(megatron_command, args, tokenizer_folder(args, folder))
     rows: list[Row] = []
     for cores in args.cores:
-        times = []
-        for _ in range(args.repeats):
-            seconds = run_library(args, text, folder / "library.npz", cores)
-            times.append(seconds)
-        tokens_D = np.load(folder / "library.npz")
-        tokens, bare = int(tokens_D["lengths"].sum()), statistics.median(times)
-        rows.append(Row("library", cores, bare, 0.0, tokens / bare, tokens / bare / cores, 1.0))
+        times = [run_library(args, text, folder / "library.npz", cores) for _ in range(args.repeats)]
+        expected = np.load(folder / "library.npz")
+        tokens = int(expected["lengths"].sum())
+        library = make_row("library", cores, tokens, times, Times(0.0, 0.0), None)
+        rows.append(library)
         for name, command in tools.items():
             try:
-                startup, _ = run_tool(command, one, folder / "one", cores)
+                startups = [run_tool(command, one, folder / "one", cores)[0] for _ in range(args.repeats)]
+                startup = Times(*map(statistics.median, zip(*startups, strict=True)))
                 times = []
                 for _ in range(args.repeats):
-                    seconds, prefix = run_tool(command, text, folder / "out", cores)
-                    check(prefix, tokens_D["tokens"], tokens_D["lengths"])
-                    times.append(seconds)
+                    took, prefix = run_tool(command, text, folder / "out", cores)
+                    check(prefix, expected["tokens"], expected["lengths"])
+                    times.append(took)
+                rows.append(make_row(name, cores, tokens, times, startup, library))
             except Exception as error:
                 if name == "ours":
                     raise
                 print(f"{name} on {cores} cores is left out: {one_line(error)}", flush=True)
-                continue
-            seconds = statistics.median(times)
-            rate = tokens / max(seconds - startup, 1e-9)
-            rows.append(Row(name, cores, seconds, startup, rate, rate / cores, rate * bare / tokens))
     return rows, tokens, documents
+
+
+def make_row(name: str, cores: int, tokens: int, times: list[Times], startup: Times, library: Row | None) -> Row:
+    """The medians of runs, beside the library's."""
+    seconds = statistics.median(took.wall for took in times)
+    busy = statistics.median(took.cpu for took in times) - startup.cpu
+    if seconds <= startup.wall or busy <= 0:
+        raise ValueError(f"{seconds:.1f} s, of which start-up {startup.wall:.1f} s: take a longer text")
+    rate, cpu_rate = tokens / (seconds - startup.wall), tokens / busy
+    shares = (rate / library.tokens_per_second, cpu_rate / library.tokens_per_cpu_second) if library else (1.0, 1.0)
+    return Row(name, cores, seconds, startup.wall, busy, rate, rate / cores, shares[0], cpu_rate, shares[1])
 
 
 def take(source: str, count: int | None, file: Path) -> int:
@@ -153,8 +173,8 @@ def on_cores(count: int) -> Iterator[None]:
             os.sched_setaffinity(0, before)
 
 
-def run_library(args: argparse.Namespace, text: Path, out: Path, cores: int) -> float:
-    """Seconds of the bare library, in a process of its own; tokens and lengths of documents go to ``out``."""
+def run_library(args: argparse.Namespace, text: Path, out: Path, cores: int) -> Times:
+    """Times of the bare library, in a process of its own; tokens and lengths of documents go to ``out``."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe(duplex=False)
     arguments = (there, str(args.vocab_file), str(args.merge_file), text, out, cores)
@@ -178,16 +198,17 @@ def _library(pipe, vocab_file: str, merge_file: str, text: Path, out: Path, core
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     end = [tokenizer.token_to_id(END)]
     documents = [json.loads(line)["text"] for line in text.open(encoding="utf-8")]
-    seconds, tokens, lengths = 0.0, [], []
+    wall, cpu, tokens, lengths = 0.0, 0.0, [], []
     for first in range(0, len(documents), BATCH):
-        begin = time.perf_counter()
-        encodings = tokenizer.encode_batch_fast(documents[first : first + BATCH], add_special_tokens=False)
-        seconds += time.perf_counter() - begin
+        batch = documents[first : first + BATCH]
+        begin, busy = time.perf_counter(), time.process_time()
+        encodings = tokenizer.encode_batch_fast(batch, add_special_tokens=False)
+        wall, cpu = wall + time.perf_counter() - begin, cpu + time.process_time() - busy
         ids = [encoding.ids + end for encoding in encodings]
         lengths += map(len, ids)
         tokens.append(np.fromiter(itertools.chain.from_iterable(ids), dtype=np.int32))
     np.savez(out, tokens=np.concatenate(tokens), lengths=np.array(lengths, dtype=np.int32))
-    pipe.send(seconds)
+    pipe.send(Times(wall, cpu))
 
 
 def our_command(args: argparse.Namespace, text: Path, out: Path, cores: int) -> list[str]:
@@ -215,8 +236,8 @@ def tokenizer_folder(args: argparse.Namespace, folder: Path) -> Path:
     return made
 
 
-def run_tool(command: Callable[[Path, Path, int], list[str]], text: Path, out: Path, cores: int) -> tuple[float, Path]:
-    """Seconds of a command, and the prefix of what it wrote.
+def run_tool(command: Callable[[Path, Path, int], list[str]], text: Path, out: Path, cores: int) -> tuple[Times, Path]:
+    """Times of a command, and the prefix of what it wrote.
 
     Raises:
         RuntimeError: it failed; says its last line.
@@ -229,12 +250,18 @@ def run_tool(command: Callable[[Path, Path, int], list[str]], text: Path, out: P
     paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and Path(path) != ROOT]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([checkout, *paths]), "HF_HUB_OFFLINE": "1"}
     with on_cores(cores):
-        begin = time.perf_counter()
+        begin, busy = time.perf_counter(), children_busy()
         done = subprocess.run([sys.executable, *words], capture_output=True, text=True, env=environment, cwd=out.parent)
-        seconds = time.perf_counter() - begin
+        took = Times(time.perf_counter() - begin, children_busy() - busy)
     if done.returncode:
         raise RuntimeError((done.stderr.strip().splitlines() or ["no output"])[-1])
-    return seconds, prefix
+    return took, prefix
+
+
+def children_busy() -> float:
+    """CPU seconds of all processes that were started from here and have ended, and of theirs."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def check(prefix: Path, tokens: np.ndarray, lengths: np.ndarray) -> None:
@@ -260,9 +287,11 @@ def table(rows: list[Row]) -> str:
     def cells(row: Row) -> list[str]:
         rates = [number(value, 0) for value in (row.tokens_per_second, row.tokens_per_second_per_core)]
         times = [number(value, 1) for value in (row.seconds, row.startup_seconds)]
-        return [row.tool, str(row.cores), *times, *rates, number(row.of_library, 2)]
+        cpu = [number(row.tokens_per_cpu_second, 0), number(row.of_library_per_cpu_second, 2)]
+        return [row.tool, str(row.cores), *times, *rates, number(row.of_library, 2), *cpu]
 
     columns = "<tool | cores | seconds | start-up s | tokens/s | tokens/s per core | of the library"
+    columns += " | tokens per CPU second | of the library"
     return markdown(columns, [cells(row) for row in rows])
 
 

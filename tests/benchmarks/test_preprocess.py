@@ -11,7 +11,16 @@ from megatron.data.preprocess import preprocess as tokenize
 
 
 @pytest.mark.slow
-def test_it_checks_measures_and_writes(tmp_path, capsys):
+def test_it_checks_measures_and_writes(tmp_path, capsys, monkeypatch):
+    took = iter([(1.0, 1.0), (3.0, 2.0)])  # start-up, then all
+    run_tool = preprocess.run_tool
+
+    def timed(command, *arguments):
+        found, prefix = run_tool(command, *arguments)
+        assert found.wall > 0 < found.cpu
+        return preprocess.Times(*next(took)), prefix
+
+    monkeypatch.setattr(preprocess, "run_tool", timed)
     data = gpt2(tmp_path)
     text = write_jsonl(tmp_path / "text.jsonl.zst", [*english(20), *NASTY])
     checkout = tmp_path / "megatron-lm" / "tools"
@@ -24,11 +33,18 @@ def test_it_checks_measures_and_writes(tmp_path, capsys):
     library, ours = out["rows"]
     assert (library["tool"], library["of_library"], ours["tool"]) == ("library", 1, "ours")
     assert out["documents"] == 20 + sum(text != "" for text in NASTY)
-    assert ours["seconds"] > ours["startup_seconds"] / 2 > 0
-    assert ours["tokens_per_second"] > 0
+    assert (ours["seconds"], ours["startup_seconds"], ours["cpu_seconds"]) == (3, 1, 1)
+    assert (ours["tokens_per_second"], ours["tokens_per_cpu_second"]) == (out["tokens"] / 2, out["tokens"])
+    assert ours["of_library"] == pytest.approx(library["seconds"] / 2)
+    assert ours["of_library_per_cpu_second"] == pytest.approx(library["cpu_seconds"])
     shown = capsys.readouterr().out
     assert "Megatron-LM on 1 cores is left out: RuntimeError: nothing to see\n" in shown
     assert "| ours | 1 |" in shown
+
+
+def test_a_text_that_is_too_short_is_said():
+    with pytest.raises(ValueError, match=r"1\.0 s, of which start-up 2\.0 s: take a longer text"):
+        preprocess.make_row("ours", 1, 10, [preprocess.Times(1.0, 1.0)], preprocess.Times(2.0, 0.5), None)
 
 
 def test_other_tokens_or_documents_are_not_timed(tmp_path):
