@@ -58,7 +58,7 @@ fail() {
 }
 
 requested() { # NAME: what the script's #SBATCH line --NAME= says
-    sed -n "s/^#SBATCH --$1=\([^ ]*\).*/\1/p" "$script" | head -n 1
+    sed -n "s/^#SBATCH --$1=\([^ ]*\).*/\1/p" "$script"
 }
 
 gpus_here() {
@@ -158,7 +158,7 @@ start_with() { # sets the array command, before the trainer's own words
             if [[ -n "$in_job" ]]; then
                 local first=FIRST_NODE port=${MASTER_PORT:-$((20000 + ${SLURM_JOB_ID:-0} % 20000))}
                 if [[ "$in_job" != planned ]]; then
-                    first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+                    read -r first < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
                 fi
                 command=("${srun[@]}" --ntasks-per-node 1 ${more[@]+"${more[@]}"} "${torchrun[@]}" --nnodes "$NNODES"
                     --rdzv-backend c10d --rdzv-id "$RUN_NAME" --rdzv-endpoint "${MASTER_ADDR:-$first}:$port")

@@ -162,7 +162,7 @@ def table(plans: Sequence[tuple[str, Plan]]) -> str:
             f"{plan.memory.peak / GB:.1f}",
             "yes" if plan.fits else "NO",
         ]
-        cells += [f"{step.tflops:.0f}", f"{step.tokens_per_second:,.0f}", f"{step.days:.1f}", f"{step.gpu_hours:,.0f}"]
+        cells += [f"{step.tflops:.0f}", count(step.tokens_per_second), f"{step.days:.1f}", f"{step.gpu_hours:,.0f}"]
         cells += [f"{sent / GB:.1f}", f"{plan.checkpoint_bytes / GB:.0f}"]
         lines.append([*cells, *[f"{step.gpu_hours * (plan.machine.price or 0):,.0f}"] * priced])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

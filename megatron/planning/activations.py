@@ -59,11 +59,12 @@ def kept_by_layer(config: RunConfig, layer: int, *, kernels: bool = True) -> flo
     if residual:
         kept += 2 * own
     if not served_by_kernels(config, layer, kernels):
-        kept += choices * model.hidden_size * size
+        kept += (1 if moe.topk == 1 else 2) * choices * model.hidden_size * size  # answers, and tokens as sent
         if not routed_by_kernels(config, kernels):
-            kept += own / size * FP32 + SCORES * tokens * experts * FP32
-        if moe.topk > 1:
-            kept += choices * model.hidden_size * size - (0 if residual else own)
+            kept += SCORES * tokens * experts * FP32
+            if size < FP32:
+                kept += own / size * FP32
+                kept -= own if moe.topk > 1 and not residual else 0  # nothing else needs the norm's output
     return kept
 
 

@@ -163,7 +163,7 @@ def needs(plan: Plan) -> list[tuple[str, str]]:
         lines.append(
             (
                 "speed",
-                f"about {step.tokens_per_second:,.0f} tokens/s, {step.tflops:.0f} model TFLOP/s a GPU, "
+                f"about {count(step.tokens_per_second)} tokens/s, {step.tflops:.0f} model TFLOP/s a GPU, "
                 f"{step.seconds:.3g} s an update: {shares}",
             )
         )
