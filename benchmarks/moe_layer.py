@@ -1,15 +1,19 @@
 """One MoE layer, forward and backward, against the dense feed-forward of the same FLOPs and against other MoE layers.
 
-    python -m benchmarks.moe_layer --json moe_layer.json
+    python -m benchmarks.moe_layer --scattermoe CHECKOUT --json moe_layer.json
+    python -m benchmarks.moe_layer --mode dropless --topk 2
 
-Top-1, capacity factor 1.0, random token selection, bf16, GELU, biases; the router is part of the layer. "dense" is the
-feed-forward that every token passes through: as many FLOPs as an MoE layer that fills its buffers. Tokens are random;
-in the columns "even" the router is nearly balanced, in "skewed" the busiest expert is asked for several times its part.
+Ours is top-1 or top-k, capacity factor 1.0 with random token selection or dropless, GELU, biases; the router is part of
+the layer. "dense" is the feed-forward that every token passes through: as many FLOPs as an MoE layer that fills its
+buffers, so for top-k it is k times as wide. In the columns "even" every expert gets exactly as many of the random
+tokens as any other, in "skewed" the busiest gets twice the mean as first choice (benchmarks/loads.py); "dropped" is the
+share of assignments that then find no room.
 
-Before anything is timed, answers and gradients of some tokens and of one expert's weights are compared with float64.
-DeepSpeed's layer runs too where it can be imported.
+Before anything is timed, answers and gradients are compared with float64. The other layers (benchmarks/peers.py) run
+where they can be imported: DeepSpeed's, Megatron-core's, ScatterMoE's, and a sort before torch's grouped product.
+"peer / ours" is the ratio of their milliseconds, even and skewed.
 
-Letters: T tokens, H hidden, F FFN hidden, E experts.
+Letters: T tokens, H hidden, F FFN hidden, E experts, K experts of each token.
 """
 
 import argparse
@@ -21,15 +25,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks.output import device_name, write_json
+from benchmarks import peers
+from benchmarks.loads import Loads
+from benchmarks.output import DTYPES, device_name, make_parser, markdown, number, one_line, write_json
+from benchmarks.peers import answer, initialize
 from benchmarks.timing import median_ms, peak_bytes
 from megatron.config import ModelConfig, MoEConfig
-from megatron.moe import MoELayer
+from megatron.moe import MoELayer, fused
 from megatron.moe.mlp import MLP
+from megatron.moe.router import Router
 from megatron.training.profiling import profiled
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-SKEW = 0.4  # added to the logits of the most favoured expert, whose random part is about 1
 TOLERANCE = {"bf16": 2e-2, "fp32": 2e-5}  # of the norm of what is compared
 
 
@@ -46,22 +52,39 @@ class Row:
     forward_ms: float
     dense_over_even: float  # speed as a share of the dense layer's
     dense_over_skewed: float | None
-    memory_mb: float  # most memory of forward and backward beside parameters and their gradients
+    memory_mb: float | None  # most memory of forward and backward beside parameters and their gradients; on a GPU
+    over_ours_even: float | None = None  # a peer's milliseconds over ours
+    over_ours_skewed: float | None = None
     busiest: float | None = None  # skewed: tokens of the busiest expert over the mean
-    dropped: float | None = None  # skewed: share of the tokens
+    dropped: float | None = None  # skewed: share of the assignments that find no room
 
 
 def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--sizes", nargs="+", default=["2048x16384", "1024x32768"], help="HIDDENxTOKENS ...")
-    parser.add_argument("--experts", type=int, nargs="+", default=[8, 32, 128])
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = make_parser(
+        __doc__,
+        dtype=True,
+        repeats=(20, "Timed runs of each layer"),
+        profile="Print the kernels of each of our layers.",
+    )
+    parser.add_argument(
+        "--sizes", nargs="+", default=["2048x16384", "1024x32768"], metavar="HxT", help="Hidden size x tokens."
+    )
+    parser.add_argument("--experts", type=int, nargs="+", default=[8, 32, 128], metavar="E", help="Numbers of experts.")
+    parser.add_argument(
+        "--peers",
+        nargs="+",
+        choices=tuple(peers.PEERS),
+        default=list(peers.PEERS),
+        metavar="NAME",
+        help=f"Other projects' layers, of {', '.join(peers.PEERS)} (default: all).",
+    )
+    parser.add_argument(
+        "--mode", choices=("capacity", "dropless"), default="capacity", help="Of our layer (default: capacity)."
+    )
+    parser.add_argument("--topk", type=int, default=1, metavar="K", help="Experts of a token; peers have 1 only.")
     parser.add_argument("--skip-peers", action="store_true", help="Leave other projects' layers out.")
-    parser.add_argument("--profile", action="store_true", help="Print the kernels of each of our layers.")
-    parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--scattermoe", type=Path, metavar="DIR", help="A checkout of ScatterMoE.")
     return parser.parse_args(words)
 
 
@@ -73,70 +96,75 @@ def main(words: list[str] | None = None) -> None:
     for size in args.sizes:
         hidden, tokens = (int(word) for word in size.split("x"))
         rows += measure_size(args, hidden, tokens)
-    print(f"\n{device_name(args.device)}, torch {torch.__version__}, {args.dtype}\n" + table(rows), flush=True)
-    write_json(args.json, args.device, rows, dtype=args.dtype)
+        settings = {"dtype": args.dtype, "mode": args.mode, "topk": args.topk}
+        write_json(args.json, args.device, rows, **settings)  # after each size, lest a later one fail
+    settings = f"{args.dtype}, {args.mode}, top-{args.topk}"
+    print(f"\n{device_name(args.device)}, torch {torch.__version__}, {settings}\n" + table(rows), flush=True)
 
 
 def measure_size(args: argparse.Namespace, hidden: int, tokens: int) -> list[Row]:
     """The dense layer of one size, and every layer with experts."""
-    dtype = DTYPES[args.dtype]
-    dense = MLP(hidden, 4 * hidden).to(args.device, dtype)
+    dense = MLP(hidden, 4 * hidden * args.topk).to(args.device, DTYPES[args.dtype])
     initialize(dense)
     rows: list[Row] = [measure(args, "dense", dense, None, hidden, tokens, 1, None)]
     base = rows[0].even_ms
     for experts in args.experts:
-        layer = make_layer(hidden, experts, args.device, dtype)
+        layer = make_layer(hidden, experts, args)
         check(layer, hidden, tokens, args)
-        rows.append(measure(args, "ours", layer, layer.router.weight, hidden, tokens, experts, base))
+        ours = measure(
+            args, "ours", layer, layer.router.weight, hidden, tokens, experts, base,
+            topk=args.topk, dropless=args.mode == "dropless",
+        )  # fmt: skip
+        rows.append(ours)
         if args.profile:
             profile(layer, fresh(hidden, tokens, args))
         del layer
-        if not args.skip_peers:
-            peer = deepspeed_layer(hidden, experts, args.device, dtype)
-            if peer is not None:
-                rows.append(measure(args, "DeepSpeed", *peer, hidden, tokens, experts, base))
-            del peer
+        for name in () if args.skip_peers or args.topk > 1 else args.peers:
+            row = measure_peer(args, name, hidden, tokens, experts, base)
+            if row is not None:
+                ratios = {
+                    "over_ours_even": row.even_ms / ours.even_ms,
+                    "over_ours_skewed": row.skewed_ms / ours.skewed_ms,
+                }
+                rows.append(dataclasses.replace(row, **ratios))
     return rows
 
 
-def initialize(module: nn.Module) -> None:
-    """Weights of a size that keeps activations near 1; drawn on the device."""
-    for parameter in module.parameters():
-        nn.init.normal_(parameter, std=parameter.size(-2 if parameter.dim() == 3 else -1) ** -0.5)
+def measure_peer(
+    args: argparse.Namespace, name: str, hidden: int, tokens: int, experts: int, dense_ms: float
+) -> Row | None:
+    """Build, verify and time another project's layer; None, with a printed line, where that fails."""
+    peer = None
+    try:
+        peer = peers.PEERS[name](peers.Shape(hidden, experts, args.device, DTYPES[args.dtype], args.scattermoe))
+        peers.verify(peer, fresh(hidden, tokens, args), TOLERANCE[args.dtype])
+        dropless = peer.capacity_factor is None
+        return measure(
+            args, peer.name, peer.layer, peer.router_EH, hidden, tokens, experts, dense_ms, dropless=dropless
+        )
+    except Exception as error:  # whatever another project raises must not end the run
+        print(f"{name} with {experts} experts is left out: {one_line(error)}", flush=True)
+        return None
+    finally:
+        del peer
+        if args.device == "cuda":
+            torch.cuda.empty_cache()
 
 
-def make_layer(hidden: int, experts: int, device: str, dtype: torch.dtype) -> MoELayer:
+def make_layer(hidden: int, experts: int, args: argparse.Namespace) -> MoELayer:
     """A layer of ours in training mode."""
-    model, moe = ModelConfig(num_layers=2, hidden_size=hidden, num_attention_heads=1), MoEConfig(num_experts=(experts,))
+    model = ModelConfig(num_layers=2, hidden_size=hidden, num_attention_heads=1)
+    moe = MoEConfig(num_experts=(experts,), topk=args.topk, moe_token_dropping=args.mode == "capacity")
     with torch.device("meta"):
         layer = MoELayer(model, moe, experts)
-    layer = layer.to(dtype).to_empty(device=device)
+    layer = layer.to(DTYPES[args.dtype]).to_empty(device=args.device)
     initialize(layer)
     return layer
 
 
-def skew(weight_EH: torch.Tensor, direction_H: torch.Tensor) -> None:
-    """Make a router favour some experts, for tokens that have ``direction_H`` in common."""
-    E = weight_EH.size(0)
-    with torch.no_grad():
-        bias_E = SKEW * torch.linspace(1.0, -1.0, E, device=weight_EH.device)
-        weight_EH += (bias_E[:, None] * direction_H / direction_H.norm() ** 2).to(weight_EH.dtype)
-
-
-def fresh(hidden: int, tokens: int, args: argparse.Namespace, direction_H: torch.Tensor | None = None) -> torch.Tensor:
-    """Random tokens; all with ``direction_H`` in common if given."""
-    x_TH = torch.randn(tokens, hidden, device=args.device)
-    if direction_H is not None:
-        x_TH += direction_H
-    return x_TH.to(DTYPES[args.dtype]).requires_grad_()
-
-
-def answer(layer: nn.Module, x_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Output and load-balancing loss of any of the layers."""
-    out = layer(x_TH)
-    if isinstance(out, torch.Tensor):
-        return out, None
-    return out[0], out[1]
+def fresh(hidden: int, tokens: int, args: argparse.Namespace) -> torch.Tensor:
+    """Random tokens."""
+    return torch.randn(tokens, hidden, device=args.device).to(DTYPES[args.dtype]).requires_grad_()
 
 
 def measure(
@@ -148,8 +176,12 @@ def measure(
     tokens: int,
     experts: int,
     dense_ms: float | None,
+    *,
+    topk: int = 1,
+    dropless: bool = False,
 ) -> Row:
     """Time one layer."""
+    loads = None if router_EH is None else Loads(router_EH, tokens)
 
     def both(x_TH: torch.Tensor, dy_TH: torch.Tensor) -> None:
         y_TH, aux_loss = answer(layer, x_TH)
@@ -164,30 +196,36 @@ def measure(
         with torch.no_grad():
             answer(layer, x_TH)
 
-    def inputs(direction_H: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        x_TH = fresh(hidden, tokens, args, direction_H)
-        return x_TH, torch.randn_like(x_TH)
+    def inputs(skewed: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        x_TH = torch.randn(tokens, hidden, device=args.device)
+        if loads is not None:
+            x_TH = loads.skewed(x_TH) if skewed else loads.even(x_TH, topk)
+        x_TH = x_TH.to(DTYPES[args.dtype])
+        return x_TH.requires_grad_(), torch.randn_like(x_TH)
 
     even, _, _ = median_ms(both, inputs, repeats=args.repeats)
     forward_ms, _, _ = median_ms(forward, inputs, repeats=args.repeats)
-    memory = 0
+    memory = None
     if args.device == "cuda":
         gradients = sum(p.numel() * p.element_size() for p in layer.parameters())
-        memory = peak_bytes(both, *inputs()) - gradients
+        memory = (peak_bytes(both, *inputs()) - gradients) / 1e6
     skewed = busiest = dropped = None
-    if router_EH is not None:
-        direction_H = torch.randn(hidden, device=args.device)
-        skew(router_EH, direction_H)
-        skewed, _, _ = median_ms(both, lambda: inputs(direction_H), repeats=args.repeats)
-        x_TH = inputs(direction_H)[0].detach()
-        counts_E = torch.bincount(F.linear(x_TH, router_EH.to(x_TH.dtype)).argmax(-1), minlength=experts)
-        busiest = float(counts_E.max()) * experts / tokens
-        dropped = float((counts_E - tokens / experts).clamp(min=0).sum()) / tokens
+    if loads is not None:
+        skewed, _, _ = median_ms(both, lambda: inputs(skewed=True), repeats=args.repeats)
+        counts_E = loads.counts(inputs()[0], topk)
+        assert int(counts_E.max() - counts_E.min()) <= topk, (
+            f"tokens of each expert: {counts_E.tolist()}; expected as many"
+        )
+        counts_E = loads.counts(inputs(skewed=True)[0], topk)
+        mean = tokens * topk / experts
+        busiest = float(counts_E.max()) / mean
+        dropped = 0.0 if dropless else float((counts_E - mean).clamp(min=0).sum()) / (tokens * topk)
     base = dense_ms or even
     ratio = None if skewed is None else base / skewed
     return Row(
-        name, hidden, tokens, experts, even, skewed, forward_ms, base / even, ratio, memory / 1e6, busiest, dropped
-    )
+        name, hidden, tokens, experts, even, skewed, forward_ms, base / even, ratio, memory,
+        busiest=busiest, dropped=dropped,
+    )  # fmt: skip
 
 
 def check(layer: MoELayer, hidden: int, tokens: int, args: argparse.Namespace) -> None:
@@ -198,65 +236,57 @@ def check(layer: MoELayer, hidden: int, tokens: int, args: argparse.Namespace) -
     """
     x_TH = fresh(hidden, tokens, args)
     dy_TH = torch.randn_like(x_TH)
+    torch.manual_seed(0)
     out = layer(x_TH)
     out.y.backward(dy_TH)
-    # Which tokens found room is random: it shows in the answers.
-    kept_T = out.y.detach().abs().sum(-1) > 0
-    router, ex = layer.router.weight.detach().double(), layer.experts
-    expert_T = F.linear(x_TH.detach().double(), router).argmax(-1)
-    chosen = int(torch.bincount(expert_T[kept_T], minlength=router.size(0)).argmax())
-    own = ((expert_T == chosen) & kept_T).nonzero()[:, 0]
-    x, weights = x_TH.detach()[own].double().requires_grad_(), [
-        p.detach()[chosen].double().requires_grad_() for p in (ex.w1, ex.b1, ex.w2, ex.b2)
-    ]  # fmt: skip
-    w1, b1, w2, b2 = weights
-    gate = F.linear(x, router).softmax(-1)[:, chosen]
-    y = (F.gelu(x @ w1 + b1, approximate="tanh") @ w2 + b2) * gate[:, None]
+    torch.manual_seed(0)  # which tokens find room is random
+    with torch.no_grad():
+        route = fused.route if fused.routes(layer.router, x_TH) else Router.__call__
+        plan = route(layer.router, x_TH).plan
+    logits_TE = F.linear(x_TH.detach().double(), layer.router.weight.detach().double())
+    best_TK = logits_TE.topk(args.topk).indices
+    assert float((best_TK != plan.expert_TK).double().mean()) <= 1e-3, "tokens do not go to their best experts"
+    kept_TK = plan.slot_TK < (tokens if plan.capacity is None else plan.capacity)
+    assert int(out.dropped) == int((~kept_TK).sum())
+    assert not out.y[~kept_TK.any(1)].any(), "a token that found no room got an answer"
+
+    chosen = int(torch.bincount(plan.expert_TK[kept_TK], minlength=logits_TE.size(1)).argmax())
+    own = ((plan.expert_TK == chosen) & kept_TK).any(1).nonzero()[:, 0]
+    some = own if args.topk == 1 else own[:8]  # these pass through many experts
+    _, y, weights = in_float64(layer, x_TH[own], plan.expert_TK[own], kept_TK[own], [chosen])
     y.backward(dy_TH[own].double())
-    pairs = {"answers": (out.y[own], y), "tokens' gradient": (x_TH.grad[own], x.grad)}
-    for name, parameter, exact in zip(("w1", "b1", "w2", "b2"), (ex.w1, ex.b1, ex.w2, ex.b2), weights, strict=True):
-        pairs[f"{name}'s gradient"] = (parameter.grad[chosen], exact.grad)
+    pairs = {
+        f"{name}'s gradient": (getattr(layer.experts, name).grad[chosen], weight.grad)
+        for name, weight in weights[chosen].items()
+    }
+    everywhere = plan.expert_TK[some].unique().tolist()
+    x, y, _ = in_float64(layer, x_TH[some], plan.expert_TK[some], kept_TK[some], everywhere)
+    y.backward(dy_TH[some].double())
+    pairs |= {"answers": (out.y[some], y), "tokens' gradient": (x_TH.grad[some], x.grad)}
     for name, (found, exact) in pairs.items():
         error = float((found.detach().double() - exact.detach()).norm() / exact.detach().norm())
         assert error <= TOLERANCE[args.dtype], f"{name} of expert {chosen}: relative error {error}"  # NaN fails too
-    dropped = (~kept_T).nonzero()[:, 0]
-    assert int(out.dropped) == len(dropped)
     for parameter in layer.parameters():
         parameter.grad = None
 
 
-def deepspeed_layer(
-    hidden: int, experts: int, device: str, dtype: torch.dtype
-) -> tuple[nn.Module, torch.Tensor] | None:
-    """DeepSpeed's own layer and its router, or None with one line of output."""
-    try:
-        import deepspeed
-        from deepspeed.moe.layer import MoE
-        from deepspeed.utils import groups
-    except ImportError as error:
-        print(f"DeepSpeed is left out: {error}", flush=True)
-        return None
-
-    class Expert(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc1, self.fc2 = nn.Linear(hidden, 4 * hidden), nn.Linear(4 * hidden, hidden)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
-
-    if not torch.distributed.is_initialized():
-        store = torch.distributed.HashStore()
-        backend = "nccl" if device == "cuda" else "gloo"
-        torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
-        deepspeed.init_distributed(dist_backend=backend, verbose=False)
-    groups._create_expert_and_data_parallel(1)
-    layer = MoE(hidden, Expert(), num_experts=experts, k=1, capacity_factor=1.0, min_capacity=4, use_rts=True)
-    layer.set_deepspeed_parallelism()
-    layer = layer.to(device=device, dtype=dtype)
-    initialize(layer)
-    router = layer.deepspeed_moe.gate.wg.float().weight
-    return layer, router
+def in_float64(
+    layer: MoELayer, x_TH: torch.Tensor, expert_TK: torch.Tensor, kept_TK: torch.Tensor, experts: list[int]
+) -> tuple[torch.Tensor, torch.Tensor, dict[int, dict[str, torch.Tensor]]]:
+    """Tokens, the answers of those of their experts that are among ``experts``, and the weights of these."""
+    x_TH = x_TH.detach().double().requires_grad_()
+    gate_TK = F.linear(x_TH, layer.router.weight.detach().double()).softmax(-1).gather(1, expert_TK) * kept_TK
+    if expert_TK.size(1) > 1:
+        gate_TK = gate_TK / gate_TK.sum(1, keepdim=True)
+    y_TH, weights = torch.zeros_like(x_TH), {}
+    for expert in experts:
+        weights[expert] = {
+            name: p.detach()[expert].double().requires_grad_() for name, p in layer.experts.named_parameters()
+        }
+        w1, b1, w2, b2 = (weights[expert][name] for name in ("w1", "b1", "w2", "b2"))
+        answer_TH = F.gelu(x_TH @ w1 + b1, approximate="tanh") @ w2 + b2
+        y_TH = y_TH + answer_TH * (gate_TK * (expert_TK == expert)).sum(1, keepdim=True)
+    return x_TH, y_TH, weights
 
 
 def profile(layer: nn.Module, x_TH: torch.Tensor) -> None:
@@ -270,21 +300,18 @@ def profile(layer: nn.Module, x_TH: torch.Tensor) -> None:
 
 def table(rows: list[Row]) -> str:
     """Markdown."""
-    lines = [
-        "| layer | H | T | E | even ms | skewed ms | forward ms | dense / even | dense / skewed | memory MB | busiest"
-        " expert | dropped |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
-    ]
 
-    def number(value: float | None, digits: int) -> str:
-        return "" if value is None else f"{value:.{digits}f}"
+    def ratios(row: Row) -> str:
+        return " / ".join(filter(None, (number(row.over_ours_even, 2), number(row.over_ours_skewed, 2))))
 
-    for row in rows:
-        cells = [row.layer, str(row.hidden), str(row.tokens), str(row.experts), number(row.even_ms, 2)]
-        cells += [number(row.skewed_ms, 2), number(row.forward_ms, 2), number(row.dense_over_even, 2)]
-        cells += [number(row.dense_over_skewed, 2), number(row.memory_mb, 0), number(row.busiest, 1)]
-        lines.append("| " + " | ".join([*cells, number(row.dropped, 2)]) + " |")
-    return "\n".join(lines)
+    def cells(row: Row) -> list[str]:
+        times = [number(value, 2) for value in (row.even_ms, row.skewed_ms, row.forward_ms)]
+        shares = [number(value, 2) for value in (row.dense_over_even, row.dense_over_skewed)]
+        rest = [ratios(row), number(row.memory_mb, 0), number(row.busiest, 1), number(row.dropped, 2)]
+        return [row.layer, str(row.hidden), str(row.tokens), str(row.experts), *times, *shares, *rest]
+
+    columns = "<layer | H | T | E | even ms | skewed ms | forward ms | dense / even | dense / skewed | peer / ours"
+    return markdown(columns + " | memory MB | busiest | dropped", [cells(row) for row in rows])
 
 
 if __name__ == "__main__":

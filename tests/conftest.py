@@ -4,11 +4,17 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 
 # Processes that tests start find this checkout too, installed or not.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+# Without a GPU, Triton's interpreter runs the kernels, also in processes that tests start. It must be told before
+# anything imports Triton.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -19,10 +25,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.distributed)
         if folders[0] == "gpu":
             item.add_marker(pytest.mark.gpu)
-    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
-    if on_gpu:
-        import torch
-
-        if not torch.cuda.is_available():
-            for item in on_gpu:
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

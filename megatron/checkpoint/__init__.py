@@ -16,14 +16,16 @@ from megatron.checkpoint.errors import CheckpointError, ContactLost
 from megatron.checkpoint.folder import latest
 from megatron.checkpoint.loading import load, read_meta
 from megatron.checkpoint.saving import AsyncSaver, save
-from megatron.checkpoint.tensors import Box, ShardedTensor, flat_boxes
+from megatron.checkpoint.tensors import Box, Deferred, ShardedTensor, data_of, flat_boxes
 
 __all__ = [
     "AsyncSaver",
     "Box",
     "CheckpointError",
     "ContactLost",
+    "Deferred",
     "ShardedTensor",
+    "data_of",
     "flat_boxes",
     "latest",
     "load",

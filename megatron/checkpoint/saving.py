@@ -19,7 +19,7 @@ from megatron.checkpoint.agree import Group, raise_failures
 from megatron.checkpoint.errors import ContactLost
 from megatron.checkpoint.folder import abandon, delete_older, step_name
 from megatron.checkpoint.storage import BoxSavePlanner, Writer
-from megatron.checkpoint.tensors import Box, ShardedTensor
+from megatron.checkpoint.tensors import Box, ShardedTensor, data_of
 
 
 def save(
@@ -185,7 +185,7 @@ def _copy_to_cpu(entries: Sequence[ShardedTensor]) -> list[ShardedTensor]:
     for entry in entries:
         boxes = []
         for offsets, tensor in entry.boxes:
-            source = tensor.detach()
+            source = data_of(tensor)
             if source.is_cuda:
                 streams.add(torch.cuda.current_stream(source.device))
                 target = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)

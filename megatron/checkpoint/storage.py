@@ -44,7 +44,7 @@ from torch.futures import Future
 
 from megatron.checkpoint.errors import CheckpointError
 from megatron.checkpoint.folder import INDEX, META, FileRecord, begin, commit, temporary_path, write_file
-from megatron.checkpoint.tensors import DTYPES, ShardedTensor, by_name, dtype_name, dtype_of
+from megatron.checkpoint.tensors import DTYPES, Deferred, ShardedTensor, by_name, data_of, dtype_name, dtype_of
 
 # said by every save and load of a process on its own, for which it is meant here
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -76,7 +76,7 @@ class BoxSavePlanner(DefaultSavePlanner):
     def __init__(self, entries: Callable[[], Sequence[ShardedTensor]]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self._entries = entries
-        self._boxes: dict[MetadataIndex, torch.Tensor] = {}
+        self._boxes: dict[MetadataIndex, torch.Tensor | Deferred] = {}
 
     def create_local_plan(self) -> SavePlan:
         """A write item for every box of this rank; with them travels what the rank knows of each tensor."""
@@ -121,7 +121,7 @@ class BoxSavePlanner(DefaultSavePlanner):
                 )
             return super().create_global_plan([dataclasses.replace(plan, planner_data=None) for plan in all_plans])
 
-    def lookup_object(self, index: MetadataIndex) -> torch.Tensor:
+    def lookup_object(self, index: MetadataIndex) -> torch.Tensor | Deferred:
         """The data of one box."""
         return self._boxes[index]
 
@@ -207,7 +207,7 @@ class Writer(StorageWriter):
         return False
 
 
-def write_safetensors(path: Path, tensors: Sequence[tuple[str, torch.Tensor]]) -> FileRecord:
+def write_safetensors(path: Path, tensors: Sequence[tuple[str, torch.Tensor | Deferred]]) -> FileRecord:
     """Write a safetensors file, one tensor after the other, so that no second copy of them all is ever in memory.
 
     Layout (https://github.com/huggingface/safetensors): the header's length as 8 bytes, little-endian; the header, JSON
@@ -231,7 +231,7 @@ def write_safetensors(path: Path, tensors: Sequence[tuple[str, torch.Tensor]]) -
         put(len(text).to_bytes(8, "little"))
         put(text)
         for _, tensor in tensors:
-            put(memoryview(tensor.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy()))
+            put(memoryview(data_of(tensor).contiguous().cpu().view(-1).view(torch.uint8).numpy()))
         file.flush()
         os.fsync(file.fileno())
     return FileRecord(size, digest.hexdigest())

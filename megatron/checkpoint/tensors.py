@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -24,11 +24,37 @@ DTYPES = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Deferred:
+    """Data that is made only when it is written, so that not all of it need be in memory at once.
+
+    ``make`` returns a tensor of this shape and data type. It is called in the thread that saves, or before
+    :meth:`megatron.checkpoint.AsyncSaver.save` returns.
+    """
+
+    shape: torch.Size
+    dtype: torch.dtype
+    make: Callable[[], torch.Tensor]
+
+    def numel(self) -> int:
+        """Number of elements."""
+        return self.shape.numel()
+
+    def element_size(self) -> int:
+        """Bytes of an element."""
+        return self.dtype.itemsize
+
+
 class Box(NamedTuple):
     """An n-dimensional rectangle of a global tensor: where it starts, and its data (of the box's own shape)."""
 
     offsets: tuple[int, ...]
-    tensor: torch.Tensor
+    tensor: torch.Tensor | Deferred
+
+
+def data_of(tensor: torch.Tensor | Deferred) -> torch.Tensor:
+    """The data of a box, detached; made now if it was deferred."""
+    return tensor.make() if isinstance(tensor, Deferred) else tensor.detach()
 
 
 @dataclasses.dataclass
@@ -38,7 +64,7 @@ class ShardedTensor:
     For saving, the boxes hold the data, and those of all ranks together must cover every element once; ranks that keep
     the same data name the same boxes, which are then written once. For loading, the boxes are the destinations; any
     boxes will do, whoever saved the tensor. ``dtype`` is the type it is stored in. A box's tensor may be a view and may
-    live on a GPU.
+    live on a GPU; for saving it may be :class:`Deferred`.
     """
 
     name: str

@@ -31,6 +31,17 @@ class OptimizerConfig:
         "bf16: number format of Adam's second moment; bf16 saves 2 bytes a weight.",
         choices=("fp32", "bf16"),
     )
+    optimizer: str = option(
+        "adamw",
+        "How AdamW's moments are kept: in fp32 (adamw), or those of matrices in 8 bits a number (adamw8bit, needs the"
+        " extra [8bit]). Checkpoints hold fp32 moments either way.",
+        choices=("adamw", "adamw8bit"),
+    )
+    optimizer_cpu_offload: bool = option(
+        False,
+        "Keep fp32 weights and AdamW's moments in CPU memory and update them there (ZeRO-Offload): saves GPU memory,"
+        " makes updates slower.",
+    )
     precision: str = option("bf16", "Number format of weights and activations.", choices=("bf16", "fp16", "fp32"))
     grad_reduce_in_bf16: bool = option(
         False, "bf16: add gradients over processes in bf16 instead of fp32, which halves what is sent for it."

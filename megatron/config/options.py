@@ -152,7 +152,7 @@ def read_mapping(mapping: Mapping[str, Any]) -> dict[str, Any]:
         if key in SECTIONS and isinstance(value, Mapping | None):  # an empty section of a YAML file is None
             for inner, inner_value in (value or {}).items():
                 _read_key(inner, inner_value, key, values, problems)
-        elif key in SECTIONS:
+        elif key in SECTIONS and key not in OPTIONS:
             problems.append(f"{key}: got {value!r}; expected a section, that is a mapping of its options")
         else:
             _read_key(key, value, None, values, problems)

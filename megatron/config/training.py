@@ -22,6 +22,13 @@ class TrainingConfig:
     eval_iters: int = option(10, "Global batches of a validation; always the same ones.")
     checkpoint_activations: bool = option(False, "Recompute each layer in the backward pass to save memory.")
     compile: bool = option(True, "Do not let torch.compile fuse the layers on GPUs.", flag="--no-compile")
+    cuda_graphs: bool = option(
+        False, "bf16 on GPUs, without tensor, pipeline and expert parallelism: a micro-batch is launched as one CUDA "
+        "graph. For small models.",
+    )  # fmt: skip
+    deterministic: bool = option(
+        False, "Repeat bit for bit on the same machine and layout; slower, for attention's backward pass most of all."
+    )
     max_skipped_updates: int = option(
         10, "Updates in a row with a non-finite loss or gradient (they are skipped) after which the run stops."
     )

@@ -12,6 +12,7 @@ from megatron.config.errors import ConfigError, around, divisors, remainder
 from megatron.config.exchange_rules import exchange_problems
 from megatron.config.expert_rules import expert_layer_problems, expert_parallel_problems
 from megatron.config.files import file_problems
+from megatron.config.graph_rules import graph_problems
 from megatron.config.options import OPTIONS, Option, flatten
 from megatron.config.pipeline_rules import pipeline_problems
 from megatron.config.run import RunConfig
@@ -338,18 +339,43 @@ def _gradient_reduction(config: RunConfig, world_size: int) -> Iterator[str]:
         yield f"--grad-reduce-in-bf16 must have --bf16, and the precision is {precision}; drop it, or use --bf16"
 
 
-@_rule("precision", "exp_avg_dtype", "exp_avg_sq_dtype")
-def _moments(config: RunConfig, world_size: int) -> Iterator[str]:
-    opt = config.optimizer
-    for flag, dtype in (("--exp-avg-dtype", opt.exp_avg_dtype), ("--exp-avg-sq-dtype", opt.exp_avg_sq_dtype)):
-        if dtype != "fp32" and opt.precision != "bf16":
-            yield f"{flag} {dtype} must have --bf16, and the precision is {opt.precision}; drop it, or use --bf16"
+@_rule("precision", "optimizer", "optimizer_cpu_offload", "exp_avg_dtype", "exp_avg_sq_dtype")
+def _optimizer_state(config: RunConfig, world_size: int) -> Iterator[str]:
+    optimizer = config.optimizer.optimizer
+    if config.optimizer.optimizer_cpu_offload and optimizer != "adamw":
+        yield (
+            f"--optimizer-cpu-offload must have --optimizer adamw, and the optimizer is {optimizer}; 8-bit moments are"
+            f" for GPU memory: use --optimizer adamw, or drop --optimizer-cpu-offload"
+        )
+    for flag, dtype in (
+        ("--exp-avg-dtype", config.optimizer.exp_avg_dtype),
+        ("--exp-avg-sq-dtype", config.optimizer.exp_avg_sq_dtype),
+    ):
+        if dtype == "fp32":
+            continue
+        if config.optimizer.precision != "bf16":
+            yield (
+                f"{flag} {dtype} must have --bf16, and the precision is {config.optimizer.precision}; drop it, or use"
+                f" --bf16"
+            )
+        if optimizer != "adamw" or config.optimizer.optimizer_cpu_offload:
+            other = f"--optimizer {optimizer}" if optimizer != "adamw" else "--optimizer-cpu-offload"
+            yield f"{flag} {dtype} does not go with {other}, which has moments of its own; drop one of the two"
 
 
 @_rule("device", "distributed_backend")
 def _backend(config: RunConfig, world_size: int) -> Iterator[str]:
     if config.training.device == "cpu" and config.parallel.distributed_backend == "nccl":
         yield "--distributed-backend nccl must have GPUs, and --device is cpu; use --distributed-backend gloo"
+
+
+@_rule(
+    *("cuda_graphs", "device", "precision", "checkpoint_activations", "num_experts", "topk", "moe_rts"),
+    *("moe_noise_policy", "moe_token_dropping", "moe_expert_parallel_size"),
+    *("tensor_model_parallel_size", "pipeline_model_parallel_size", "optimizer_cpu_offload"),
+)
+def _graphs(config: RunConfig, world_size: int) -> Iterator[str]:
+    yield from graph_problems(config)
 
 
 @_rule("split", "eval_interval")

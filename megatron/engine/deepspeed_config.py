@@ -12,7 +12,7 @@ _OURS_ALONE = {
     "optimizer": "use --lr, --weight-decay, --adam-beta1 and their like",
     "scheduler": "use --lr-decay-style, --lr-warmup-tokens and --lr-decay-tokens",
     "pipeline": "use --pipeline-model-parallel-size",
-    "zero_optimization.offload_optimizer": "keep the optimizer on the device",
+    "zero_optimization.offload_optimizer": "use --optimizer-cpu-offload",
     "zero_optimization.offload_param": "keep the parameters on the device",
     "torch_autocast": "use --bf16 or --fp16",
     "amp": "use --bf16 or --fp16",
@@ -20,18 +20,19 @@ _OURS_ALONE = {
     "communication_data_type": "use --grad-reduce-in-bf16, or nothing for fp32",
     "prescale_gradients": "the engine averages gradients itself",
     "gradient_predivide_factor": "the engine averages gradients itself",
+    "timers": "the trainer logs tokens/s itself, and DeepSpeed's timer stops the GPU for every micro-batch",
 }
-
-# Unless a file asks for it: DeepSpeed's measurement of throughput waits for the device twice an update.
-QUIET: dict[str, Any] = {"timers": {"throughput": {"enabled": False}}}
 
 # What else a file may say at its top level: DeepSpeed takes a key that it does not know for nothing.
 _KNOWN = {
     *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
     *("bf16", "fp16", "zero_optimization", "zero_allow_untested_optimizer", "steps_per_print", "wall_clock_breakdown"),
     *("dump_state", "memory_breakdown", "comms_logger", "flops_profiler", "tensorboard", "csv_monitor", "wandb"),
-    *("sparse_gradients", "communication_data_type", "data_types", "disable_allgather", "timers", "seed"),
+    *("sparse_gradients", "communication_data_type", "data_types", "disable_allgather", "seed"),
 }
+
+# What DeepSpeed does around each forward and backward pass.
+_OF_EACH_PASS = ("wall_clock_breakdown", "memory_breakdown", "flops_profiler")
 
 
 def from_flags(config: RunConfig, data_parallel_size: int) -> dict[str, Any]:
@@ -44,10 +45,14 @@ def from_flags(config: RunConfig, data_parallel_size: int) -> dict[str, Any]:
         "gradient_clipping": optimizer.clip_grad,
         "zero_optimization": {"stage": 1},
         "steps_per_print": None,
+        "timers": {"throughput": {"enabled": False}},  # which would wait for the device at each micro-batch
         "zero_allow_untested_optimizer": True,
         # stages hand on activations as they are, not cut over the tensor-parallel processes
         "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
     }
+    if optimizer.optimizer_cpu_offload:
+        settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+        settings["zero_force_ds_cpu_optimizer"] = False  # torch's fused AdamW: as fast, and nothing to compile
     if optimizer.precision == "bf16":
         settings["bf16"] = {"enabled": True}
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
@@ -117,6 +122,11 @@ def merge(ours: dict[str, Any], theirs: dict[str, Any], config: RunConfig, where
                 f"{where}: {precision}.enabled is true, but the flags say {config.optimizer.precision}; "
                 f"add --{precision}"
             )
+    if config.training.cuda_graphs:
+        for key in _OF_EACH_PASS:
+            section = theirs.get(key, False)
+            if section is True or (isinstance(section, dict) and section.get("enabled") is True):
+                problems.append(f"{where}: {key!r} sees nothing of a CUDA graph; remove it, or drop --cuda-graphs")
     if problems:
         raise ConfigError(*problems)
     return merged
@@ -130,7 +140,7 @@ def build(config: RunConfig, data_parallel_size: int) -> dict[str, Any]:
     """
     ours = from_flags(config, data_parallel_size)
     if config.parallel.deepspeed_config is None:
-        return ours | QUIET
+        return ours
     path = Path(config.parallel.deepspeed_config)
     try:
         theirs = json.loads(path.read_text(encoding="utf-8"))
@@ -138,4 +148,4 @@ def build(config: RunConfig, data_parallel_size: int) -> dict[str, Any]:
         raise ConfigError(f"--deepspeed_config {path}: {error}; give a readable JSON file") from None
     if not isinstance(theirs, dict):
         raise ConfigError(f"--deepspeed_config {path}: expected a JSON object, got {type(theirs).__name__}")
-    return QUIET | merge(ours, theirs, config, str(path))
+    return merge(ours, theirs, config, str(path))

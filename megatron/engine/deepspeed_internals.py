@@ -21,11 +21,13 @@ import torch
 from deepspeed.moe.layer import MoE
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from deepspeed.runtime import bf16_optimizer
+from deepspeed.runtime.zero import utils as zero_utils
 from deepspeed.utils import groups, logger
 from torch import nn
 from torch.distributed import ProcessGroup
 
 from megatron.config import RunConfig
+from megatron.engine.eight_bit import AdamW8bit, Stretch
 from megatron.parallel.initialize import Topology
 from megatron.parallel.sharding import shards_of
 
@@ -43,6 +45,8 @@ def start() -> None:
     warnings.filterwarnings("ignore", message=r".*c10d::broadcast_: an autograd kernel was not registered")  # of a tie
     warnings.filterwarnings("ignore", message=r".*(all_gather_into_tensor|reduce_scatter_tensor).* is deprecated")
     deepspeed.ops.__compatible_ops__[SHARED_MEMORY_OP] = False
+    if AdamW8bit not in zero_utils.ZERO_SUPPORTED_OPTIMIZERS:  # else it warns of an optimizer it has not tested
+        zero_utils.ZERO_SUPPORTED_OPTIMIZERS.append(AdamW8bit)
     deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
 
 
@@ -186,14 +190,14 @@ class Fragment:
     """The stretch of one parameter whose fp32 weights and Adam moments this rank keeps (ZeRO-1).
 
     ``start`` and ``numel`` address the flattened parameter; the tensors are one-dimensional views of ``numel`` elements
-    into the optimizer's own memory.
+    into the optimizer's own memory. Moments of 8 bits are :class:`megatron.engine.eight_bit.Stretch` instead.
     """
 
     start: int
     numel: int
     master: torch.Tensor
-    exp_avg: torch.Tensor
-    exp_avg_sq: torch.Tensor
+    exp_avg: torch.Tensor | Stretch
+    exp_avg_sq: torch.Tensor | Stretch
 
 
 def let_loss_scale_rest(optimizer: object) -> None:
@@ -208,6 +212,8 @@ def create_adam_state(adam: torch.optim.AdamW, exp_avg_dtype: torch.dtype, exp_a
     for group in adam.param_groups:
         for flat in group["params"]:
             state = adam.state[flat]
+            if group.get("eight_bit"):
+                state.update(adam.new_state(flat, group))
             if not state:
                 state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
                 state["exp_avg"] = torch.zeros_like(flat, dtype=exp_avg_dtype)
@@ -253,3 +259,19 @@ def accumulated(parameter: nn.Parameter) -> object:
     """
     apart = getattr(parameter, "grad_accum", None)
     return parameter if apart is None else types.SimpleNamespace(grad=apart)
+
+
+def end_backward(engine: object) -> None:
+    """What ``engine`` does after a backward pass of its own: add up gradients, and after the last one reduce them."""
+    engine._backward_epilogue()
+
+
+def offload_from_where_gradients_are_reduced(optimizer: object) -> None:
+    """With the optimizer's state in CPU memory, let gradients go there from the buffer in which they are reduced.
+
+    DeepSpeed puts one more fp32 buffer for this rank's share of a group between the two. ZeRO-1 has no use for it: it
+    reduces once an update. It takes 4 bytes of GPU memory a parameter / replicas, and after an update that was skipped
+    its contents, which are not finite, stay and are added to: no further update would be made.
+    """
+    if getattr(optimizer, "cpu_offload", False):
+        optimizer._use_compact_grad_partition_buffer = lambda group: False

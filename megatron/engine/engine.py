@@ -14,6 +14,9 @@ from torch import nn
 
 from megatron.checkpoint import Box, ShardedTensor, flat_boxes
 from megatron.config import MoEConfig, RunConfig
+from megatron.engine.cuda_graphs import GraphedMicroBatches
+from megatron.engine.eight_bit import AdamW8bit, Stretch
+from megatron.engine.offload import use_cores
 from megatron.engine.schedule import learning_rate
 from megatron.model.gpt import GPTModel
 from megatron.parallel.initialize import Topology
@@ -133,7 +136,9 @@ class Engine:
         marker = deepspeed_internals.mark_experts(config, model) if config.moe.enabled else None
         deepspeed_internals.mark_model_parallel(model)
         module = self._trained_module(model, marker).to(topology.device)
-        self._adam = build_adam(module, config.optimizer)
+        if config.optimizer.optimizer_cpu_offload and topology.device.type == "cuda":
+            use_cores(topology.launch.world_size)
+        self._adam = build_adam(module, config.optimizer, config.training.compile)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=module,
             optimizer=self._adam,
@@ -146,7 +151,9 @@ class Engine:
         deepspeed_internals.let_loss_scale_rest(self._optimizer)
         bf16 = isinstance(self._optimizer, BF16_Optimizer)
         self._update = Update(self._optimizer, config.optimizer, topology) if bf16 else None
+        deepspeed_internals.offload_from_where_gradients_are_reduced(self._optimizer)
         self.model = model
+        self._graphs = GraphedMicroBatches(module, model, topology.device) if config.training.cuda_graphs else None
 
     def _trained_module(self, model: nn.Module, marker: nn.Module | None) -> nn.Module:
         """What DeepSpeed trains: ``model`` with its losses, and the marker of experts."""
@@ -167,15 +174,25 @@ class Engine:
         self._begin(len(micro_batches))
         for number, batch in enumerate(micro_batches, start=1):
             self._engine.set_gradient_accumulation_boundary(number == len(micro_batches))
-            torch.manual_seed(micro_batch_seed(self._config.training.seed, int(batch["sample_index"])))
-            loss, new = self._engine(self._to_device(batch))
-            self._engine.backward(loss / len(micro_batches), scale_wrt_gas=False)
+            new = self._forward_backward(batch, len(micro_batches))
             sums = new if sums is None else sums + new
         if sums is None:
             raise ValueError("a step needs at least one micro-batch; got none")
         scale = self._loss_scale()
         self._engine.step()
         return self._result(sums, lr, scale)
+
+    def _forward_backward(self, batch: Mapping[str, Any], count: int) -> LossSums:
+        """One of ``count`` micro-batches of an update: its losses; its gradients are added to the update's."""
+        seed = micro_batch_seed(self._config.training.seed, int(batch["sample_index"]))
+        if self._graphs is not None and self._graphs.serves(batch):
+            sums = LossSums(*self._graphs.run(batch, seed, count))
+            self._internals.end_backward(self._engine)
+            return sums
+        torch.manual_seed(seed)
+        loss, sums = self._engine(self._to_device(batch))
+        self._engine.backward(loss / count, scale_wrt_gas=False)
+        return sums
 
     def _set_learning_rate(self, tokens_after: int) -> float:
         lr = learning_rate(self._config.optimizer, tokens_after, self._decay_tokens)
@@ -242,14 +259,18 @@ class Engine:
         return self._internals.fragments(self.model, self._adam)
 
     def saved_tensors(self) -> list[ShardedTensor]:
-        """This rank's share of fp32 weights and Adam moments, as views: nothing is copied or communicated."""
+        """This rank's share of fp32 weights and Adam moments, as views: nothing is copied or communicated.
+
+        Moments of 8 bits are decoded when they are written, one box at a time.
+        """
         entries = []
         for name, _, fragment in self._fragments():
             if fragment is None:
                 continue
             parts = ((MODEL, fragment.master), (EXP_AVG, fragment.exp_avg), (EXP_AVG_SQ, fragment.exp_avg_sq))
             for prefix, flat in parts:
-                boxes = self._boxes(name, fragment.start, flat)
+                cut = functools.partial(self._boxes, name, fragment.start)
+                boxes = flat.boxes(cut) if isinstance(flat, Stretch) else cut(flat)
                 entries.append(ShardedTensor(prefix + name, self._global_shape(name), flat.dtype, boxes))
         return entries
 
@@ -268,14 +289,17 @@ class Engine:
             if fragment is None:
                 continue
             for prefix, flat in ((EXP_AVG, fragment.exp_avg), (EXP_AVG_SQ, fragment.exp_avg_sq)):
-                boxes = self._boxes(name, fragment.start, flat)
-                entries.append(ShardedTensor(prefix + name, self._global_shape(name), flat.dtype, boxes))
+                to_fill = flat.to_fill() if isinstance(flat, Stretch) else flat
+                boxes = self._boxes(name, fragment.start, to_fill)
+                entries.append(ShardedTensor(prefix + name, self._global_shape(name), to_fill.dtype, boxes))
         yield entries
         with torch.no_grad():
             for name, parameter, fragment in self._fragments():
                 parameter.copy_(weights[name])
                 if fragment is not None:
                     fragment.master.copy_(weights[name].view(-1).narrow(0, fragment.start, fragment.numel))
+        if isinstance(self._adam, AdamW8bit):
+            self._adam.take_filled()
 
     def scalar_state(self) -> dict[str, Any]:
         """What the optimizer keeps besides tensors, JSON-able."""

@@ -46,7 +46,9 @@ class GPTModel(nn.Module):
         checkpoint_activations: keep only each layer's input for the backward pass and compute the rest again.
 
     In training, torch's generator is seeded anew before each layer, from the seed last given to it and the layer's
-    number (:func:`megatron.model.randomness.seed_layer`); the embedding's dropout draws from it as it stands.
+    number (:func:`megatron.model.randomness.seed_layer`); the embedding's dropout draws from it as it stands. The
+    attribute ``seed_layer`` does that. While a CUDA graph is recorded, in which nothing can be seeded, it is another
+    function.
 
     On ``torch.device("meta")`` it has shapes but no memory, for counting.
     """
@@ -68,6 +70,7 @@ class GPTModel(nn.Module):
         self.vocab_size = vocab_size
         self.tensor_group = tensor_group
         self.checkpoint_activations = checkpoint_activations
+        self.seed_layer: Callable[[int, int], None] = seed_layer
         self.embedding = Embedding(
             vocab_size, model.position_rows, model.hidden_size, model.hidden_dropout, tensor_group
         )
@@ -128,7 +131,7 @@ class GPTModel(nn.Module):
         seed = torch.initial_seed()
         for number, layer in enumerate(self.layers):
             if self.training:
-                seed_layer(seed, number)
+                self.seed_layer(seed, number)
             x_BSH, routing = checkpoint(layer, x_BSH, use_reentrant=False) if recompute else layer(x_BSH, cache)
             if routing is not None:
                 routed.append(routing)

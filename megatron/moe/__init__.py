@@ -1,4 +1,4 @@
-"""Mixture of experts: router -> dispatch -> experts -> combine, in plain torch."""
+"""Mixture of experts: router -> dispatch -> experts -> combine, in plain torch or in kernels."""
 
 from megatron.moe.layer import MoELayer, MoEOutput
 from megatron.moe.plan import RoutingPlan

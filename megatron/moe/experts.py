@@ -71,14 +71,15 @@ class Experts(nn.Module):
             fill_normal(w1_HF, w1_std, generator, [Shard(1, self.cut.size, self.cut.rank)])
             fill_normal(w2_FH, w2_std, generator, [Shard(0, self.cut.size, self.cut.rank)])
 
-    def forward(self, x_LCH: torch.Tensor) -> torch.Tensor:
-        """Answers [L, C, H] to equally many rows for each expert."""
-        h_LCF = F.gelu(torch.baddbmm(self.b1[:, None], x_LCH, self.w1), approximate="tanh")
-        return torch.baddbmm(self._b2_LH()[:, None], h_LCF, self.w2)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Answers [L, ..., H] to equally many rows for each expert."""
+        w1_LHF, b1_LF, w2_LFH, b2_LH = self.weights()
+        h_LCF = F.gelu(torch.baddbmm(b1_LF[:, None], x.flatten(1, -2), w1_LHF), approximate="tanh")
+        return torch.baddbmm(b2_LH[:, None], h_LCF, w2_LFH).view(x.shape)
 
     def forward_sorted(self, x_RH: torch.Tensor, rows_per_expert: Sequence[int]) -> torch.Tensor:
         """Answers [R, H] to rows sorted by expert, of which expert i has ``rows_per_expert[i]``."""
-        weights = list(zip(self.w1, self.b1, self.w2, self._b2_LH(), strict=True))
+        weights = list(zip(*self.weights(), strict=True))
         # Without any row, one empty product keeps the parameters in the graph: their gradients are then 0, not None.
         busy = [i for i, rows in enumerate(rows_per_expert) if rows] or [0]
         answers = []
@@ -88,5 +89,6 @@ class Experts(nn.Module):
             answers.append(torch.addmm(b2_H, h_CF, w2_FH))
         return torch.cat(answers)
 
-    def _b2_LH(self) -> torch.Tensor:
-        return self.b2 if self.cut.size == 1 else F.pad(self.b2, self.b2_margin)
+    def weights(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """w1, b1, w2 and b2 of this process, of which b2 is [L, H] in any case: 0 where others add theirs."""
+        return self.w1, self.b1, self.w2, self.b2 if self.cut.size == 1 else F.pad(self.b2, self.b2_margin)

@@ -3,7 +3,6 @@
 Letters: T tokens on this rank, H hidden, E experts, L experts on this rank.
 """
 
-import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -113,16 +112,21 @@ class MoELayer(nn.Module):
     def _serve(self, x_TH: torch.Tensor, plan: RoutingPlan, meanwhile: Callable[[], None]) -> torch.Tensor:
         """The experts' weighted answers, [T, H]; ``meanwhile`` is called while tokens travel to the experts."""
         exchange: CapacityExchange | DroplessExchange
-        answer: Callable[[torch.Tensor], torch.Tensor]
-        if plan.capacity is not None:
-            exchange, answer = CapacityExchange(plan, self.expert_group), self.experts
-        else:
-            exchange = DroplessExchange(plan, self.expert_group)
-            answer = functools.partial(self.experts.forward_sorted, rows_per_expert=exchange.rows_per_expert)
+        exchange = (DroplessExchange if plan.capacity is None else CapacityExchange)(
+            plan, self.expert_group, in_kernels=fused.carries(x_TH)
+        )
         there = exchange.dispatch(x_TH)
         meanwhile()
-        back = [exchange.send_back(answer(exchange.arrive(trip))) for trip in there]
+        back = [exchange.send_back(self._answer(exchange.arrive(trip), exchange)) for trip in there]
         return exchange.combine(back)
+
+    def _answer(self, rows: torch.Tensor, exchange: CapacityExchange | DroplessExchange) -> torch.Tensor:
+        """The experts' answers to rows that arrived."""
+        if isinstance(exchange, CapacityExchange):
+            return fused.answer(self.experts, rows) if fused.answers(self.experts, rows) else self.experts(rows)
+        if fused.answers_sorted(self.experts, rows):
+            return fused.answer_sorted(self.experts, rows, exchange.counts_L)
+        return self.experts.forward_sorted(rows, exchange.rows_per_expert)
 
     @torch.no_grad()
     def _initialize(self, model: ModelConfig, seed: int, layer: int) -> None:

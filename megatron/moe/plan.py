@@ -27,10 +27,13 @@ class RoutingPlan:
     slot_TK: torch.Tensor  # int64
     counts_E: torch.Tensor  # int64, assignments to each expert, before dropping
     capacity: int | None  # rows of each expert's buffer; None: as many as needed
+    known_dropped: torch.Tensor | None = None  # ``dropped``, where it has been counted already
 
     @property
     def dropped(self) -> torch.Tensor:
         """Assignments that found no room, an int64 scalar."""
+        if self.known_dropped is not None:
+            return self.known_dropped
         if self.capacity is None:
             return self.counts_E.new_zeros(())
         return (self.counts_E - self.capacity).clamp(min=0).sum()

@@ -6,8 +6,9 @@ In numbers a token, in the number format of the computation; compiled layers kee
     feed-forward     H before the norm, H after it, F before and F after GELU
     experts          H before the norm, H after it, and for each row of their buffers H, F before and F after GELU
 
-Where the kernels do not serve a whole MoE layer it also keeps the experts' answers, K H, and above top-1 the tokens as
-they were sent, K H; where they do not route, the router keeps the tokens in fp32 and a few tensors of [T, E].
+That is a top-1 layer with a capacity on one process, one function of kernels. Other layers also keep the experts'
+answers, H for each row; kernels then do not keep the F after GELU, and plain torch keeps above top-1 the tokens as they
+were sent, K H. A router in plain torch keeps the tokens in fp32 and a few tensors of [T, E].
 
 Letters: T tokens of a micro-batch, H hidden, F inner size, E experts, K top-k.
 """
@@ -49,34 +50,47 @@ def kept_by_layer(config: RunConfig, layer: int, *, kernels: bool = True) -> flo
     norms = 4 * own + 4 * FP32 * tokens  # inputs, outputs, statistics
     attention = 4 * stream / tensor + tokens * model.num_attention_heads / tensor * FP32
     masks = 2 * own / size if model.hidden_dropout > 0 else 0.0  # one byte an element
-    kept = norms + attention + masks + 2 * inner_units(config, layer) * size
+    of_experts = inner_units_of_experts(config, layer)
+    kept = norms + attention + masks + 2 * (inner_units(config, layer) - of_experts) * size
     experts = moe.experts_of_layer(layer)
     if experts == 1:
         return kept
     rows, choices = rows_of_experts(config, layer)
-    kept += rows * model.hidden_size * size
+    kept += (rows * model.hidden_size + of_experts) * size
     residual = moe.mlp_type == "residual"
     if residual:
         kept += 2 * own
-    if not served_by_kernels(config, layer, kernels):
-        kept += (1 if moe.topk == 1 else 2) * choices * model.hidden_size * size  # answers, and tokens as sent
-        if not routed_by_kernels(config, kernels):
-            kept += SCORES * tokens * experts * FP32
-            if size < FP32:
-                kept += own / size * FP32
-                kept -= own if moe.topk > 1 and not residual else 0  # nothing else needs the norm's output
+    if served_by_kernels(config, layer, kernels):
+        return kept + of_experts * size
+    if kernels:
+        kept += rows * model.hidden_size * size
+    else:
+        kept += (of_experts + choices * model.hidden_size * (1 if moe.topk == 1 else 2)) * size
+    if not routed_by_kernels(config, kernels):
+        kept += SCORES * tokens * experts * FP32
+        if size < FP32:
+            kept += own / size * FP32
+            # of those who read the norm's output none keeps it
+            kept -= own if (kernels or moe.topk > 1) and not residual else 0.0
     return kept
 
 
 def inner_units(config: RunConfig, layer: int) -> float:
     """Outputs of the first products of a layer's feed-forwards on one process."""
-    moe, tensor, ffn = config.moe, config.parallel.tensor_model_parallel_size, config.model.ffn_size
-    dense = config.training.micro_batch_size * config.model.seq_length * ffn / tensor
-    if moe.experts_of_layer(layer) == 1:
-        return dense
-    cut = tensor if config.parallel.enable_expert_tensor_parallelism else 1
-    residual = dense if moe.mlp_type == "residual" else 0.0
-    return rows_of_experts(config, layer)[0] * ffn / cut + residual
+    moe = config.moe
+    dense = config.training.micro_batch_size * config.model.seq_length * config.model.ffn_size
+    has_dense = moe.experts_of_layer(layer) == 1 or moe.mlp_type == "residual"
+    shared = dense / config.parallel.tensor_model_parallel_size if has_dense else 0.0
+    return shared + inner_units_of_experts(config, layer)
+
+
+def inner_units_of_experts(config: RunConfig, layer: int) -> float:
+    """Those of its experts; 0 for a dense layer."""
+    if config.moe.experts_of_layer(layer) == 1:
+        return 0.0
+    parallel = config.parallel
+    cut = parallel.tensor_model_parallel_size if parallel.enable_expert_tensor_parallelism else 1
+    return rows_of_experts(config, layer)[0] * config.model.ffn_size / cut
 
 
 def rows_of_experts(config: RunConfig, layer: int) -> tuple[int, int]:

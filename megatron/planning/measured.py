@@ -11,8 +11,10 @@ import math
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from megatron.config import RunConfig
-from megatron.config.options import OPTIONS, build
+from megatron.config.options import OPTIONS, build, read_mapping
 from megatron.config.presets import PRESETS
 
 DEVICE = "H200"
@@ -24,10 +26,6 @@ STEPS = {"350M:16": 180.7, "350M+8:16": 191.1, "350M+32:16": 225.5, "1.3B:8": 27
 # python -m benchmarks.moe_layer: rows of an expert's buffer -> time of the dense feed-forward of the same FLOPs over
 # that of the MoE layer, forward and backward; 16 384 tokens of hidden size 2 048, 32 768 of 1 024
 EXPERTS_OF_DENSE = {128: 0.58, 256: 0.76, 512: 0.86, 1024: 0.88, 2048: 0.93, 4096: 0.91}
-
-# torchrun --nproc-per-node 2 -m benchmarks.all_to_all: the same for experts on several GPUs, in plain torch, exchange
-# included: 5.78 ms for 8 192 tokens of hidden size 2 048, 8 experts, against half of 4.60 ms for 16 384 (two H100s)
-SPREAD_OF_DENSE = 0.40
 
 # AdamW: bytes a second that its kernel moves, of the GPU's 4.8e12
 UPDATE_OF_BANDWIDTH = 3.5 / 4.8
@@ -82,7 +80,8 @@ def run_of(name: str, **options: Any) -> RunConfig:
 def peaks_in(file: Path) -> list[Peak]:
     """Measured peaks from the JSON that ``python -m benchmarks.train_step --json FILE`` writes; of our own runs.
 
-    What else the benchmark notes beside its rows is an option of the run if there is one of that name.
+    What else the benchmark notes beside its rows is an option of the run if there is one of that name, and so is what
+    its ``--set`` has set.
 
     Raises:
         ValueError: the file has no such rows.
@@ -91,6 +90,9 @@ def peaks_in(file: Path) -> list[Peak]:
     if not isinstance(content, dict) or not all("memory_gb" in row for row in content.get("rows", [{}])):
         raise ValueError(f"{file}: no rows with 'run' and 'memory_gb'; give what benchmarks.train_step --json writes")
     options = {name: value for name, value in content.items() if name in OPTIONS}
+    for word in content.get("options", []):
+        name, _, value = word.partition("=")
+        options |= read_mapping({name: yaml.safe_load(value)})
     if "dropout" in content:
         options |= {"hidden_dropout": content["dropout"], "attention_dropout": content["dropout"]}
     rows = (row | {"run": row["run"].removesuffix(" ours")} for row in content["rows"])

@@ -7,21 +7,17 @@ A model of what ``torch.cuda.max_memory_allocated`` reports. Two moments of an u
 * a layer's backward pass: what earlier layers still keep, this layer's work, and the gradients of the layers behind it.
   Of the first layer it is the end of the backward pass, with all gradients.
 
-What stays between updates, in bytes a weight in bf16 (``megatron/engine/update.py``; ZeRO-1), with n the processes that
-have the same weights: data-parallel ranks for weights outside the experts, expert-data-parallel ranks for experts.
-
-    weights          2
-    fp32 weights     4 / n
-    Adam's moments   (4 + 4) / n, or 2 in place of a 4 with --exp-avg-dtype bf16 and --exp-avg-sq-dtype bf16
-    gradients        4, their fp32 sums; none if n is 1, an update is one micro-batch and there is no pipeline: then
-                     bf16 gradients, 2 bytes, grow in the backward pass and are gone after the update
+What stays between updates is counted in bytes a weight (:mod:`megatron.planning.optimizer_memory`), by the processes
+that have the same weights: data-parallel ranks for weights outside the experts, expert-data-parallel ranks for experts.
+The fp32 sums of gradients stay too. There are none if an update is one micro-batch, without a pipeline, and nobody has
+the same weights: then bf16 gradients grow in the backward pass and are gone after the update.
 
 What a layer keeps for its backward pass is counted in :mod:`megatron.planning.activations`. With
 ``--checkpoint-activations`` it keeps its input alone, and has the rest while its backward pass runs.
 
 Not in it: the CUDA context, NCCL's buffers and what the allocator cannot use (:data:`megatron.planning.devices.USABLE`
-leaves room for them). For fp16 and fp32, whose optimizer is DeepSpeed's own, gradients are counted as 4 bytes a weight,
-and for fp16 2 more; of those nothing was measured.
+leaves room for them). For fp16, gradients are counted until they are reduced and as fp32 sums besides. Of fp16, fp32
+and CPU offload nothing was measured.
 
 Letters: T tokens of a micro-batch, H hidden, F inner size, E experts, V padded vocabulary, N heads.
 """
@@ -34,6 +30,7 @@ from megatron.parallel.grid import Grid
 from megatron.planning.activations import (
     FP32,
     inner_units,
+    inner_units_of_experts,
     kept_by_layer,
     own_stream_bytes,
     rows_of_experts,
@@ -41,9 +38,11 @@ from megatron.planning.activations import (
     stream_bytes,
     width,
 )
+from megatron.planning.optimizer_memory import BytesPerParameter, bytes_per_parameter
 from megatron.planning.parameters import StageParameters, parameters_of_stage
 from megatron.planning.placement import place
 
+OFFLOAD_BUCKET = 500_000_000 * FP32  # DeepSpeed's, in which it adds gradients over processes
 CHUNK = 2 * 256 * 2**20  # fp32 logits that a shared cross-entropy holds at a time, twice
 
 PARTS = {
@@ -118,8 +117,8 @@ class _Stage:
         for layer in layers:
             groups = self._groups(parameters_of_stage(config, vocab_size, [layer], first=False, last=False))
             self._made[layer] = self._width * sum(count for count, _ in groups)
-            stay = config.optimizer.precision == "fp16"  # until DeepSpeed has reduced them
-            self._staying[layer] = self._width * sum(count for count, ranks in groups if stay or self._direct(ranks))
+            fp16 = config.optimizer.precision == "fp16"  # they stay until DeepSpeed has reduced them
+            self._staying[layer] = self._width * sum(n for n, ranks in groups if fp16 or not self._each(ranks).lasting)
 
     def peak(self) -> Memory:
         """The largest of all moments."""
@@ -141,25 +140,26 @@ class _Stage:
     # ------------------------------------------------------------------------------------------------ between updates
 
     def _states(self) -> dict[str, float]:
-        optimizer = self._config.optimizer
-        moment = sum(FP32 if dtype == "fp32" else 2 for dtype in (optimizer.exp_avg_dtype, optimizer.exp_avg_sq_dtype))
         states = dict.fromkeys(("weights", "fp32 weights", "moments", "gradients"), 0.0)
         for count, ranks in self._groups(self._parameters):
-            states["weights"] += count * self._width
-            states["fp32 weights"] += count * FP32 / ranks
-            states["moments"] += count * moment / ranks
-            states["gradients"] += 0 if self._direct(ranks) else count * FP32
+            each = self._each(ranks)
+            states["weights"] += count * each.weights
+            states["fp32 weights"] += count * each.fp32_weights
+            states["moments"] += count * each.moments
+            states["gradients"] += count * each.gradients * each.lasting
+        if self._config.optimizer.optimizer_cpu_offload:
+            states["gradients"] += OFFLOAD_BUCKET
         return states
+
+    def _each(self, ranks: int) -> BytesPerParameter:
+        """Bytes of a weight that this many ranks have."""
+        one = self._micro_batches == 1 and self._grid.pipeline == 1
+        return bytes_per_parameter(self._config.optimizer, ranks, one_micro_batch=one)
 
     def _groups(self, parameters: StageParameters) -> list[tuple[int, int]]:
         """Parameters, and the ranks that have the same ones, of each optimizer group."""
         experts = ((count, self._expert_ranks[degree]) for degree, count in parameters.experts.items())
         return [(parameters.dense, self._grid.data), *experts]
-
-    def _direct(self, ranks: int) -> bool:
-        """Whether a group's gradients are used as the backward pass leaves them."""
-        bf16 = self._config.optimizer.precision == "bf16"
-        return bf16 and ranks == 1 and self._micro_batches == 1 and self._grid.pipeline == 1
 
     # -------------------------------------------------------------------------------------------------- kinds of peak
 
@@ -181,9 +181,11 @@ class _Stage:
         config = self._config
         held = others + sum(kept[n] for n in self._layers if n < layer)
         table = self._vocab * config.model.hidden_size / self._tensor * self._width  # waits for the embedding's
+        whole = served_by_kernels(config, layer, self._kernels)
+        again = inner_units_of_experts(config, layer) if self._kernels and not whole else 0.0  # GELU's output
         return {
             "activations": held + self._full(layer) + self._own_stream,
-            "work": 2 * self._own_stream + inner_units(config, layer) * self._width,
+            "work": 2 * self._own_stream + (inner_units(config, layer) + again) * self._width,
             "gradients": (table if self._last else 0.0) + self._gradients(layer),
             "all-to-all": self._exchange(layer),
         }

@@ -160,12 +160,10 @@ def _compute(config: RunConfig, layers: range, vocab_size: int, device: Device, 
 
 
 def _of_dense(config: RunConfig, layer: int) -> float:
-    """Speed of an MoE layer's feed-forward, as a part of that of the dense one."""
+    """Speed of an MoE layer's feed-forward as a part of that of the dense one; exchanges are counted apart."""
     degree, experts = config.expert_parallel_degree(layer), config.moe.experts_of_layer(layer)
     rows = rows_of_experts(config, layer)[0] / experts * degree
-    alone = measured.between(measured.EXPERTS_OF_DENSE, rows)
-    spread = degree > 1 or config.parallel.tensor_model_parallel_size > 1
-    return min(alone, measured.SPREAD_OF_DENSE) if spread else alone
+    return measured.between(measured.EXPERTS_OF_DENSE, rows)
 
 
 def _update(

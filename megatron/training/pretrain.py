@@ -13,7 +13,9 @@ from megatron.config.validation import validate
 from megatron.data.gpt_dataset import build_datasets
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.engine import deepspeed_config
+from megatron.engine.offload import threads_in_words
 from megatron.engine.pipeline import build_engine
+from megatron.parallel.determinism import make_deterministic
 from megatron.parallel.initialize import NoDevice, Topology, choose_device, initialize, meet, shut_down
 from megatron.parallel.launch import Launch
 from megatron.parallel.lifeline import lifeline
@@ -24,7 +26,15 @@ from megatron.training.clock import Clock, total_samples
 from megatron.training.outlook import outlook
 from megatron.training.report import Report
 from megatron.training.resume import check, clock_from, padded_as_before
-from megatron.training.start import check_outputs, check_precision, find_checkpoint, how_to_go_on, only_run_in
+from megatron.training.start import (
+    check_graphs,
+    check_optimizer,
+    check_outputs,
+    check_precision,
+    find_checkpoint,
+    how_to_go_on,
+    only_run_in,
+)
 from megatron.training.trainer import Trainer, TrainingDiverged
 
 
@@ -42,6 +52,10 @@ def pretrain(config: RunConfig) -> int:
         deepspeed_config.build(config, config.parallel.data_parallel_size(launch.world_size))
         check_outputs(config)
         check_precision(config, device)
+        check_optimizer(config)
+        check_graphs(config, device)
+        if config.training.deterministic:
+            make_deterministic()
         # expert parallelism means nothing to a dense model, so that --num-experts alone tells the two apart
         degrees = config.parallel.moe_expert_parallel_size if config.moe.enabled else (1,)
         parallel = dataclasses.replace(config.parallel, moe_expert_parallel_size=degrees)
@@ -97,6 +111,8 @@ def _run(config: RunConfig, topology: Topology) -> None:
             print(outlook(config, topology, vocab_size), flush=True)
             if topology.pipeline_parallel_size > 1:
                 print(place(config, vocab_size), flush=True)
+            if config.optimizer.optimizer_cpu_offload:
+                print(threads_in_words(), flush=True)
             for warning in warnings:
                 print(f"warning: this run differs from the checkpoint's: {warning}", flush=True)
         data = (train_data, valid_data)

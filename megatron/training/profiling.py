@@ -28,7 +28,7 @@ def profiled(folder: Path | None, title: str, device: torch.device) -> Iterator[
         yield
         if on_gpu:
             torch.cuda.synchronize(device)
-    key = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
+    key = "self_device_time_total" if on_gpu else "self_cpu_time_total"
     table = seen.key_averages().table(sort_by=key, row_limit=ROWS, max_name_column_width=70)
     if on_gpu:
         whole, idle = idle_share(seen)
@@ -41,9 +41,12 @@ def profiled(folder: Path | None, title: str, device: torch.device) -> Iterator[
 
 
 def idle_share(seen: torch.profiler.profile) -> tuple[float, float]:
-    """Milliseconds from the first kernel to the end of the last, and the share of them in which none ran."""
-    kernels = [e.time_range for e in seen.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    return spans_idle([(span.start, span.end) for span in kernels])
+    """Milliseconds from the first kernel or copy to the end of the last, and the share of them in which none ran.
+
+    A named range of the program is an event on the device too, as long as what it spans, and does not count.
+    """
+    events = (e for e in seen.events() if e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation)
+    return spans_idle([(event.time_range.start, event.time_range.end) for event in events])
 
 
 def spans_idle(spans: list[tuple[float, float]]) -> tuple[float, float]:

@@ -16,7 +16,7 @@ from megatron.training.clock import Clock
 _HARMLESS = {
     *("device", "num_workers", "data_cache_path", "vocab_file", "merge_file", "tokenizer_model", "tokenizer_type"),
     *("eval_interval", "eval_iters", "checkpoint_activations", "max_skipped_updates", "moe_eval_capacity_factor"),
-    *("check_replicas", "compile"),
+    *("check_replicas", "compile", "optimizer_cpu_offload", "cuda_graphs", "deterministic"),
     *("ffn_hidden_size", "max_position_embeddings", "num_experts", "expert_interval", "make_vocab_size_divisible_by"),
 }
 _COMPARED = ("model", "moe", "optimizer", "training", "data")

@@ -54,6 +54,21 @@ def check_precision(config: RunConfig, device: torch.device) -> None:
         raise ConfigError("--fp16 needs a GPU; on a CPU use --fp32 or --bf16")
 
 
+def check_optimizer(config: RunConfig) -> None:
+    """Raises ConfigError where the library of the optimizer asked for is missing."""
+    if config.optimizer.optimizer == "adamw8bit" and importlib.util.find_spec("torchao") is None:
+        raise ConfigError(
+            "--optimizer adamw8bit needs torchao; run: pip install -c constraints.txt -e '.[8bit]', or use"
+            " --optimizer adamw"
+        )
+
+
+def check_graphs(config: RunConfig, device: torch.device) -> None:
+    """Raises ConfigError where the device has no CUDA graphs, and they are asked for."""
+    if config.training.cuda_graphs and device.type != "cuda":
+        raise ConfigError("--cuda-graphs needs a GPU, and torch finds none; drop it")
+
+
 def _continues(config: RunConfig) -> bool:
     """Whether ``--load`` is the folder of ``--save``, or a checkpoint in it."""
     save, load = config.checkpoint.save, config.checkpoint.load

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron.checkpoint import AsyncSaver, Box, ShardedTensor, save
+from megatron.checkpoint import AsyncSaver, Box, Deferred, ShardedTensor, load, save
 
 MB = 1 << 20
 SHARD, PIECE = 384 * MB, 48 * MB  # what this rank keeps of a model, in tensors of this size
@@ -53,3 +53,19 @@ def test_a_save_in_the_background_copies_one_shard(tmp_path):
 
     grown = extra(in_background)
     assert SHARD - ROOM < grown < SHARD + ROOM
+
+
+def test_what_is_made_when_it_is_written_is_in_memory_one_tensor_at_a_time(tmp_path):
+    count = PIECE // 4
+    names = [f"layers.{number}" for number in range(SHARD // PIECE)]
+
+    def deferred(number: int) -> Deferred:
+        return Deferred(torch.Size([count]), torch.float32, lambda: torch.full((count,), float(number)))
+
+    boxes = [[Box((0,), deferred(number))] for number in range(len(names))]
+    entries = [ShardedTensor(n, (count,), torch.float32, b) for n, b in zip(names, boxes, strict=True)]
+    save(tmp_path / "warm-up", 1, entries[:1], {})
+    assert extra(lambda: save(tmp_path / "run", 1, entries, {})) < PIECE + ROOM
+    last = torch.empty(count)
+    load(tmp_path / "run", [ShardedTensor(names[-1], (count,), torch.float32, [Box((0,), last)])], strict=False)
+    assert torch.equal(last, torch.full((count,), float(len(names) - 1)))

@@ -12,6 +12,7 @@ from megatron.config.validation import _RANGES, ConfigError, validate, validate_
 
 GOOD = {"num_layers": 4, "hidden_size": 64, "num_attention_heads": 4, "seq_length": 32, "train_tokens": 10**6}
 GOOD |= {"micro_batch_size": 2, "global_batch_size": 16}
+GRAPHS = {"cuda_graphs": True, "device": "cuda"}
 MOE = {"num_experts": (8,), "moe_expert_parallel_size": (2,)}
 
 
@@ -51,12 +52,18 @@ def problems(values: dict, world_size: int = 4) -> tuple[str, ...]:
         ({"save_interval": 5}, 4),
         ({"async_save": True, "keep_last": 2, "save": "checkpoints"}, 4),
         ({"min_loss_scale": 2.0**20}, 4),  # only of fp16
+        (MOE | {"optimizer": "adamw8bit", "pipeline_model_parallel_size": 2}, 4),
+        (MOE | {"optimizer_cpu_offload": True, "pipeline_model_parallel_size": 2}, 4),
         ({"tensor_model_parallel_size": 2, "sequence_parallel": True}, 4),
         ({"tensor_model_parallel_size": 4, "global_batch_size": 2}, 4),  # one replica
         (MOE | {"tensor_model_parallel_size": 2, "enable_expert_tensor_parallelism": True}, 4),
         (MOE | {"moe_hierarchical_all_to_all": True, "moe_overlap_chunks": 4}, 4),
         (MOE | {"moe_hierarchical_all_to_all": True, "moe_token_dropping": False}, 4),
         ({"enable_expert_tensor_parallelism": True}, 4),  # without experts there is nothing to share
+        (GRAPHS, 4),
+        (GRAPHS | {"moe_expert_parallel_size": (2,), "moe_token_dropping": False}, 4),  # a dense model
+        (GRAPHS | {"num_experts": (8,), "topk": 2, "moe_noise_policy": "RSample"}, 4),
+        (GRAPHS | {"num_experts": (8,), "moe_rts": False, "moe_noise_policy": "Jitter"}, 1),
     ],
 )
 def test_valid(values, world_size):
@@ -94,6 +101,44 @@ def test_valid(values, world_size):
             MOE | {"pipeline_model_parallel_size": 2, "moe_expert_parallel_size": (4,)}, 4,
             "--moe-expert-parallel-size 4 must not exceed the number of data-parallel replicas, 2; use 2, or start 8"
             " processes",
+        ),
+        (
+            GRAPHS | {"device": "cpu"}, 4,
+            "--cuda-graphs must have a GPU, and --device is cpu; drop one of the two",
+        ),
+        (
+            GRAPHS | {"precision": "fp16"}, 4,
+            "--cuda-graphs must have --bf16, and the precision is fp16; drop it, or use --bf16",
+        ),
+        (
+            GRAPHS | {"checkpoint_activations": True}, 4,
+            "--cuda-graphs does not go with --checkpoint-activations, which reads random states back; drop one of the"
+            " two",
+        ),
+        (
+            GRAPHS | {"tensor_model_parallel_size": 2}, 4,
+            "--cuda-graphs must have whole models on each process, and --tensor-model-parallel-size is 2; use"
+            " --tensor-model-parallel-size 1, or drop it",
+        ),
+        (
+            GRAPHS | {"pipeline_model_parallel_size": 2}, 4,
+            "--cuda-graphs must have whole models on each process, and --pipeline-model-parallel-size is 2; use"
+            " --pipeline-model-parallel-size 1, or drop it",
+        ),
+        (
+            GRAPHS | MOE, 4,
+            "--cuda-graphs must have whole models on each process, and --moe-expert-parallel-size is 2; use"
+            " --moe-expert-parallel-size 1, or drop it",
+        ),
+        (
+            GRAPHS | {"num_experts": (8,), "moe_token_dropping": False}, 4,
+            "--cuda-graphs must have experts of fixed capacity, and --disable-moe-token-dropping gives them as many"
+            " rows as there are tokens; drop one of the two",
+        ),
+        (
+            GRAPHS | {"num_experts": (8,), "moe_noise_policy": "Jitter"}, 4,
+            "--cuda-graphs: with --moe-noise-policy Jitter the random choice of the tokens that top-1 experts keep"
+            " waits for the GPU; use --no-moe-rts, or drop the noise",
         ),
         (
             {"num_attention_heads": 5}, 4,
@@ -261,6 +306,11 @@ def test_valid(values, world_size):
             {"precision": "fp16", "initial_loss_scale_power": 3, "min_loss_scale": 10.0}, 4,
             "--min-loss-scale 10.0 must not exceed the first loss scale, 2 to the power --initial-loss-scale-power 3 ="
             " 8; use --initial-loss-scale-power 4 or more",
+        ),
+        (
+            {"optimizer": "adamw8bit", "optimizer_cpu_offload": True}, 4,
+            "--optimizer-cpu-offload must have --optimizer adamw, and the optimizer is adamw8bit; 8-bit moments are for"
+            " GPU memory: use --optimizer adamw, or drop --optimizer-cpu-offload",
         ),
         (
             {"device": "cpu", "distributed_backend": "nccl"}, 4,

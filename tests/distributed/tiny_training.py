@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from megatron.checkpoint import data_of
 from megatron.config import ModelConfig, MoEConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainingConfig
 from megatron.model.gpt import GPTModel
 
@@ -171,7 +172,9 @@ def whole(engine, prefix: str = "model.") -> dict[str, torch.Tensor]:
     """All global tensors, gathered from the boxes that each process would save; NaN where no process has a piece."""
     pieces: list = [None] * dist.get_world_size()
     mine = [
-        (t.name, t.global_shape, b.offsets, b.tensor.cpu().clone()) for t in engine.saved_tensors() for b in t.boxes
+        (t.name, t.global_shape, b.offsets, data_of(b.tensor).cpu().clone())
+        for t in engine.saved_tensors()
+        for b in t.boxes
     ]
     dist.all_gather_object(pieces, mine)
     tensors: dict[str, torch.Tensor] = {}

@@ -60,6 +60,7 @@ def inspect() -> dict:
         "sees experts": made._engine.has_moe_layers,
         "compiled": deepspeed.ops.__compatible_ops__[SHARED_MEMORY_OP],
         "stage": made._engine.zero_optimization_stage(),
+        "timed": made._engine.tput_timer.config.enabled or made._engine.engine_timers.active_timers(),
         "step": {float(state["step"]) for state in made._adam.state.values()},
     }
 
@@ -102,6 +103,7 @@ def test_deepspeed_runs_zero_1_knows_of_the_experts_and_compiles_nothing(seen):
     for rank in seen:
         assert rank["sees experts"]
         assert rank["stage"] == 1
+        assert not rank["timed"], "DeepSpeed's timers wait for the device"
         assert rank["compiled"] is False
 
 
@@ -223,3 +225,14 @@ def test_a_pipeline_has_our_groups_our_steps_and_one_token_table_too_many():
     assert last["marker"] == []
     assert first["replicas"] == set()
     assert last["replicas"] == first["names"] & last["names"] == {"embedding.word_embeddings.weight"}
+
+
+def test_what_offloading_overrides_is_there():
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+    from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
+
+    from megatron.engine.deepspeed_internals import offload_from_where_gradients_are_reduced
+
+    assert callable(DeepSpeedZeroOptimizer._use_compact_grad_partition_buffer)
+    assert torch.optim.AdamW in ZERO_SUPPORTED_OPTIMIZERS
+    offload_from_where_gradients_are_reduced(torch.optim.AdamW([torch.zeros(1)]))  # nothing to do

@@ -5,6 +5,7 @@ import torch
 
 from megatron.config import ModelConfig, MoEConfig, ParallelConfig, RunConfig, TrainingConfig
 from megatron.model.layer import TransformerLayer
+from megatron.moe import kernels
 from megatron.parallel.groups import ExpertGroup
 from megatron.planning.activations import kept_by_layer, rows_of_experts
 
@@ -28,32 +29,40 @@ def saved_by_autograd(layer: torch.nn.Module, x: torch.Tensor) -> int:
     return sum(storage.nbytes() for storage in found.values())
 
 
-@pytest.mark.parametrize(
-    "moe",
-    [
-        MoEConfig(),
-        MoEConfig(**EXPERTS),
-        MoEConfig(**EXPERTS, topk=2),
-        MoEConfig(**EXPERTS, mlp_type="residual"),
-        MoEConfig(**EXPERTS, moe_token_dropping=False),
-        MoEConfig(**EXPERTS, topk=2, moe_token_dropping=False),
-        MoEConfig(**EXPERTS, moe_train_capacity_factor=1.5),
-    ],
-    ids=lambda moe: (
-        f"{moe.num_experts[0]} experts, top-{moe.topk}, {moe.mlp_type}, {moe.moe_train_capacity_factor}"
-        + ("" if moe.moe_token_dropping else ", dropless")
-    ),
-)
-@pytest.mark.parametrize("precision", ["bf16", "fp32"])
-def test_it_is_what_autograd_saves_of_a_layer_in_plain_torch(moe, precision):
+KINDS = [
+    MoEConfig(),
+    MoEConfig(**EXPERTS),
+    MoEConfig(**EXPERTS, topk=2),
+    MoEConfig(**EXPERTS, mlp_type="residual"),
+    MoEConfig(**EXPERTS, moe_token_dropping=False),
+    MoEConfig(**EXPERTS, topk=2, moe_token_dropping=False),
+    MoEConfig(**EXPERTS, topk=2, mlp_type="residual"),
+    MoEConfig(**EXPERTS, moe_noise_policy="RSample"),
+    MoEConfig(**EXPERTS, moe_train_capacity_factor=1.5),
+    MoEConfig(**EXPERTS, topk=2, moe_train_capacity_factor=1.5),
+]
+
+
+def name(moe: MoEConfig) -> str:
+    mode = f"capacity {moe.moe_train_capacity_factor}" if moe.moe_token_dropping else "dropless"
+    return f"{moe.num_experts[0]} experts, top-{moe.topk}, {moe.mlp_type}, {mode}, {moe.moe_noise_policy}"
+
+
+@pytest.mark.parametrize("in_kernels", [False, True], ids=["torch", "kernels"])
+@pytest.mark.parametrize("precision", ["fp16", "fp32"])
+@pytest.mark.parametrize("moe", KINDS, ids=name)
+def test_it_is_what_autograd_saves_of_a_layer(moe, precision, in_kernels, monkeypatch):
+    """On a CPU, where the kernels run in Triton's interpreter (in fp16, which is as wide as bf16)."""
+    if in_kernels:
+        pytest.importorskip("triton")
+    monkeypatch.setattr(kernels, "_usable_on", lambda device: in_kernels)
     run = RunConfig(model=MODEL, moe=moe, training=TrainingConfig(micro_batch_size=2, global_batch_size=2))
     run.optimizer.precision = precision
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    layer = TransformerLayer(MODEL, moe, 0, ExpertGroup(1, 0, None), seed=0).to(dtype).eval()
-    if moe.num_experts[0] > 1:  # as in training, but attention drops nothing
-        layer.mlp.train()
+    dtype = torch.float16 if precision == "fp16" else torch.float32
+    layer = TransformerLayer(MODEL, moe, 0, ExpertGroup(1, 0, None), seed=0).to(dtype)
+    layer.attention.dropout = 0.0
     x = torch.randn(2, MODEL.seq_length, MODEL.hidden_size, dtype=dtype, requires_grad=True)
-    planned = kept_by_layer(run, 0, kernels=False)
+    planned = kept_by_layer(run, 0, kernels=in_kernels)
     assert saved_by_autograd(layer, x) == pytest.approx(planned, rel=0.01)
 
 

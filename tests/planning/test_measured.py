@@ -4,13 +4,19 @@ import json
 
 import pytest
 
-from benchmarks.train_step import describe, parse_args
+from megatron.config.options import build
+from megatron.config.presets import PRESETS
 from megatron.planning.measured import PEAKS, STEPS, between, peaks_in, run_of
 
 
-@pytest.mark.parametrize("name", [*STEPS, *(peak.run for peak in PEAKS), "350M+8:4:2"])
-def test_a_run_is_the_benchmark_s(name):
-    assert run_of(name) == describe(name, parse_args(["--runs", name]))
+@pytest.mark.parametrize("name", [*STEPS, *(peak.run for peak in PEAKS)])
+def test_every_measured_run_is_one(name):
+    assert run_of(name).training.micro_batch_size == int(name.split(":")[1])
+
+
+def test_a_run_by_its_name():
+    values = {"num_experts": (8,), "micro_batch_size": 4, "global_batch_size": 8, "checkpoint_activations": False}
+    assert run_of("350M+8:4:2") == build(PRESETS["350M"] | values | {"hidden_dropout": 0.0, "attention_dropout": 0.0})
 
 
 def test_options_change_a_run():
@@ -25,10 +31,12 @@ def test_values_between_two_entries_are_linear_in_the_logarithm():
 def test_peaks_are_read_from_what_the_benchmark_writes(tmp_path):
     rows = [{"run": "350M:16 ours", "memory_gb": 30.0}, {"run": "350M:16 nanoGPT", "memory_gb": 40.0}]
     content = {"device": "x", "torch": "2", "precision": "bf16", "checkpoint_activations": True, "dropout": 0.1}
+    content["options"] = ["exp_avg_dtype=bf16", "optimizer=adamw"]
     (tmp_path / "a.json").write_text(json.dumps(content | {"rows": rows}))
     (peak,) = peaks_in(tmp_path / "a.json")
     assert (peak.run, peak.gb) == ("350M:16", 30.0)
     run = run_of(peak.run, **peak.options)
+    assert run.optimizer.exp_avg_dtype == "bf16"
     assert (run.training.checkpoint_activations, run.model.hidden_dropout, run.optimizer.precision) == (
         True, 0.1, "bf16",
     )  # fmt: skip

@@ -1,11 +1,12 @@
 """The profile of a few updates."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from megatron.training.profiling import profiled, spans_idle
+from megatron.training.profiling import idle_share, profiled, spans_idle
 
 
 @pytest.mark.parametrize(
@@ -21,6 +22,17 @@ from megatron.training.profiling import profiled, spans_idle
 )
 def test_idle_is_what_no_kernel_covers(spans, expected):
     assert spans_idle(spans) == pytest.approx(expected)
+
+
+def test_the_host_and_named_ranges_keep_no_device_busy():
+    def event(start: float, end: float, device: str, named: bool = False) -> SimpleNamespace:
+        kind = getattr(torch.autograd.DeviceType, device)
+        span = SimpleNamespace(start=start, end=end)
+        return SimpleNamespace(time_range=span, device_type=kind, is_user_annotation=named)
+
+    seen = [event(0, 9000, "CPU"), event(1000, 2000, "CUDA"), event(1000, 5000, "CUDA", named=True)]
+    seen.append(event(4000, 5000, "CUDA"))
+    assert idle_share(SimpleNamespace(events=lambda: seen)) == pytest.approx((4.0, 0.5))
 
 
 def test_a_profile_is_printed_and_written(tmp_path, capsys):

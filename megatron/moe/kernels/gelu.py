@@ -1,9 +1,11 @@
-"""GELU (tanh form) of an expert's first product plus its bias, times the gate of the row; and the way back.
+"""GELU (tanh form) of an expert's first product plus its bias, with or without the gate of the row; and the way back.
 
-Both the product and its activation are kept. The way back computes the activation again in registers and gets two more
-things for nothing: the gradient of each row's gate, which is dh . h, and the first bias's gradient.
+With a gate both the product and its activation are kept. The way back computes the activation again in registers and
+gets two more things for nothing: the gradient of each row's gate, which is dh . h, and the first bias's gradient.
+Without one only the product is kept, and the way back also writes the activation again, which the second weight's
+gradient needs.
 
-Letters: L experts, C rows of each expert's buffer, F FFN hidden.
+Letters: L experts, C rows of each expert's buffer, R rows of all (sorted by expert), F FFN hidden.
 """
 
 import torch
@@ -11,7 +13,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-ROWS, COLUMNS = 32, 128  # of a tile
+from megatron.moe.kernels.tiles import COLUMNS, ROWS, Table, add_up, grid, new_sums, tile, tile_number
 
 
 def reference(pre_LCF: torch.Tensor, bias_LF: torch.Tensor, gate_LC: torch.Tensor) -> torch.Tensor:
@@ -40,55 +42,62 @@ def _gelu(x):
 
 
 @triton.jit
-def _forward(pre_ptr, bias_ptr, gate_ptr, out_ptr, C, F, BR: tl.constexpr, BF: tl.constexpr):
-    expert, c, f = _tile(BR, BF)
-    inside = (c < C)[:, None] & (f < F)[None, :]
-    at = (expert.to(tl.int64) * C + c)[:, None] * F + f[None, :]
+def _forward(
+    pre_ptr, bias_ptr, gate_ptr, out_ptr, tiles_ptr, C, F,
+    BR: tl.constexpr, BF: tl.constexpr, GATED: tl.constexpr, SORTED: tl.constexpr,
+):  # fmt: skip
+    expert, row, there = tile(tiles_ptr, C, BR, SORTED)
+    f = tl.program_id(0) * BF + tl.arange(0, BF)
+    inside = there[:, None] & (f < F)[None, :]
+    at = row[:, None] * F + f[None, :]
     bias = tl.load(bias_ptr + expert * F + f, mask=f < F, other=0.0).to(tl.float32)
     pre = tl.load(pre_ptr + at, mask=inside, other=0.0).to(tl.float32) + bias[None, :]
-    gate = tl.load(gate_ptr + expert.to(tl.int64) * C + c, mask=c < C, other=0.0)
     h, _ = _gelu(pre)
-    h *= gate[:, None]
+    if GATED:
+        gate = tl.load(gate_ptr + row, mask=there, other=0.0)
+        h *= gate[:, None]
     tl.store(out_ptr + at, h.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _tile(BR: tl.constexpr, BF: tl.constexpr):
-    return tl.program_id(2), tl.program_id(1) * BR + tl.arange(0, BR), tl.program_id(0) * BF + tl.arange(0, BF)
-
-
-@triton.jit
-def _backward(pre_ptr, bias_ptr, dh_ptr, gate_ptr, bias_sum_ptr, dot_ptr, C, F, BR: tl.constexpr, BF: tl.constexpr):
-    """Writes the product's gradient over dh, and a tile's sums over rows and columns."""
-    expert, c, f = _tile(BR, BF)
-    inside = (c < C)[:, None] & (f < F)[None, :]
-    row = expert.to(tl.int64) * C + c
+def _backward(
+    pre_ptr, bias_ptr, dh_ptr, gate_ptr, h_ptr, bias_sum_ptr, dot_ptr, tiles_ptr, C, F,
+    BR: tl.constexpr, BF: tl.constexpr, GATED: tl.constexpr, SORTED: tl.constexpr,
+):  # fmt: skip
+    """Writes the product's gradient over dh, a tile's sum over its rows, and dh . h or without a gate h."""
+    expert, row, there = tile(tiles_ptr, C, BR, SORTED)
+    f = tl.program_id(0) * BF + tl.arange(0, BF)
+    inside = there[:, None] & (f < F)[None, :]
     at = row[:, None] * F + f[None, :]
     bias = tl.load(bias_ptr + expert * F + f, mask=f < F, other=0.0).to(tl.float32)
-    gate = tl.load(gate_ptr + row, mask=c < C, other=0.0)
     pre = tl.load(pre_ptr + at, mask=inside, other=0.0).to(tl.float32) + bias[None, :]
     dh = tl.load(dh_ptr + at, mask=inside, other=0.0).to(tl.float32)
     h, slope = _gelu(pre)
-    d_pre = dh * slope * gate[:, None]
+    d_pre = dh * slope
+    if GATED:
+        gate = tl.load(gate_ptr + row, mask=there, other=0.0)
+        d_pre *= gate[:, None]
+        dot = tl.sum(dh * h, axis=1)
+        tl.store(dot_ptr + row * (tl.num_programs(0) + 1) + tl.program_id(0) + 1, dot, mask=there)
+    else:
+        tl.store(h_ptr + at, h.to(h_ptr.dtype.element_ty), mask=inside)
     tl.store(dh_ptr + at, d_pre.to(dh_ptr.dtype.element_ty), mask=inside)
-    dot = tl.sum(dh * h, axis=1)
-    tl.store(dot_ptr + row * (tl.num_programs(0) + 1) + tl.program_id(0) + 1, dot, mask=c < C)
-    tile = expert * tl.num_programs(1) + tl.program_id(1)
-    tl.store(bias_sum_ptr + tile.to(tl.int64) * F + f, tl.sum(d_pre, axis=0), mask=f < F)
+    tl.store(bias_sum_ptr + tile_number() * F + f, tl.sum(d_pre, axis=0), mask=f < F)
 
 
-def _grid(pre_LCF: torch.Tensor) -> tuple[int, int, int]:
-    L, C, F = pre_LCF.shape
-    return triton.cdiv(F, COLUMNS), triton.cdiv(C, ROWS), L
-
-
-def bias_gelu(pre_LCF: torch.Tensor, bias_LF: torch.Tensor, gate_LC: torch.Tensor) -> torch.Tensor:
-    """:func:`reference` in one launch."""
-    out_LCF = torch.empty_like(pre_LCF)
-    if pre_LCF.numel():
-        _, C, F = pre_LCF.shape
-        _forward[_grid(pre_LCF)](pre_LCF, bias_LF, gate_LC, out_LCF, C, F, ROWS, COLUMNS)
-    return out_LCF
+def bias_gelu(
+    pre: torch.Tensor, bias_LF: torch.Tensor, gate_LC: torch.Tensor | None = None, table: Table | None = None
+) -> torch.Tensor:
+    """:func:`reference` in one launch, of ``pre`` [L, C, F]; with a ``table`` of sorted rows [R, F]."""
+    out = torch.empty_like(pre)
+    if pre.numel():
+        tiles = pre if table is None else table.tiles
+        gated = gate_LC is not None
+        _forward[grid(pre.shape, table)](
+            pre, bias_LF, gate_LC if gated else pre, out, tiles, pre.size(-2), pre.size(-1),
+            ROWS, COLUMNS, gated, table is not None,
+        )  # fmt: skip
+    return out
 
 
 def dot_parts(ffn_size: int) -> int:
@@ -104,8 +113,32 @@ def bias_gelu_backward(
     Returns:
         The bias's gradient, fp32 [L, F].
     """
-    L, C, F = pre_LCF.shape
-    bias_sum = gate_LC.new_empty(L, triton.cdiv(C, ROWS), F)
+    bias_sum = new_sums(pre_LCF, None)
     if pre_LCF.numel():
-        _backward[_grid(pre_LCF)](pre_LCF, bias_LF, dh_LCF, gate_LC, bias_sum, dot, C, F, ROWS, COLUMNS)
-    return bias_sum.sum(1)
+        _, C, F = pre_LCF.shape
+        _backward[grid(pre_LCF.shape, None)](
+            pre_LCF, bias_LF, dh_LCF, gate_LC, pre_LCF, bias_sum, dot, pre_LCF, C, F, ROWS, COLUMNS, True, False
+        )
+    return add_up(bias_sum, None)
+
+
+def bias_gelu_again(
+    pre: torch.Tensor, bias_LF: torch.Tensor, dh: torch.Tensor, table: Table | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`backward_reference` without gates: the product's gradient is written over ``dh``.
+
+    Args:
+        pre: the first product, [L, C, F]; with a ``table`` of sorted rows, at least one, [R, F].
+        dh: the activation's gradient, contiguous as ``pre``.
+
+    Returns:
+        The activation gelu(pre + bias), and the bias's gradient, fp32 [L, F].
+    """
+    h, bias_sum = torch.empty_like(pre), new_sums(pre, table)
+    if pre.numel():
+        tiles = pre if table is None else table.tiles
+        _backward[grid(pre.shape, table)](
+            pre, bias_LF, dh, pre, h, bias_sum, pre, tiles, pre.size(-2), pre.size(-1),
+            ROWS, COLUMNS, False, table is not None,
+        )  # fmt: skip
+    return h, add_up(bias_sum, table)

@@ -1,14 +1,24 @@
-"""Rows to experts and back: gather tokens into buffers, and combine each token's answer.
+"""Rows to experts and back: gather tokens into rows, and combine each token's answers.
 
 Every row is written once, so results are deterministic, and each byte is moved once: at b bytes a number, ``gather``
 reads and writes about (T + R) H b bytes.
 
-Letters: T tokens, H hidden, R rows of all buffers, L experts.
+``gather``, ``combine`` and ``gather_gradients`` are parts of the top-1 layer (:mod:`megatron.moe.kernels.layer`), which
+applies gates to activations. :func:`to_rows` and :func:`from_rows` are for K experts of each token and for answers of
+any origin, and autograd knows their ways back:
+
+    to_rows      x_R = x[token of r]                    dx_t = sum over the rows of t of dx_r
+    from_rows    y_t = sum over k of gate_tk * y_row    dy_r = gate of r * dy[token of r], d_gate of r = dy[token] . y_r
+
+Letters: T tokens, K experts of each token, N = T * K assignments, H hidden, R rows of all buffers, L experts.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from torch.autograd.function import once_differentiable
 
 
 def gather_reference(x_TH: torch.Tensor, index_R: torch.Tensor) -> torch.Tensor:
@@ -25,15 +35,39 @@ def combine_reference(
     return answer_TH.masked_fill((row_T < 0)[:, None], 0.0).to(y_RH.dtype)
 
 
+class Places(NamedTuple):
+    """Which row each assignment has, and which assignment each row; -1 for none."""
+
+    row_N: torch.Tensor  # int32
+    assignment_R: torch.Tensor  # int32; assignment t * K + k is choice k of token t
+
+
+def to_rows_reference(x_TH: torch.Tensor, places: Places) -> torch.Tensor:
+    """The token of each row's assignment, zeros without one. [R, H]"""
+    K = places.row_N.numel() // x_TH.size(0)
+    return gather_reference(x_TH, places.assignment_R.where(places.assignment_R < 0, places.assignment_R // K))
+
+
+def from_rows_reference(y_RH: torch.Tensor, gate_TK: torch.Tensor, places: Places) -> torch.Tensor:
+    """The sum of gate * answer over each token's assignments that have a row. [T, H]"""
+    y_TKH = gather_reference(y_RH, places.row_N).view(*gate_TK.shape, -1)
+    return (y_TKH * gate_TK[..., None]).sum(1).to(y_RH.dtype)
+
+
 @triton.jit
-def _gather(x_ptr, index_ptr, gate_ptr, out_ptr, gate_R_ptr, H, BH: tl.constexpr):
+def _gather(
+    x_ptr, index_ptr, gate_ptr, out_ptr, gate_R_ptr, H, K: tl.constexpr, GATED: tl.constexpr, BH: tl.constexpr
+):  # fmt: skip
     row = tl.program_id(0)
     index = tl.load(index_ptr + row)
     readable = tl.where(index >= 0, H, 0)
-    tl.store(gate_R_ptr + row, tl.where(index >= 0, tl.load(gate_ptr + tl.maximum(index, 0)), 0.0))
+    index = tl.maximum(index, 0)
+    if GATED:
+        tl.store(gate_R_ptr + row, tl.where(readable > 0, tl.load(gate_ptr + index), 0.0))
+    token = (index // K).to(tl.int64)
     for start in range(0, H, BH):
         h = start + tl.arange(0, BH)
-        x = tl.load(x_ptr + index.to(tl.int64) * H + h, mask=h < readable, other=0.0)
+        x = tl.load(x_ptr + token * H + h, mask=h < readable, other=0.0)
         tl.store(out_ptr + row.to(tl.int64) * H + h, x, mask=h < H)
 
 
@@ -68,6 +102,64 @@ def _gather_and_dot(dy_ptr, bias_ptr, token_ptr, expert_ptr, out_ptr, dot_ptr, H
     tl.store(dot_ptr + row * parts, tl.sum(total, axis=0))
 
 
+@triton.jit
+def _place(
+    expert_ptr, slot_ptr, first_ptr, row_ptr, assignment_ptr, N, E, C, chunk, expert_T, expert_K, slot_T, slot_K,
+    K: tl.constexpr, B: tl.constexpr, SORTED: tl.constexpr,
+):  # fmt: skip
+    """Both directions of Places; experts and slots have strides."""
+    n = tl.program_id(0) * B + tl.arange(0, B)
+    t, k = (n // K).to(tl.int64), n % K
+    expert = tl.load(expert_ptr + t * expert_T + k * expert_K, mask=n < N, other=0)
+    slot = tl.load(slot_ptr + t * slot_T + k * slot_K, mask=n < N, other=0)
+    if SORTED:
+        kept = n < N
+        row = tl.load(first_ptr + expert, mask=kept, other=0) + slot
+    else:
+        kept = (n < N) & (slot < C)
+        first = slot // chunk * chunk
+        row = E * first + expert * tl.minimum(C - first, chunk) + slot - first
+    tl.store(row_ptr + n, tl.where(kept, row, -1).to(tl.int32), mask=n < N)
+    tl.store(assignment_ptr + row, n, mask=kept)
+
+
+@triton.jit
+def _sum(y_ptr, gate_ptr, row_ptr, out_ptr, H, K: tl.constexpr, GATED: tl.constexpr, BH: tl.constexpr):
+    """Sum over a token's rows, times their gates if GATED."""
+    token = tl.program_id(0)
+    for start in range(0, H, BH):
+        h = start + tl.arange(0, BH)
+        total = tl.zeros((BH,), dtype=tl.float32)
+        for k in range(K):
+            row = tl.load(row_ptr + token * K + k)
+            readable = tl.where(row >= 0, H, 0)
+            y = tl.load(y_ptr + row.to(tl.int64) * H + h, mask=h < readable, other=0.0).to(tl.float32)
+            if GATED:
+                y *= tl.load(gate_ptr + token * K + k)
+            total += y
+        tl.store(out_ptr + token.to(tl.int64) * H + h, total.to(out_ptr.dtype.element_ty), mask=h < H)
+
+
+@triton.jit
+def _sum_backward(
+    dy_ptr, y_ptr, gate_ptr, assignment_ptr, out_ptr, d_gate_ptr, H, K: tl.constexpr, BH: tl.constexpr
+):  # fmt: skip
+    """The way of a gated ``_sum`` back, row by row: dy of the token times the gate; the gate's gradient dy . y."""
+    row = tl.program_id(0).to(tl.int64)
+    assignment = tl.load(assignment_ptr + row)
+    readable = tl.where(assignment >= 0, H, 0)
+    token = (tl.maximum(assignment, 0) // K).to(tl.int64)
+    gate = tl.load(gate_ptr + assignment, mask=assignment >= 0, other=0.0)
+    dot = tl.zeros((BH,), dtype=tl.float32)
+    for start in range(0, H, BH):
+        h = start + tl.arange(0, BH)
+        dy = tl.load(dy_ptr + token * H + h, mask=h < readable, other=0.0).to(tl.float32)
+        y = tl.load(y_ptr + row * H + h, mask=h < readable, other=0.0).to(tl.float32)
+        dot += dy * y
+        tl.store(out_ptr + row * H + h, (dy * gate).to(out_ptr.dtype.element_ty), mask=h < H)
+    tl.store(d_gate_ptr + assignment, tl.sum(dot, axis=0), mask=assignment >= 0)
+
+
 def _block(H: int) -> int:
     return min(1024, triton.next_power_of_2(H))
 
@@ -77,7 +169,7 @@ def gather(x_TH: torch.Tensor, index_R: torch.Tensor, gate_T: torch.Tensor) -> t
     H = x_TH.size(1)
     out_RH, gate_R = x_TH.new_empty(index_R.numel(), H), gate_T.new_empty(index_R.numel())
     if out_RH.numel():
-        _gather[(index_R.numel(),)](x_TH, index_R, gate_T, out_RH, gate_R, H, _block(H))
+        _gather[(index_R.numel(),)](x_TH, index_R, gate_T, out_RH, gate_R, H, 1, True, _block(H))
     return out_RH, gate_R
 
 
@@ -101,3 +193,102 @@ def gather_gradients(
     if R:
         _gather_and_dot[(R,)](dy_TH, bias_LH, token_R, expert_T, out_RH, dot, H, dot.size(1), _block(H))
     return out_RH
+
+
+def buffer_places(
+    expert_TK: torch.Tensor, slot_TK: torch.Tensor, num_experts: int, capacity: int, chunk: int | None = None
+) -> Places:
+    """Places in buffers, in two launches: see :meth:`megatron.moe.plan.RoutingPlan.buffer_row_TK`."""
+    assignment_R = expert_TK.new_full((num_experts * capacity,), -1, dtype=torch.int32)
+    return _places(expert_TK, slot_TK, None, assignment_R, num_experts, capacity, chunk or capacity)
+
+
+def sorted_places(expert_TK: torch.Tensor, slot_TK: torch.Tensor, counts_E: torch.Tensor) -> Places:
+    """Places among rows sorted by expert: see :meth:`megatron.moe.plan.RoutingPlan.sorted_row_TK`."""
+    assignment_R = expert_TK.new_empty(expert_TK.numel(), dtype=torch.int32)
+    return _places(expert_TK, slot_TK, counts_E.cumsum(0) - counts_E, assignment_R, counts_E.numel(), 0, 1)
+
+
+def _places(
+    expert_TK: torch.Tensor,
+    slot_TK: torch.Tensor,
+    first_E: torch.Tensor | None,
+    assignment_R: torch.Tensor,
+    E: int,
+    C: int,
+    chunk: int,
+) -> Places:
+    N, K = expert_TK.numel(), expert_TK.size(1)
+    row_N = expert_TK.new_empty(N, dtype=torch.int32)
+    if N:
+        _place[(triton.cdiv(N, 256),)](
+            expert_TK, slot_TK, slot_TK if first_E is None else first_E, row_N, assignment_R, N, E, C, chunk,
+            *expert_TK.stride(), *slot_TK.stride(), K, 256, first_E is not None,
+        )  # fmt: skip
+    return Places(row_N, assignment_R)
+
+
+class _ToRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_TH, row_N, assignment_R):
+        ctx.save_for_backward(row_N)
+        ctx.shape = T, H = x_TH.shape
+        out_RH = x_TH.new_empty(assignment_R.numel(), H)
+        grid = (assignment_R.numel(),)
+        _gather[grid](x_TH, assignment_R, x_TH, out_RH, out_RH, H, row_N.numel() // T, False, _block(H))
+        return out_RH
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dx_RH):
+        (row_N,) = ctx.saved_tensors
+        T, H = ctx.shape
+        dx_TH = dx_RH.new_empty(T, H)
+        _sum[(T,)](dx_RH.contiguous(), dx_RH, row_N, dx_TH, H, row_N.numel() // T, False, _block(H))
+        return dx_TH, None, None
+
+
+class _FromRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y_RH, gate_TK, row_N, assignment_R):
+        ctx.save_for_backward(y_RH, gate_TK, assignment_R)
+        (T, K), H = gate_TK.shape, y_RH.size(1)
+        y_TH = y_RH.new_empty(T, H)
+        _sum[(T,)](y_RH, gate_TK, row_N, y_TH, H, K, True, _block(H))
+        return y_TH
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy_TH):
+        y_RH, gate_TK, assignment_R = ctx.saved_tensors
+        R, H = y_RH.shape
+        dy_RH, d_gate_TK = torch.empty_like(y_RH), torch.zeros_like(gate_TK)
+        _sum_backward[(R,)](
+            dy_TH.contiguous(), y_RH, gate_TK, assignment_R, dy_RH, d_gate_TK, H, gate_TK.size(1), _block(H)
+        )
+        return dy_RH, d_gate_TK, None, None
+
+
+def to_rows(x_TH: torch.Tensor, places: Places) -> torch.Tensor:
+    """:func:`to_rows_reference` in one launch, and one back; at least one token and one row."""
+    return _ToRows.apply(x_TH.contiguous(), *places)
+
+
+def from_rows(y_RH: torch.Tensor, gate_TK: torch.Tensor, places: Places) -> torch.Tensor:
+    """:func:`from_rows_reference` in one launch, and one back; gates are fp32; at least one token and one row."""
+    return _FromRows.apply(y_RH.contiguous(), gate_TK.contiguous(), *places)
+
+
+class Moves:
+    """Tokens into the rows of a routing plan, and answers out of them."""
+
+    def __init__(self, places: Places, gate_TK: torch.Tensor) -> None:
+        self._places, self._gate_TK = places, gate_TK
+
+    def to_rows(self, x_TH: torch.Tensor) -> torch.Tensor:
+        """:func:`to_rows`."""
+        return to_rows(x_TH, self._places)
+
+    def from_rows(self, y_RH: torch.Tensor) -> torch.Tensor:
+        """:func:`from_rows`."""
+        return from_rows(y_RH, self._gate_TK, self._places)

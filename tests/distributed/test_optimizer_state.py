@@ -1,0 +1,189 @@
+"""The optimizer's state in CPU memory or with 8-bit moments: the same training, and checkpoints that either resumes."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from distributed.spawn import run_distributed
+from distributed.test_layout_resume import compare_ended, resume, save_then_go_on
+from distributed.test_layouts import EP, PP, SP, TP
+from distributed.tiny_training import (
+    COUNT,
+    DENSE,
+    STEPS,
+    TOP1,
+    Trained,
+    build,
+    compare,
+    differences,
+    reference,
+    run_config,
+    strayed,
+    update,
+    updates,
+    whole,
+)
+
+from megatron.config import RunConfig
+
+LAYOUTS = [(1, {}), (2, {EP: (2,)}), (4, {EP: (2,)}), (2, {TP: 2, SP: True}), (2, {PP: 2}), (4, {PP: 2, EP: (2,)})]
+
+
+def with_(run: RunConfig, **optimizer) -> RunConfig:
+    """The same run with these options of its optimizer."""
+    run = copy.deepcopy(run)
+    vars(run.optimizer).update(optimizer)
+    return run
+
+
+def offloaded(run: RunConfig) -> RunConfig:
+    return with_(run, optimizer_cpu_offload=True)
+
+
+def eight_bit(run: RunConfig) -> RunConfig:
+    pytest.importorskip("torchao", reason="needs the extra [8bit]")
+    return with_(run, optimizer="adamw8bit")
+
+
+def train(run: RunConfig) -> tuple[Trained, bool, str]:
+    """A training; whether DeepSpeed took its state to be in CPU memory, and which optimizer it updates."""
+    engine = build(run)
+    trained = updates(engine, 0, STEPS)
+    off = bool(getattr(engine._optimizer, "cpu_offload", False))
+    return trained, off, type(engine._adam).__name__
+
+
+@pytest.mark.parametrize(("size", "layout"), LAYOUTS, ids=str)
+def test_offloaded_updates_are_those_of_one_process_in_plain_torch(size: int, layout: dict):
+    found, off, name = run_distributed(train, size, offloaded(run_config(TOP1, **layout)))[0]
+    assert (off, name) == (True, "AdamW")
+    compare(found, reference(TOP1), str(layout))
+
+
+@pytest.mark.parametrize(
+    ("precision", "size", "layout"),
+    [
+        ("bf16", 1, {}),
+        ("bf16", 2, {}),
+        ("bf16", 2, {TP: 2, SP: True}),
+        ("bf16", 2, {PP: 2}),
+        ("fp16", 2, {}),
+        ("fp16", 2, {PP: 2}),
+    ],
+    ids=str,
+)
+def test_offloading_in_half_precision_changes_the_last_digits_at_most(size: int, layout: dict, precision: str):
+    run = run_config(DENSE, precision, **layout)
+    found, expected = (run_distributed(train, size, r)[0] for r in (offloaded(run), run))
+    assert (found[1], expected[1]) == (True, False)
+    errors = differences(found[0], expected[0])
+    # of bf16 weights, a rounding may turn; of fp16 nothing may change
+    assert max(errors) <= (0.0 if precision == "fp16" else 1e-3), errors
+
+
+def test_experts_offloaded_in_bf16_stay_as_close_to_fp32_as_they_are_on_the_device():
+    run = run_config(TOP1, "bf16", **{EP: (2,)})
+    found, expected = (run_distributed(train, 2, r)[0][0] for r in (offloaded(run), run))
+    assert found.norms[0] == pytest.approx(expected.norms[0], rel=1e-6)
+    assert found.losses[:2] == pytest.approx(expected.losses[:2], rel=1e-6)
+    assert strayed(found, TOP1) <= 1.1 * strayed(expected, TOP1)
+
+
+def not_finite(run: RunConfig) -> tuple:
+    engine = build(run)
+    update(engine, 0)
+    before = whole(engine) | whole(engine, "exp_avg.")
+    bad = update(engine, 1, poison=COUNT)
+    after = whole(engine) | whole(engine, "exp_avg.")
+    good = update(engine, 2)
+    changed = [key for key, value in before.items() if not torch.equal(value, after[key])]
+    return bad.skipped, changed, good.skipped, 0 < good.grad_norm < float("inf"), engine.scalar_state()["adam_step"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("change", [offloaded, eight_bit])
+def test_a_gradient_that_is_not_finite_on_one_process_skips_the_update_on_all(precision: str, change):
+    for result in run_distributed(not_finite, 2, change(run_config(TOP1, precision, **{EP: (2,)}))):
+        assert result == (True, [], False, True, 2)
+
+
+@pytest.mark.parametrize(("size", "layout"), [(1, {}), (2, {EP: (2,)}), (4, {PP: 2, EP: (2,)})], ids=str)
+def test_with_8_bit_moments_a_training_stays_close_to_the_exact_one(size: int, layout: dict):
+    run = run_config(TOP1, **layout)
+    found, _, name = run_distributed(train, size, eight_bit(run))[0]
+    expected = reference(TOP1)
+    assert name == "AdamW8bit"
+    # the first update is computed from gradients alone: nothing is rounded yet
+    assert found.losses[:2] == pytest.approx(expected.losses[:2], abs=1e-5)
+    assert found.norms[:2] == pytest.approx(expected.norms[:2], rel=1e-4)
+    assert 1e-4 < strayed(found, TOP1) < 0.02, "moments are rounded, and little is lost by it"
+
+
+def test_8_bit_moments_in_bf16_stray_no_further_than_bf16_does():
+    run = run_config(TOP1, "bf16", **{EP: (2,)})
+    found, expected = (run_distributed(train, 2, r)[0][0] for r in (eight_bit(run), run))
+    assert strayed(found, TOP1) <= 1.1 * strayed(expected, TOP1)
+
+
+@pytest.mark.parametrize(("saves", "resumes"), [(False, True), (True, False), (True, True)])
+def test_a_checkpoint_goes_from_gpu_to_cpu_memory_and_back(tmp_path: Path, saves: bool, resumes: bool):
+    run = run_config(TOP1, **{EP: (2,)})
+    expected = run_distributed(save_then_go_on, 2, str(tmp_path / "plain"), run, True)[0]
+    run_distributed(save_then_go_on, 2, str(tmp_path / "saved"), with_(run, optimizer_cpu_offload=saves), False)
+    found = run_distributed(resume, 2, str(tmp_path / "saved"), with_(run, optimizer_cpu_offload=resumes))[0]
+    compare_ended(found, expected, f"saved with offload {saves}, resumed with {resumes}")
+
+
+def load(folder: str, run: RunConfig) -> tuple[dict, dict, dict, int]:
+    """Weights, moments and Adam's step after loading."""
+    from megatron.checkpoint import load
+
+    engine = build(run)
+    with engine.loading() as tensors:
+        scalars = load(folder, tensors)
+    engine.load_scalar_state(scalars)
+    weights, *moments = (whole(engine, prefix) for prefix in ("model.", "exp_avg.", "exp_avg_sq."))
+    trained = updates(engine, 2, STEPS)
+    assert all(bool(torch.isfinite(value).all()) for value in trained.weights.values())
+    return weights, *moments, engine.scalar_state()["adam_step"]
+
+
+def saving(folder: str, run: RunConfig) -> tuple[dict, dict, dict]:
+    """Train, save in the background, and what was saved."""
+    from megatron.checkpoint import AsyncSaver
+
+    engine = build(run)
+    updates(engine, 0, 2)
+    saver = AsyncSaver()
+    saver.save(folder, 2, engine.saved_tensors(), engine.scalar_state())
+    saved = tuple(whole(engine, prefix) for prefix in ("model.", "exp_avg.", "exp_avg_sq."))
+    updates(engine, 2, STEPS)  # while it is being written
+    saver.wait()
+    return saved
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_8_bit_moments_are_saved_as_fp32_and_loaded_from_it(tmp_path: Path, precision: str):
+    plain = run_config(TOP1, precision, **{EP: (2,)})
+    for name, saves, size, resumes in (
+        ("offload to 8 bits", offloaded(plain), 4, eight_bit(run_config(TOP1, precision, **{EP: (4,)}))),
+        ("8 bits to plain", eight_bit(plain), 1, run_config(TOP1, precision)),
+        ("8 bits to offload, tensor-parallel", eight_bit(plain), 2, offloaded(run_config(TOP1, precision, **{TP: 2}))),
+        ("8 bits, tensor-parallel, to a pipeline", eight_bit(run_config(TOP1, precision, **{TP: 2})), 2,
+         eight_bit(run_config(TOP1, precision, **{PP: 2}))),
+    ):  # fmt: skip
+        weights, *moments = run_distributed(saving, 2, str(tmp_path / name), saves)[0]
+        loaded, *found, step = run_distributed(load, size, str(tmp_path / name), resumes)[0]
+        assert step == STEPS, name
+        assert loaded.keys() == weights.keys()
+        assert all(torch.equal(loaded[key], value) for key, value in weights.items()), name
+        for mine, theirs in zip(found, moments, strict=True):
+            assert mine.keys() == theirs.keys()
+            encoded = resumes.optimizer.optimizer == "adamw8bit"
+            largest = max(float(value.abs().max()) for value in theirs.values())
+            errors = {key: float((mine[key] - value).abs().max()) for key, value in theirs.items()}
+            assert all(error <= (largest / 64 if encoded else 0.0) for error in errors.values()), (name, errors)
+            vectors = [key for key, value in theirs.items() if key.endswith("norm.bias") and value.any()]
+            assert vectors
+            assert all(errors[key] == 0 for key in vectors), "moments of norms are fp32 always"

@@ -1,0 +1,135 @@
+"""The layer with everything that kernels can do in kernels equals plain torch in float64.
+
+On a GPU, or in Triton's interpreter, where nobody would choose them otherwise.
+"""
+
+import copy
+from unittest.mock import Mock
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from megatron.config import ModelConfig, MoEConfig
+from megatron.moe import MoELayer, fused, kernels
+from megatron.moe.dispatch import IndexMoves
+from megatron.moe.experts import Experts
+from megatron.moe.layer import MoEOutput
+from megatron.moe.plan import RoutingPlan
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
+TOLERANCE = {torch.float32: 5e-6, torch.float16: 5e-3, torch.bfloat16: 2e-2}
+H, E = 16, 4
+MODEL = ModelConfig(num_layers=2, hidden_size=H, ffn_hidden_size=24, num_attention_heads=2, init_method_std=0.3)
+EVERY_TOPK = pytest.mark.parametrize("topk", [1, 2, 3])
+MODES = pytest.mark.parametrize("mode", ["capacity", "dropless"])
+SETTINGS = {"capacity": {"moe_train_capacity_factor": 0.75}, "dropless": {"moe_token_dropping": False}}
+
+
+@pytest.fixture(autouse=True)
+def _kernels_on_any_device(monkeypatch):
+    monkeypatch.setattr(kernels, "_usable_on", lambda device: True)
+
+
+def make_layer(topk: int, mode: str, dtype: torch.dtype, **moe) -> MoELayer:
+    config = MoEConfig(num_experts=(E,), topk=topk, moe_min_capacity=1, **SETTINGS[mode], **moe)
+    layer = MoELayer(MODEL, config, E, seed=1)
+    for bias in (layer.experts.b1, layer.experts.b2):
+        torch.nn.init.normal_(bias, std=0.3)
+    return layer.to(DEVICE, dtype)
+
+
+def run(layer: MoELayer, x: torch.Tensor, dy: torch.Tensor) -> tuple[MoEOutput, dict[str, torch.Tensor]]:
+    """Forward and backward, and every gradient."""
+    x = x.clone().requires_grad_()
+    torch.manual_seed(5)  # random token selection
+    out = layer(x)
+    ((out.y * dy).sum() + out.aux_loss + 0.1 * out.z_loss).backward()
+    return out, {name: p.grad for name, p in layer.named_parameters()} | {"x": x.grad}
+
+
+def assert_equal_to_float64(layer: MoELayer, x: torch.Tensor) -> MoEOutput:
+    dtype, dy = x.dtype, torch.randn_like(x)
+    exact = copy.deepcopy(layer).double()  # float64 is for plain torch only
+    out, gradients = run(layer, x, dy)
+    expected, exact_gradients = run(exact, x.double(), dy.double())
+    assert out.y.dtype == dtype
+    assert torch.equal(out.counts_E, expected.counts_E)
+    assert torch.equal(out.dropped, expected.dropped)
+    assert out.y.shape == x.shape
+    pairs = {name: (gradient, exact_gradients[name]) for name, gradient in gradients.items()}
+    pairs |= {name: (getattr(out, name), getattr(expected, name)) for name in ("y", "aux_loss", "z_loss")}
+    for name, (a, b) in pairs.items():
+        assert (a.double() - b).norm() <= TOLERANCE[dtype] * b.norm(), name  # NaN fails too
+    return out
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@EVERY_TOPK
+@MODES
+def test_the_layer_and_all_gradients_are_those_of_float64(mode, topk, dtype, monkeypatch):
+    layer = make_layer(topk, mode, dtype)
+    x = (torch.randn(2, 15, H, device=DEVICE) + 0.3).to(dtype)
+    plain_torch = Mock(side_effect=AssertionError("this ran in plain torch"))
+    with monkeypatch.context() as forbid:
+        forbid.setattr(IndexMoves, "__init__", plain_torch)
+        forbid.setattr(Experts, "forward", plain_torch)
+        if kernels.groupable(x, H, 24):
+            forbid.setattr(Experts, "forward_sorted", plain_torch)
+        layer(x)
+    out = assert_equal_to_float64(layer, x)
+    assert bool(out.dropped) == (mode == "capacity")
+
+
+@MODES
+def test_the_residual_form_with_noise(mode):
+    layer = make_layer(2, mode, torch.float32, mlp_type="residual")
+    assert_equal_to_float64(layer, torch.randn(30, H, device=DEVICE))
+
+
+@EVERY_TOPK
+def test_an_expert_without_tokens_gets_gradients_of_zero(topk):
+    layer = make_layer(topk, "dropless", torch.float32)
+    with torch.no_grad():
+        layer.router.weight[2] = -10 * layer.router.weight[0].abs()
+        layer.router.weight[:2].abs_()
+    x = torch.rand(40, H, device=DEVICE)
+    out = assert_equal_to_float64(layer, x)
+    assert out.counts_E[2] == 0 or topk == 3
+    if topk < 3:
+        assert not layer.experts.w1.grad[2].any()
+
+
+def test_rows_that_cannot_be_grouped_go_through_the_loop():
+    """Of 12 inner units of 2 bytes each, a line does not begin at a multiple of 16 bytes."""
+    config = MoEConfig(num_experts=(E,), moe_token_dropping=False)
+    model = ModelConfig(num_layers=2, hidden_size=H, ffn_hidden_size=12, num_attention_heads=2, init_method_std=0.3)
+    layer = MoELayer(model, config, E).to(DEVICE, torch.float16)
+    x = torch.randn(20, H, device=DEVICE).half()
+    assert not fused.answers_sorted(layer.experts, x)
+    assert_equal_to_float64(layer, x)
+
+
+@EVERY_TOPK
+@MODES
+@pytest.mark.parametrize("tokens", [0, 1, 3])
+def test_few_tokens(topk, mode, tokens):
+    layer = make_layer(topk, mode, torch.float32)
+    x = torch.randn(1, tokens, H, device=DEVICE, requires_grad=True)
+    out = layer(x)
+    (out.y.sum() + out.aux_loss).backward()
+    assert out.y.shape == x.shape
+    for tensor in (x, *layer.parameters()):
+        assert tensor.grad.isfinite().all()
+
+
+def test_the_kernels_plan_knows_how_many_were_dropped():
+    layer = make_layer(1, "capacity", torch.float32)
+    x = torch.randn(50, H, device=DEVICE)
+    for route in (fused.route(layer.router, x), fused.serve(layer.router, layer.experts, x)[1]):
+        plan = route.plan
+        assert plan.known_dropped is not None
+        counted = RoutingPlan(plan.expert_TK, plan.gate_TK, plan.slot_TK, plan.counts_E, plan.capacity)
+        assert torch.equal(plan.dropped, counted.dropped)
+        assert plan.dropped > 0
