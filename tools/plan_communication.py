@@ -19,12 +19,6 @@ from megatron.config.validation import validate_numbers
 from megatron.planning.communication import PURPOSES, communication
 
 GPT2_VOCAB = 50257
-# Not published; for scale: as many experts as in the other runs, their matrices cut too because they are large.
-LARGEST = PRESETS["6.7B"] | {
-    **{name: PRESETS["1.3B+MoE-128"][name] for name in ("num_experts", "expert_interval", "topk", "lr_decay_tokens")},
-    "enable_expert_tensor_parallelism": True,
-    "sequence_parallel": True,
-}
 
 
 def _at_least_1(word: str) -> int:
@@ -64,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _published() -> list[tuple[str, RunConfig, int]]:
     runs = []
-    for name, values in {**PRESETS, "6.7B+MoE-128": LARGEST}.items():
+    for name, values in PRESETS.items():
         for world in (64, 128):
             run = build(values)
             replicas = run.parallel.data_parallel_size(world)

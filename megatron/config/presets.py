@@ -1,7 +1,7 @@
 """The published runs as presets: shape and hyperparameters of each, selected by ``--model NAME``.
 
 Sources: "DeepSpeed-MoE for NLG: Reducing the training cost of language models by 5 times" (2021), the launch scripts
-published with it, and the GPT-3 paper (arXiv 2005.14165) for the dense 125M model. All runs used 64 GPUs.
+published with it, and the GPT-3 paper (arXiv 2005.14165) for the dense 125M model. They used 64 GPUs.
 
 Two things differ from the publication:
 
@@ -11,6 +11,9 @@ Two things differ from the publication:
 
 The dense 1.3B and 6.7B runs used tensor parallelism of 4 and 8, hence 16 and 8 data-parallel replicas; their batch
 ramp-up from 32 sequences fits that many, and needs changing (``--rampup-batch-size``) for another number.
+
+6.7B+MoE-128 was not published. It has the batches and learning rates of 6.7B and the experts of 1.3B+MoE-128, whose
+matrices are cut over the tensor-parallel processes because they are large. It is meant for 128 GPUs of 80 GB.
 """
 
 from typing import Any
@@ -90,5 +93,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     "1.3B": _1_3B | _batch(512, 2, rampup=(32, 32, 1_953_125)) | _rate(2e-4, 2e-5) | _tensor_parallel(4),
     "1.3B+MoE-128": _1_3B | _experts(128) | _batch(512, 8) | _rate(1.2e-4, 1e-6),
     "6.7B": _6_7B | _batch(1024, 4, rampup=(32, 32, 4_882_812)) | _rate(1.2e-4, 1.2e-5) | _tensor_parallel(8),
+    "6.7B+MoE-128": _6_7B
+    | _experts(128)
+    | _batch(1024, 4)
+    | _rate(1.2e-4, 1.2e-5)
+    | _tensor_parallel(8)
+    | {"moe_expert_parallel_size": (16,), "enable_expert_tensor_parallelism": True, "sequence_parallel": True},
 }
 """Preset name -> field name -> value."""

@@ -6,8 +6,9 @@ whole, and an all-to-all (n - 1) / n b. A ring goes through the ranks in order, 
 another node. Tokens go straight to their experts' ranks, not by way of nodes. Reductions of a few numbers (norms,
 losses for the log) are left out.
 
-Gradients are summed by all-reduce once an update, in fp32 unless ``--grad-reduce-in-bf16`` says otherwise. DeepSpeed's
-ZeRO-1 spreads the optimizer's state and work, and then gathers the weights.
+Gradients are summed once an update, in fp32 unless ``--grad-reduce-in-bf16`` says otherwise: with bf16 weights by a
+reduce-scatter (:mod:`megatron.engine.update`), with others by DeepSpeed's all-reduce. ZeRO-1 spreads the optimizer's
+state and work, and then the weights are gathered.
 
 Letters: T tokens of a micro-batch, H hidden, E experts, K top-k, n ranks of a group.
 """
@@ -67,6 +68,8 @@ def communication(config: RunConfig, world: int, vocab_size: int, node: int = 8)
     links = _Links(grid, node)
     width = 4 if config.optimizer.precision == "fp32" else 2
     of_gradient = 2 if config.optimizer.grad_reduce_in_bf16 else 4
+    if config.optimizer.precision != "bf16":
+        of_gradient *= 2  # an all-reduce sends twice what a reduce-scatter does
     micro_batches = config.training.global_batch_size / (config.training.micro_batch_size * grid.data)
     dense, experts = _parameters_of_a_rank(config, vocab_size)
     result = dict.fromkeys(PURPOSES, Traffic())
@@ -183,8 +186,8 @@ def _pipeline(
 
 
 def _update_of(weights: float, of_gradient: int, of_weight: int, ranks: int, links: "_Split") -> Traffic:
-    """All-reduce of the gradients and all-gather of the weights, in bytes of each."""
-    return links.of(weights * (2 * of_gradient + of_weight) * (ranks - 1) / ranks)
+    """Sum of the gradients and all-gather of the weights: what a rank sends for both, in bytes of each weight."""
+    return links.of(weights * (of_gradient + of_weight) * (ranks - 1) / ranks)
 
 
 # -------------------------------------------------------------------------------------------------------- where it goes

@@ -1,51 +1,215 @@
-"""Bytes of weights, gradients and optimizer state for a parameter, in closed form."""
+"""How much memory a GPU needs in training, by what it is needed for, before anything is launched.
+
+A model of what ``torch.cuda.max_memory_allocated`` reports. Two moments of an update can be its peak:
+
+* the loss's backward pass: all activations that wait for the backward pass, and the logits; no gradient yet but that of
+  the token table.
+* a layer's backward pass: what earlier layers still keep, this layer's work, and the gradients of the layers behind it.
+  Of the first layer it is the end of the backward pass, with all gradients.
+
+What stays between updates is counted in bytes a weight (:mod:`megatron.planning.optimizer_memory`), by the processes
+that have the same weights: data-parallel ranks for weights outside the experts, expert-data-parallel ranks for experts.
+The fp32 sums of gradients stay too. There are none if an update is one micro-batch, without a pipeline, and nobody has
+the same weights: then bf16 gradients grow in the backward pass and are gone after the update.
+
+What a layer keeps for its backward pass is counted in :mod:`megatron.planning.activations`. With
+``--checkpoint-activations`` it keeps its input alone, and has the rest while its backward pass runs.
+
+Not in it: the CUDA context, NCCL's buffers and what the allocator cannot use (:data:`megatron.planning.devices.USABLE`
+leaves room for them). For fp16, gradients are counted until they are reduced and as fp32 sums besides. Of fp16, fp32
+and CPU offload nothing was measured.
+
+Letters: T tokens of a micro-batch, H hidden, F inner size, E experts, V padded vocabulary, N heads.
+"""
 
 import dataclasses
+from collections.abc import Mapping
 
-from megatron.config import OptimizerConfig
+from megatron.config import RunConfig
+from megatron.parallel.grid import Grid
+from megatron.planning.activations import (
+    FP32,
+    inner_units,
+    inner_units_of_experts,
+    kept_by_layer,
+    own_stream_bytes,
+    rows_of_experts,
+    served_by_kernels,
+    stream_bytes,
+    width,
+)
+from megatron.planning.optimizer_memory import BytesPerParameter, bytes_per_parameter
+from megatron.planning.parameters import StageParameters, parameters_of_stage
+from megatron.planning.placement import place
 
-_BYTES = {"fp32": 4, "bf16": 2}
-BLOCK = 256  # numbers of an 8-bit moment that share an fp32 scale
+OFFLOAD_BUCKET = 500_000_000 * FP32  # DeepSpeed's, in which it adds gradients over processes
+CHUNK = 2 * 256 * 2**20  # fp32 logits that a shared cross-entropy holds at a time, twice
+
+PARTS = {
+    "weights": "in the number format of the computation",
+    "fp32 weights": "this GPU's share, ZeRO-1",
+    "moments": "of Adam, this GPU's share",
+    "gradients": "at the peak",
+    "activations": "that wait for the backward pass",
+    "work": "of the layer, or of the head, that is at work",
+    "all-to-all": "buffers of tokens that leave and arrive",
+    "logits": "and what the loss needs beside them",
+}
 
 
 @dataclasses.dataclass(frozen=True)
-class BytesPerParameter:
-    """On the GPU and in CPU memory, for a parameter that a process computes with."""
+class Memory:
+    """Bytes on the GPU that needs most, by :data:`PARTS`, at the moment when it needs most."""
 
-    gpu: float
-    cpu: float
+    parts: Mapping[str, float]
+    moment: str
+    stage: int
+    between: float  # bytes between two updates
+
+    @property
+    def peak(self) -> float:
+        """All parts together."""
+        return sum(self.parts.values())
 
 
-def bytes_per_parameter(
-    optimizer: OptimizerConfig, replicas: int, *, one_micro_batch: bool = False
-) -> BytesPerParameter:
-    """Bytes that weights, gradients and AdamW's state take when they are most, at the end of a backward pass.
-
-    On the GPU: weights (2, or 4 with --fp32) and gradients: sums in fp32 (4), or with --bf16 for the one micro-batch of
-    an update, without replicas, the gradients as they come (2). ZeRO-1 spreads over ``replicas``: fp32 weights (4) and
-    two moments (4 each, 2 in bf16, 1 and a scale for each block in 8 bits). In CPU memory there are also the gradients
-    (4) of what a process updates, and its weights on their way back (2 or 4).
-
-    Activations and communication buffers are not in it, and neither is it that moments of biases and norms are always
-    fp32: they are less than a thousandth of a model's parameters.
+def memory(config: RunConfig, world: int, vocab_size: int, *, kernels: bool = True) -> Memory:
+    """What the GPU with most in it holds, over all pipeline stages.
 
     Args:
-        optimizer: of the run.
-        replicas: processes with the same parameters: data-parallel ones, or for experts expert-data-parallel ones.
-        one_micro_batch: whether an update has one micro-batch, and the model no pipeline.
-
-    Raises:
-        ValueError: there are no replicas.
+        config: of a run; it must fit ``world`` ranks.
+        vocab_size: padded.
+        kernels: whether the Triton kernels can be used, on GPUs from Ampere on.
     """
-    if replicas < 1:
-        raise ValueError(f"got {replicas} replicas; a parameter is on at least 1 process")
-    weight = 4 if optimizer.precision == "fp32" else 2
-    if optimizer.optimizer_name == "adamw8bit":
-        moments = 2 * (1 + 4 / BLOCK)
-    else:
-        moments = sum(_BYTES[dtype] for dtype in (optimizer.exp_avg_dtype, optimizer.exp_avg_sq_dtype))
-    state = (4 + moments) / replicas
-    if optimizer.optimizer_cpu_offload:
-        return BytesPerParameter(gpu=weight + 4, cpu=state + (4 + weight) / replicas)
-    direct = one_micro_batch and replicas == 1 and optimizer.precision == "bf16" and optimizer.optimizer_name == "adamw"
-    return BytesPerParameter(gpu=weight + (2 if direct else 4) + state, cpu=0)
+    layers = place(config, vocab_size).layers
+    first, found = 0, []
+    for stage, count in enumerate(layers):
+        found.append(_Stage(config, world, vocab_size, stage, range(first, first + count), kernels).peak())
+        first += count
+    return max(found, key=lambda each: each.peak)
+
+
+class _Stage:
+    """The memory of a GPU of one pipeline stage."""
+
+    def __init__(
+        self, config: RunConfig, world: int, vocab_size: int, stage: int, layers: range, kernels: bool
+    ) -> None:
+        self._config, self._layers, self._stage, self._vocab = config, layers, stage, vocab_size
+        self._kernels = kernels
+        parallel, training = config.parallel, config.training
+        self._grid = Grid(
+            world,
+            parallel.tensor_model_parallel_size,
+            parallel.pipeline_model_parallel_size,
+            parallel.enable_expert_tensor_parallelism,
+        )
+        self._width = width(config)
+        self._tensor = parallel.tensor_model_parallel_size
+        self._tokens = training.micro_batch_size * config.model.seq_length
+        self._stream, self._own_stream = stream_bytes(config), own_stream_bytes(config)
+        self._micro_batches = training.global_batch_size // (training.micro_batch_size * self._grid.data)
+        self._first, self._last = stage == 0, stage == self._grid.pipeline - 1
+        self._parameters = parameters_of_stage(config, vocab_size, layers, first=self._first, last=self._last)
+        shared = 1 if parallel.enable_expert_tensor_parallelism else self._tensor
+        self._expert_ranks = {degree: self._grid.data // degree * shared for degree in self._parameters.experts}
+        # bytes of each layer's gradients as autograd makes them: all, and those that stay as they are
+        self._made, self._staying = {}, {}
+        for layer in layers:
+            groups = self._groups(parameters_of_stage(config, vocab_size, [layer], first=False, last=False))
+            self._made[layer] = self._width * sum(count for count, _ in groups)
+            fp16 = config.optimizer.precision == "fp16"  # they stay until DeepSpeed has reduced them
+            self._staying[layer] = self._width * sum(n for n, ranks in groups if fp16 or not self._each(ranks).lasting)
+
+    def peak(self) -> Memory:
+        """The largest of all moments."""
+        states = self._states()
+        # 1F1B: the first stage has as many micro-batches under way as there are stages, the last has one
+        under_way = min(self._micro_batches, self._grid.pipeline - self._stage)
+        kept = {layer: self._kept(layer) for layer in self._layers}
+        others = (under_way - 1) * sum(kept.values()) + (under_way * self._embedding_mask() if self._first else 0.0)
+        moments = {f"backward pass of layer {n}": self._at_layer(n, kept, others) for n in self._layers}
+        if self._last:
+            moments["loss"] = self._at_loss(kept, others)
+        if self._config.optimizer.grad_reduce_in_bf16:  # a copy of one group's sums
+            copied = max((2 * count for count, ranks in self._groups(self._parameters) if ranks > 1), default=0)
+            moments["reduction of gradients"] = {"gradients": copied}
+        moment, parts = max(moments.items(), key=lambda item: sum(item[1].values()))
+        whole = {name: states.get(name, 0.0) + parts.get(name, 0.0) for name in PARTS}
+        return Memory(whole, moment, self._stage, between=sum(states.values()))
+
+    # ------------------------------------------------------------------------------------------------ between updates
+
+    def _states(self) -> dict[str, float]:
+        states = dict.fromkeys(("weights", "fp32 weights", "moments", "gradients"), 0.0)
+        for count, ranks in self._groups(self._parameters):
+            each = self._each(ranks)
+            states["weights"] += count * each.weights
+            states["fp32 weights"] += count * each.fp32_weights
+            states["moments"] += count * each.moments
+            states["gradients"] += count * each.gradients * each.lasting
+        if self._config.optimizer.optimizer_cpu_offload:
+            states["gradients"] += OFFLOAD_BUCKET
+        return states
+
+    def _each(self, ranks: int) -> BytesPerParameter:
+        """Bytes of a weight that this many ranks have."""
+        one = self._micro_batches == 1 and self._grid.pipeline == 1
+        return bytes_per_parameter(self._config.optimizer, ranks, one_micro_batch=one)
+
+    def _groups(self, parameters: StageParameters) -> list[tuple[int, int]]:
+        """Parameters, and the ranks that have the same ones, of each optimizer group."""
+        experts = ((count, self._expert_ranks[degree]) for degree, count in parameters.experts.items())
+        return [(parameters.dense, self._grid.data), *experts]
+
+    # -------------------------------------------------------------------------------------------------- kinds of peak
+
+    def _at_loss(self, kept: Mapping[int, float], others: float) -> dict[str, float]:
+        hidden = self._config.model.hidden_size
+        logits = self._tokens * self._vocab / self._tensor * self._width
+        overwritten = self._tensor == 1 and self._kernels  # by their gradient
+        if not overwritten:
+            logits = 2 * logits + CHUNK
+        return {
+            "activations": others + sum(kept.values()) + self._own_stream,  # and what the last norm reads
+            "work": 2 * self._stream,  # what the last norm gives, and its gradient
+            "gradients": self._vocab * hidden / self._tensor * self._width,
+            "logits": logits,
+        }
+
+    def _at_layer(self, layer: int, kept: Mapping[int, float], others: float) -> dict[str, float]:
+        """The end of a layer's backward pass, when its gradients are there and nothing of it is freed yet."""
+        config = self._config
+        held = others + sum(kept[n] for n in self._layers if n < layer)
+        table = self._vocab * config.model.hidden_size / self._tensor * self._width  # waits for the embedding's
+        whole = served_by_kernels(config, layer, self._kernels)
+        again = inner_units_of_experts(config, layer) if self._kernels and not whole else 0.0  # GELU's output
+        return {
+            "activations": held + self._full(layer) + self._own_stream,
+            "work": 2 * self._own_stream + (inner_units(config, layer) + again) * self._width,
+            "gradients": (table if self._last else 0.0) + self._gradients(layer),
+            "all-to-all": self._exchange(layer),
+        }
+
+    def _gradients(self, layer: int) -> float:
+        """Gradients in the weights' format: of this layer, and of those behind it if they are not added to a sum."""
+        return self._made[layer] + sum(self._staying[n] for n in self._layers if n > layer)
+
+    # ----------------------------------------------------------------------------------------------------- of one layer
+
+    def _kept(self, layer: int) -> float:
+        """Bytes that a layer keeps for a micro-batch's backward pass."""
+        return self._own_stream if self._config.training.checkpoint_activations else self._full(layer)
+
+    def _full(self, layer: int) -> float:
+        """The same without activation checkpointing."""
+        return kept_by_layer(self._config, layer, kernels=self._kernels)
+
+    def _exchange(self, layer: int) -> float:
+        """Rows that leave, rows that arrive, and their copy in the experts' order."""
+        config = self._config
+        if config.moe.experts_of_layer(layer) == 1 or served_by_kernels(config, layer, self._kernels):
+            return 0.0
+        return 3 * rows_of_experts(config, layer)[0] * config.model.hidden_size * self._width
+
+    def _embedding_mask(self) -> float:
+        return self._own_stream / self._width if self._config.model.hidden_dropout > 0 else 0.0

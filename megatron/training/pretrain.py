@@ -23,6 +23,7 @@ from megatron.parallel.replicas import ReplicasDiffer
 from megatron.planning.parameters import count_parameters
 from megatron.planning.placement import place
 from megatron.training.clock import Clock, total_samples
+from megatron.training.outlook import outlook
 from megatron.training.report import Report
 from megatron.training.resume import check, clock_from, padded_as_before
 from megatron.training.start import (
@@ -107,6 +108,7 @@ def _run(config: RunConfig, topology: Topology) -> None:
         train_tokens = samples * config.model.seq_length
         _announce(report, config, topology, tokenizer, clock, vocab_size, train_tokens, name, resumed=found is not None)
         if topology.is_first:
+            print(outlook(config, topology, vocab_size), flush=True)
             if topology.pipeline_parallel_size > 1:
                 print(place(config, vocab_size), flush=True)
             if config.optimizer.optimizer_cpu_offload:

@@ -19,8 +19,20 @@ PUBLISHED = {
 }
 
 
+UNPUBLISHED = "6.7B+MoE-128"
+
+
 def test_every_published_run_has_a_preset():
-    assert set(PRESETS) == set(PUBLISHED)
+    assert set(PRESETS) == {*PUBLISHED, UNPUBLISHED}
+
+
+def test_the_unpublished_run_has_the_schedule_of_one_and_the_experts_of_another():
+    differs = {name for name, value in PRESETS[UNPUBLISHED].items() if value != PRESETS["6.7B"].get(name)}
+    parallel = {"moe_expert_parallel_size", "enable_expert_tensor_parallelism", "sequence_parallel"}
+    assert all(PRESETS[UNPUBLISHED][name] == PRESETS["1.3B+MoE-128"][name] for name in differs - parallel - {
+        "rampup_batch_size"
+    })  # fmt: skip
+    validate_numbers(build(PRESETS[UNPUBLISHED]), world_size=128)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

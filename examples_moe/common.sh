@@ -1,0 +1,216 @@
+# shellcheck shell=bash
+# shellcheck disable=SC2154 # script, root and arguments are set by the script that sources this
+# To be sourced by the launch scripts of this folder, which then call
+#
+#   run PRESET TP PP EP FLAGS...
+#
+# with a preset of pretrain_gpt_moe.py --model, the published sizes of tensor, pipeline and expert parallelism, and what
+# else the run needs. It prints a plan (DRY_RUN=1) or starts the run: under SLURM with srun, elsewhere with torchrun.
+
+usage() {
+    cat <<END
+Usage: [VARIABLE=VALUE ...] bash   $script [FLAGS of pretrain_gpt_moe.py]    on this machine's GPUs, or its CPU
+       [VARIABLE=VALUE ...] sbatch $script [FLAGS ...]    as a SLURM job; sbatch's own flags before the script win
+       DRY_RUN=1            bash   $script [FLAGS ...]    print the plan and the command, and start nothing
+END
+    cat <<'END'
+
+Everything can be changed from the environment:
+
+  variable         what it is                                                     default
+  DATA_PATH        PREFIX of a dataset, or a blend: "0.7 PREFIX1 0.3 PREFIX2"     none: it has to be given
+  TOKENIZER_TYPE   GPT2BPETokenizer, SentencePieceTokenizer or HFTokenizer        GPT2BPETokenizer
+  VOCAB_FILE       GPT2BPETokenizer: vocab.json                                   gpt2-vocab.json
+  MERGE_FILE       GPT2BPETokenizer: merges.txt                                   gpt2-merges.txt
+  TOKENIZER_MODEL  the others: the .model or tokenizer.json file                  none
+  SAVE             folder of the checkpoints and of metrics.jsonl                 checkpoints/RUN_NAME
+  LOAD             folder to go on from                                           SAVE
+  RUN_NAME         name in logs and plots                                         the script's, 350M_MoE128
+  TRAIN_TOKENS     length of the run; the learning rate's decay stays             300B
+  NNODES           nodes                                                          the SLURM job's, else 1
+  GPUS_PER_NODE    processes on a node                                            the SLURM job's, else this machine's GPUs
+  TP, PP, EP       tensor, pipeline and expert parallelism                        as published, less where there are
+                                                                                  fewer processes
+  MICRO_BATCH      sequences of one forward pass                                  as published
+  GLOBAL_BATCH     sequences of an update                                         as published
+  EXTRA_ARGS       more flags of pretrain_gpt_moe.py, after all others            none
+  LAUNCHER         srun (one task a GPU) or torchrun (one a node)                 srun in a SLURM job, else torchrun
+  SRUN_ARGS        more flags of srun, such as --container-image                  none
+  NODE_RANK, MASTER_ADDR, MASTER_PORT
+                   several nodes without SLURM: this node's number, the first     0, none, 29500
+                   node's name, a free port there
+  PYTHON           the interpreter                                                .venv/bin/python of this checkout, else
+                                                                                  python3
+  DRY_RUN          1: print the plan and the command; command: the command alone  none
+  GPU              the plan's kind of GPU (tools/plan_run.py --help lists them)   A100
+  PLAN_ARGS        more flags of tools/plan_run.py, such as --price-per-gpu-hour  none
+
+A dry run outside a SLURM job plans for the nodes and GPUs of the script's #SBATCH lines, unless NNODES or GPUS_PER_NODE
+say otherwise.
+END
+}
+
+fail() {
+    printf 'error: %s\n' "$1" >&2
+    shift
+    if [[ $# -gt 0 ]]; then printf '  %s\n' "$@" >&2; fi
+    exit 2
+}
+
+requested() { # NAME: what the script's #SBATCH line --NAME= says
+    sed -n "s/^#SBATCH --$1=\([^ ]*\).*/\1/p" "$script"
+}
+
+gpus_here() {
+    if command -v nvidia-smi >/dev/null; then nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true; else echo 0; fi
+}
+
+most() { # WANTED LIMIT: the largest number from 1 to WANTED that divides both, so that what was planned for more fits
+    local number
+    for ((number = $1 < $2 ? $1 : $2; number > 1; number--)); do
+        if (($1 % number == 0 && $2 % number == 0)); then break; fi
+    done
+    echo $((number > 1 ? number : 1))
+}
+
+find_sizes() { # sets NNODES and GPUS_PER_NODE
+    local tasks=${SLURM_NTASKS_PER_NODE:-}
+    if [[ -n "${SLURM_JOB_ID:-}" ]]; then
+        : "${NNODES:=${SLURM_JOB_NUM_NODES:-1}}"
+        : "${GPUS_PER_NODE:=${tasks:-${SLURM_GPUS_ON_NODE:-1}}}"
+    elif [[ -n "${DRY_RUN:-}" && -z "${NNODES:-}${GPUS_PER_NODE:-}" ]]; then
+        NNODES=$(requested nodes)
+        GPUS_PER_NODE=$(requested ntasks-per-node)
+    fi
+    : "${NNODES:=1}"
+    if [[ -z "${GPUS_PER_NODE:-}" ]]; then
+        GPUS_PER_NODE=$(gpus_here)
+        if ((GPUS_PER_NODE == 0)); then GPUS_PER_NODE=1; fi
+    fi
+    for name in NNODES GPUS_PER_NODE ${TP:+TP} ${PP:+PP} ${EP:+EP}; do
+        [[ "${!name}" =~ ^[1-9][0-9]*$ ]] || fail "$name is '${!name}'; give a whole number from 1 on"
+    done
+}
+
+find_python() {
+    if [[ -z "${PYTHON:-}" ]]; then
+        PYTHON=python3
+        if [[ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" && -x "$root/.venv/bin/python" ]]; then
+            PYTHON="$root/.venv/bin/python"
+        fi
+    fi
+    export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+}
+
+find_data() { # sets the array data
+    local -a prefixes=()
+    read -r -a prefixes <<<"${DATA_PATH:-}"
+    if [[ ${#prefixes[@]} -eq 0 ]]; then
+        if [[ -z "${DRY_RUN:-}" ]]; then
+            fail "DATA_PATH is not set: nothing says which tokens to train on." \
+                "Make a dataset from JSON lines with a field \"text\":" \
+                "  python tools/preprocess_data.py --input corpus.jsonl --output-prefix corpus --append-eod --workers 8 \\" \
+                "      --tokenizer-type GPT2BPETokenizer --vocab-file gpt2-vocab.json --merge-file gpt2-merges.txt" \
+                "and give its prefix:" \
+                "  DATA_PATH=corpus_text_document bash $script" \
+                "Or look at the plan first: DRY_RUN=1 bash $script"
+        fi
+        prefixes=(DATA_PATH)
+    fi
+    : "${TOKENIZER_TYPE:=GPT2BPETokenizer}"
+    data=(--data-path "${prefixes[@]}" --tokenizer-type "$TOKENIZER_TYPE")
+    if [[ "$TOKENIZER_TYPE" == GPT2BPETokenizer ]]; then
+        data+=(--vocab-file "${VOCAB_FILE:-gpt2-vocab.json}" --merge-file "${MERGE_FILE:-gpt2-merges.txt}")
+    else
+        data+=(--tokenizer-model "${TOKENIZER_MODEL:?"$TOKENIZER_TYPE needs its file in TOKENIZER_MODEL"}")
+    fi
+}
+
+find_layout() { # PRESET'S TP PP EP: sets TP, PP, EP; what was published is lowered to what this many processes allow
+    local world=$((NNODES * GPUS_PER_NODE)) given="${TP:-}${PP:-}${EP:-}" replicas
+    : "${TP:=$(most "$1" "$GPUS_PER_NODE")}"
+    : "${PP:=$(most "$2" "$((world / TP > 0 ? world / TP : 1))")}"
+    replicas=$((world / (TP * PP)))
+    : "${EP:=$(most "$3" "$((replicas > 0 ? replicas : 1))")}"
+    if [[ -z "$given" && "$TP $PP $EP" != "$1 $2 $3" ]]; then
+        echo "note: for $world processes, not as published: TP $1 -> $TP, PP $2 -> $PP, EP $3 -> $EP" >&2
+    fi
+}
+
+start_with() { # sets the array command, before the trainer's own words
+    local -a more=()
+    read -r -a more <<<"${SRUN_ARGS:-}"
+    local torchrun=("$PYTHON" -m torch.distributed.run --nproc-per-node "$GPUS_PER_NODE"
+        --signals-to-handle "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
+    local srun=(srun --nodes "$NNODES" --kill-on-bad-exit=1 --distribution=block)
+    # since SLURM 22.05 a step does not take this over from its job
+    if [[ -n "${SLURM_CPUS_PER_TASK:-}" ]]; then srun+=(--cpus-per-task "$SLURM_CPUS_PER_TASK"); fi
+    local in_job=${SLURM_JOB_ID:-}
+    if [[ -n "${DRY_RUN:-}" && "$NNODES" -gt 1 && -z "${MASTER_ADDR:-}" ]]; then in_job=planned; fi
+    local launcher=torchrun
+    if [[ -n "$in_job" ]]; then launcher=srun; fi
+    case "${LAUNCHER:-$launcher}" in
+        srun)
+            [[ -n "$in_job" ]] || fail "LAUNCHER=srun outside a SLURM job; submit with: sbatch $script"
+            command=("${srun[@]}" --ntasks-per-node "$GPUS_PER_NODE" ${more[@]+"${more[@]}"} "$PYTHON")
+            ;;
+        torchrun)
+            if [[ -n "$in_job" ]]; then
+                local first=FIRST_NODE port=${MASTER_PORT:-$((20000 + ${SLURM_JOB_ID:-0} % 20000))}
+                if [[ "$in_job" != planned ]]; then
+                    read -r first < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+                fi
+                command=("${srun[@]}" --ntasks-per-node 1 ${more[@]+"${more[@]}"} "${torchrun[@]}" --nnodes "$NNODES"
+                    --rdzv-backend c10d --rdzv-id "$RUN_NAME" --rdzv-endpoint "${MASTER_ADDR:-$first}:$port")
+            elif ((NNODES > 1)); then
+                [[ -n "${MASTER_ADDR:-}" && -n "${NODE_RANK:-}" ]] ||
+                    fail "NNODES is $NNODES outside a SLURM job; on each node give NODE_RANK, from 0, and MASTER_ADDR"
+                command=("${torchrun[@]}" --nnodes "$NNODES" --node-rank "$NODE_RANK"
+                    --master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}")
+            else
+                command=("${torchrun[@]}" --standalone)
+            fi
+            ;;
+        *) fail "LAUNCHER is '$LAUNCHER'; expected srun or torchrun" ;;
+    esac
+}
+
+run() { # PRESET TP PP EP FLAGS...
+    local preset=$1 published=("$2" "$3" "$4") extra=() data=() command=() trainer flags plan
+    shift 4
+    case "${arguments[0]:-}" in -h | --help) usage && exit 0 ;; esac
+    : "${RUN_NAME:=$(basename "$script" .sh | sed 's/^pretrain_gpt_//')}"
+    : "${SAVE:=checkpoints/$RUN_NAME}"
+    : "${LOAD:=$SAVE}"
+    find_sizes
+    find_python
+    find_data
+    find_layout "${published[@]}"
+    read -r -a extra <<<"${EXTRA_ARGS:-}"
+
+    flags=(--model "$preset" --tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP" "$@")
+    if [[ "${published[2]}" -gt 1 ]]; then flags+=(--moe-expert-parallel-size "$EP"); fi
+    if [[ "${published[0]}" -gt 1 && "$TP" == 1 ]]; then # what goes with tensor parallelism goes without it
+        flags+=(--no-sequence-parallel --no-enable-expert-tensor-parallelism)
+    fi
+    if [[ -n "${TRAIN_TOKENS:-}" ]]; then flags+=(--train-tokens "$TRAIN_TOKENS"); fi
+    if [[ -n "${MICRO_BATCH:-}" ]]; then flags+=(--micro-batch-size "$MICRO_BATCH"); fi
+    if [[ -n "${GLOBAL_BATCH:-}" ]]; then flags+=(--global-batch-size "$GLOBAL_BATCH"); fi
+    flags+=("${data[@]}" --run-name "$RUN_NAME" --save "$SAVE" --load "$LOAD")
+    flags+=(${arguments[@]+"${arguments[@]}"} ${extra[@]+"${extra[@]}"})
+
+    start_with
+    trainer=("${command[@]}" "$root/pretrain_gpt_moe.py" "${flags[@]}")
+    case "${DRY_RUN:-}" in
+        "") exec "${trainer[@]}" ;;
+        command) printf '%q ' "${trainer[@]}" && echo ;;
+        1)
+            read -r -a plan <<<"--gpu ${GPU:-A100} ${PLAN_ARGS:-}"
+            "$PYTHON" "$root/tools/plan_run.py" --world-size $((NNODES * GPUS_PER_NODE)) \
+                --gpus-per-node "$GPUS_PER_NODE" "${plan[@]}" "${flags[@]}"
+            printf '\nThe command:\n'
+            printf '%q ' "${trainer[@]}" && echo
+            ;;
+        *) fail "DRY_RUN is '$DRY_RUN'; expected 1 or command" ;;
+    esac
+}

@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=1.3B_dense
+#SBATCH --nodes=8
+#SBATCH --ntasks-per-node=8
+#SBATCH --gres=gpu:8
+#SBATCH --cpus-per-task=8
+#SBATCH --time=24:00:00
+#SBATCH --signal=USR1@600
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+#
+# The published dense 1.3B model.
+#
+#   model      24 layers, hidden size 2048, 16 heads, sequences of 2048, initial std 0.014
+#   batch      512 sequences an update (from 32 by 32 over 1.95M sequences)
+#   schedule   300B tokens; learning rate 0.0002 to 2e-05, cosine over 260B, warm-up 375M
+#   layout     64 processes: DP 16 TP 4, micro-batches 16 of 2
+#
+# bash, sbatch or DRY_RUN=1 bash; --help lists what the environment can change.
+set -euo pipefail
+
+script="${BASH_SOURCE[0]}" # sbatch runs a copy elsewhere; scontrol knows where it came from
+if [[ ! -f "$(dirname "$script")/common.sh" ]]; then
+    script="$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\(.*pretrain_gpt_[^ ]*\.sh\).*/\1/p')"
+fi
+root="$(cd "$(dirname "$script")/.." && pwd)"
+arguments=("$@")
+# shellcheck source=examples_moe/common.sh
+source "$root/examples_moe/common.sh"
+
+#   preset TP PP EP
+run 1.3B 4 1 1

@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=125M_dense
+#SBATCH --nodes=8
+#SBATCH --ntasks-per-node=8
+#SBATCH --gres=gpu:8
+#SBATCH --cpus-per-task=8
+#SBATCH --time=24:00:00
+#SBATCH --signal=USR1@600
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+#
+# The dense 125M model (GPT-3's shape and learning rate).
+#
+#   model      12 layers, hidden size 768, 12 heads, sequences of 2048, initial std 0.02
+#   batch      256 sequences an update
+#   schedule   300B tokens; learning rate 0.0006 to 6e-05, cosine over 260B, warm-up 375M
+#   layout     64 processes: DP 64, micro-batches 1 of 4
+#
+# bash, sbatch or DRY_RUN=1 bash; --help lists what the environment can change.
+set -euo pipefail
+
+script="${BASH_SOURCE[0]}" # sbatch runs a copy elsewhere; scontrol knows where it came from
+if [[ ! -f "$(dirname "$script")/common.sh" ]]; then
+    script="$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\(.*pretrain_gpt_[^ ]*\.sh\).*/\1/p')"
+fi
+root="$(cd "$(dirname "$script")/.." && pwd)"
+arguments=("$@")
+# shellcheck source=examples_moe/common.sh
+source "$root/examples_moe/common.sh"
+
+#   preset TP PP EP
+run 125M 1 1 1

@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=350M_MoE128
+#SBATCH --nodes=8
+#SBATCH --ntasks-per-node=8
+#SBATCH --gres=gpu:8
+#SBATCH --cpus-per-task=8
+#SBATCH --time=24:00:00
+#SBATCH --signal=USR1@600
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+#
+# The published 350M+MoE-128: the 350M model with 128 experts in every other layer.
+#
+#   model      24 layers, hidden size 1024, 16 heads, sequences of 2048, initial std 0.014
+#   experts    128 in one layer of 2, top-1, capacity factor 1, balance loss x 0.01
+#   batch      256 sequences an update
+#   schedule   300B tokens; learning rate 0.0002 to 2e-06, cosine over 300B, warm-up 375M
+#   layout     64 processes: DP 64 EP 64, micro-batches 1 of 4
+#
+# bash, sbatch or DRY_RUN=1 bash; --help lists what the environment can change.
+set -euo pipefail
+
+script="${BASH_SOURCE[0]}" # sbatch runs a copy elsewhere; scontrol knows where it came from
+if [[ ! -f "$(dirname "$script")/common.sh" ]]; then
+    script="$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\(.*pretrain_gpt_[^ ]*\.sh\).*/\1/p')"
+fi
+root="$(cd "$(dirname "$script")/.." && pwd)"
+arguments=("$@")
+# shellcheck source=examples_moe/common.sh
+source "$root/examples_moe/common.sh"
+
+#   preset TP PP EP
+run 350M+MoE-128 1 1 64

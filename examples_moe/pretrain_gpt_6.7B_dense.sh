@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=6.7B_dense
+#SBATCH --nodes=8
+#SBATCH --ntasks-per-node=8
+#SBATCH --gres=gpu:8
+#SBATCH --cpus-per-task=8
+#SBATCH --time=24:00:00
+#SBATCH --signal=USR1@600
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+#
+# The published dense 6.7B model.
+#
+#   model      32 layers, hidden size 4096, 32 heads, sequences of 2048, initial std 0.01
+#   batch      1024 sequences an update (from 32 by 32 over 4.88M sequences)
+#   schedule   300B tokens; learning rate 0.00012 to 1.2e-05, cosine over 260B, warm-up 375M
+#   layout     64 processes: DP 8 TP 8, micro-batches 32 of 4
+#
+# bash, sbatch or DRY_RUN=1 bash; --help lists what the environment can change.
+set -euo pipefail
+
+script="${BASH_SOURCE[0]}" # sbatch runs a copy elsewhere; scontrol knows where it came from
+if [[ ! -f "$(dirname "$script")/common.sh" ]]; then
+    script="$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\(.*pretrain_gpt_[^ ]*\.sh\).*/\1/p')"
+fi
+root="$(cd "$(dirname "$script")/.." && pwd)"
+arguments=("$@")
+# shellcheck source=examples_moe/common.sh
+source "$root/examples_moe/common.sh"
+
+#   preset TP PP EP
+run 6.7B 8 1 1

@@ -1,0 +1,112 @@
+"""What was measured on GPUs, as far as plans rest on it: speeds, efficiencies and peaks of memory.
+
+All on one NVIDIA H200, torch 2.11, bf16, sequences of 2 048 tokens, vocabulary 50 304, compiled, without dropout.
+Sources: docs/performance.md, which has the commands and dates.
+"""
+
+import bisect
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron.config import RunConfig
+from megatron.config.options import OPTIONS, build, read_mapping
+from megatron.config.presets import PRESETS
+
+DEVICE = "H200"
+VOCAB = 50304
+
+# python -m benchmarks.train_step: run -> ms of a step. Plans rest on the dense ones; the others show how far they hold.
+STEPS = {"350M:16": 170.8, "350M+8:16": 174.3, "350M+32:16": 195.4, "1.3B:8": 255.6, "1.3B+8:8": 271.4}
+
+# python -m benchmarks.moe_layer: rows of an expert's buffer -> time of the dense feed-forward of the same FLOPs over
+# that of the MoE layer, forward and backward; 16 384 tokens of hidden size 2 048, 32 768 of 1 024
+EXPERTS_OF_DENSE = {128: 0.58, 256: 0.76, 512: 0.86, 1024: 0.88, 2048: 0.93, 4096: 0.91}
+
+# AdamW: bytes a second that its kernel moves, of the GPU's 4.8e12
+UPDATE_OF_BANDWIDTH = 4.1 / 4.8
+
+# Share of a link's data-sheet bandwidth that collectives reach. Not measured between nodes: an assumption.
+LINK_REACHED = 0.7
+
+
+@dataclasses.dataclass(frozen=True)
+class Peak:
+    """A measured peak of memory in GB (10^9 bytes): a run as ``benchmarks.train_step`` names it, and options beside."""
+
+    run: str
+    gb: float
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+PEAKS = (
+    Peak("350M:16", 34.5),
+    Peak("350M:16:4", 35.9),
+    Peak("350M+8:16", 45.2),
+    Peak("350M+8:16:4", 49.4),
+    Peak("350M+32:16", 79.0),
+    Peak("1.3B:8", 46.4),
+    Peak("1.3B+8:8", 86.6),
+)
+"""``torch.cuda.max_memory_allocated``, each run in a process of its own."""
+
+
+def run_of(name: str, **options: Any) -> RunConfig:
+    """The configuration of a benchmark's run, PRESET[+EXPERTS]:MICRO_BATCH[:MICRO_BATCHES], on one GPU.
+
+    Args:
+        name: such as ``1.3B+8:8``, with 8 experts in every other layer and micro-batches of 8.
+        **options: fields of the configuration that are not as in the benchmark without flags.
+    """
+    shape, *numbers = name.split(":")
+    preset, _, experts = shape.partition("+")
+    micro, count = int(numbers[0]), int(numbers[1]) if len(numbers) > 1 else 1
+    values = PRESETS[preset] | {
+        "micro_batch_size": micro,
+        "global_batch_size": micro * count,
+        "rampup_batch_size": None,
+        "tensor_model_parallel_size": 1,
+        "checkpoint_activations": False,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+    }
+    if experts:
+        values |= {"num_experts": (int(experts),)}
+    return build(values | options)
+
+
+def peaks_in(file: Path) -> list[Peak]:
+    """Measured peaks from the JSON that ``python -m benchmarks.train_step --json FILE`` writes; of our own runs.
+
+    What else the benchmark notes beside its rows is an option of the run if there is one of that name, and so is what
+    its ``--set`` has set.
+
+    Raises:
+        ValueError: the file has no such rows.
+    """
+    content = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(content, dict) or not all("memory_gb" in row for row in content.get("rows", [{}])):
+        raise ValueError(f"{file}: no rows with 'run' and 'memory_gb'; give what benchmarks.train_step --json writes")
+    options = {name: value for name, value in content.items() if name in OPTIONS}
+    for word in content.get("options", []):
+        name, _, value = word.partition("=")
+        options |= read_mapping({name: yaml.safe_load(value)})
+    if "dropout" in content:
+        options |= {"hidden_dropout": content["dropout"], "attention_dropout": content["dropout"]}
+    rows = (row | {"run": row["run"].removesuffix(" ours")} for row in content["rows"])
+    return [Peak(row["run"], row["memory_gb"], options) for row in rows if " " not in row["run"]]
+
+
+def between(table: dict[int, float], at: float) -> float:
+    """A table's value at ``at``: linear in the logarithm between two entries, that of the last one beyond them."""
+    known = sorted(table)
+    place = bisect.bisect_left(known, at)
+    if place in (0, len(known)):
+        return table[known[min(place, len(known) - 1)]]
+    low, high = known[place - 1], known[place]
+    share = math.log(at / low) / math.log(high / low)
+    return table[low] * (1 - share) + table[high] * share

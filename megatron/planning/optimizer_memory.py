@@ -1,0 +1,59 @@
+"""Bytes of weights, gradients and optimizer state for a parameter, in closed form."""
+
+import dataclasses
+
+from megatron.config import OptimizerConfig
+
+_BYTES = {"fp32": 4, "bf16": 2}
+BLOCK = 256  # numbers of an 8-bit moment that share an fp32 scale
+
+
+@dataclasses.dataclass(frozen=True)
+class BytesPerParameter:
+    """For a parameter that a process computes with: by part on the GPU, and all in CPU memory."""
+
+    weights: float
+    gradients: float
+    fp32_weights: float
+    moments: float
+    cpu: float
+    lasting: bool  # gradients have their place between updates too
+
+    @property
+    def gpu(self) -> float:
+        """All on the GPU."""
+        return self.weights + self.gradients + self.fp32_weights + self.moments
+
+
+def bytes_per_parameter(
+    optimizer: OptimizerConfig, replicas: int, *, one_micro_batch: bool = False
+) -> BytesPerParameter:
+    """Bytes that weights, gradients and AdamW's state take when they are most, at the end of a backward pass.
+
+    On the GPU: weights (2, or 4 with --fp32) and gradients: sums in fp32 (4), or with --bf16 for the one micro-batch of
+    an update, without replicas, the gradients as they come (2). ZeRO-1 spreads over ``replicas``: fp32 weights (4) and
+    two moments (4 each, 2 in bf16, 1 and a scale for each block in 8 bits). In CPU memory there are also the gradients
+    (4) of what a process updates, and its weights on their way back (2 or 4).
+
+    Activations and communication buffers are not in it, and neither is it that moments of biases and norms are always
+    fp32: they are less than a thousandth of a model's parameters.
+
+    Args:
+        optimizer: of the run.
+        replicas: processes with the same parameters: data-parallel ones, or for experts expert-data-parallel ones.
+        one_micro_batch: whether an update has one micro-batch, and the model no pipeline.
+
+    Raises:
+        ValueError: there are no replicas.
+    """
+    if replicas < 1:
+        raise ValueError(f"got {replicas} replicas; a parameter is on at least 1 process")
+    weight = 4 if optimizer.precision == "fp32" else 2
+    if optimizer.optimizer_name == "adamw8bit":
+        moments = 2 * (1 + 4 / BLOCK)
+    else:
+        moments = sum(_BYTES[dtype] for dtype in (optimizer.exp_avg_dtype, optimizer.exp_avg_sq_dtype))
+    if optimizer.optimizer_cpu_offload:
+        return BytesPerParameter(weight, 4, 0, 0, cpu=(4 + moments + 4 + weight) / replicas, lasting=True)
+    direct = one_micro_batch and replicas == 1 and optimizer.precision == "bf16" and optimizer.optimizer_name == "adamw"
+    return BytesPerParameter(weight, 2 if direct else 4, 4 / replicas, moments / replicas, cpu=0, lasting=not direct)

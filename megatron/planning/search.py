@@ -1,0 +1,123 @@
+"""Other layouts of a run: which fit, which is fastest, and which is nearest to one that does not fit.
+
+Varied are tensor, pipeline and expert parallelism, micro-batch and activation checkpointing. Tensor parallelism stays
+inside a node and comes with sequence parallelism; experts stay replicated or sharded over it as the run says.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator
+
+from megatron.config import RunConfig
+from megatron.config.errors import ConfigError, divisors
+from megatron.config.validation import validate_numbers
+from megatron.planning.memory import memory
+from megatron.planning.plan import Machine, Plan, make_plan
+
+LARGEST_MICRO_BATCH = 64
+
+
+def layouts(config: RunConfig, world: int, node: int) -> Iterator[RunConfig]:
+    """The run in every layout that ``world`` processes can have.
+
+    A batch ramp-up or a placement of pipeline layers that does not fit a layout is left out of it.
+    """
+    model, moe = config.model, config.moe
+    batch = config.training.global_batch_size
+    counts = [moe.experts_of_layer(n) for n in range(model.num_layers) if moe.experts_of_layer(n) > 1]
+    for tensor in divisors(math.gcd(model.num_attention_heads, model.ffn_size, world)):
+        if node % tensor:
+            continue
+        for stages in divisors(world // tensor):
+            replicas = world // tensor // stages
+            if stages > model.num_layers or batch % replicas:
+                continue
+            degrees = divisors(math.gcd(replicas, *counts)) if counts else [1]
+            sizes = [n for n in divisors(batch // replicas) if n <= LARGEST_MICRO_BATCH and n & (n - 1) == 0]
+            for degree, micro, recompute in itertools.product(degrees, sizes, (False, True)):
+                if stages > 1 and batch // replicas // micro < stages:  # most of such a pipeline waits
+                    continue
+                yield from _valid(_changed(config, tensor, stages, degree, micro, recompute), world)
+
+
+def fitting(config: RunConfig, machine: Machine, vocab_size: int) -> list[Plan]:
+    """Plans of all layouts that fit into the machine's GPUs, the fastest first.
+
+    Raises:
+        ConfigError: the machine's device is not known.
+    """
+    device = machine.device
+    if device is None:
+        raise ConfigError("nothing is known of this GPU, so layouts cannot be ranked; name one with --gpu")
+    plans = []
+    for other in layouts(config, machine.world, machine.node):
+        if memory(other, machine.world, vocab_size, kernels=machine.kernels).peak <= device.usable:
+            plans.append(make_plan(other, machine, vocab_size))
+    return sorted(plans, key=lambda plan: plan.step.seconds)
+
+
+def nearest_fitting(plan: Plan) -> Plan | None:
+    """The layout that fits and changes least in ``plan``; the fastest of equally near ones. None if none fits."""
+    found = fitting(plan.config, plan.machine, plan.vocab_size)
+    return min(found, key=lambda other: (_distance(plan.config, other.config), other.step.seconds), default=None)
+
+
+def flags_of(config: RunConfig) -> str:
+    """The flags that give a run this layout."""
+    parallel, training = config.parallel, config.training
+    words = [
+        f"--tensor-model-parallel-size {parallel.tensor_model_parallel_size}",
+        "--sequence-parallel" if parallel.sequence_parallel else "--no-sequence-parallel",
+        f"--pipeline-model-parallel-size {parallel.pipeline_model_parallel_size}",
+        f"--micro-batch-size {training.micro_batch_size}",
+        "--checkpoint-activations" if training.checkpoint_activations else "--no-checkpoint-activations",
+    ]
+    if config.moe.enabled:
+        words.append(f"--moe-expert-parallel-size {' '.join(map(str, parallel.moe_expert_parallel_size))}")
+    if training.rampup_batch_size is None:
+        words.append("--rampup-batch-size none")
+    return " ".join(words)
+
+
+def _changed(config: RunConfig, tensor: int, stages: int, degree: int, micro: int, recompute: bool) -> RunConfig:
+    parallel = dataclasses.replace(
+        config.parallel,
+        tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=stages,
+        pipeline_layer_split=None,
+        moe_expert_parallel_size=(degree,),
+        sequence_parallel=tensor > 1,
+        enable_expert_tensor_parallelism=config.parallel.enable_expert_tensor_parallelism and tensor > 1,
+    )
+    training = dataclasses.replace(config.training, micro_batch_size=micro, checkpoint_activations=recompute)
+    return dataclasses.replace(config, parallel=parallel, training=training)
+
+
+def _valid(config: RunConfig, world: int) -> Iterator[RunConfig]:
+    """The configuration, if need be without its batch ramp-up; nothing if it is wrong in another way."""
+    for ramp in dict.fromkeys((config.training.rampup_batch_size, None)):
+        config = dataclasses.replace(config, training=dataclasses.replace(config.training, rampup_batch_size=ramp))
+        try:
+            validate_numbers(config, world)
+        except ConfigError:
+            continue
+        yield config
+        return
+
+
+def _distance(one: RunConfig, other: RunConfig) -> float:
+    """How much a layout differs: doublings of each size, those that change more of a run's numbers counted more."""
+
+    def doublings(first: int, second: int) -> float:
+        return abs(math.log2(first / second))
+
+    ours, theirs = one.parallel, other.parallel
+    return (
+        doublings(one.training.micro_batch_size, other.training.micro_batch_size)
+        + (one.training.checkpoint_activations != other.training.checkpoint_activations)
+        + doublings(max(ours.moe_expert_parallel_size), max(theirs.moe_expert_parallel_size))
+        + 2 * doublings(ours.tensor_model_parallel_size, theirs.tensor_model_parallel_size)
+        + 3 * doublings(ours.pipeline_model_parallel_size, theirs.pipeline_model_parallel_size)
+        + (one.training.rampup_batch_size != other.training.rampup_batch_size)
+    )

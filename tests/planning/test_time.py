@@ -1,0 +1,80 @@
+"""Expected times: measured steps again, and arithmetic that must hold whatever was measured."""
+
+import dataclasses
+
+import pytest
+
+from megatron.config.errors import ConfigError
+from megatron.planning.devices import find_device
+from megatron.planning.flops import model_flops_per_token
+from megatron.planning.measured import STEPS, VOCAB, run_of
+from megatron.planning.time import PARTS, expected_step
+
+H200 = find_device("H200")
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_measured_steps_are_expected(name):
+    """Dense ones exactly, for the efficiencies come from them; those with experts follow from other benchmarks."""
+    step = expected_step(run_of(name), 1, VOCAB, H200)
+    assert step.seconds * 1e3 == pytest.approx(STEPS[name], rel=0.06 if "+" in name else 1e-6)
+    assert set(step.parts) == set(PARTS)
+
+
+def test_a_run_of_given_speed_takes_its_time():
+    run = run_of("350M:16", train_tokens=300 * 10**9)
+    step = expected_step(run, 1, VOCAB, H200)
+    assert step.tokens_per_second == pytest.approx(16 * 2048 / (STEPS["350M:16"] / 1e3))
+    assert step.days == pytest.approx(300e9 / step.tokens_per_second / 3600 / 24)
+    assert step.gpu_hours == pytest.approx(step.days * 24)
+    flops = model_flops_per_token(run.model, run.moe, VOCAB)
+    assert step.tflops == pytest.approx(flops * step.tokens_per_second / 1e12)
+
+
+def test_recomputation_costs_a_third_of_the_layers():
+    kept, again = (expected_step(run_of("1.3B:8", checkpoint_activations=x), 1, VOCAB, H200) for x in (False, True))
+    head = 3 * 2 * VOCAB * 2048 / model_flops_per_token(run_of("1.3B:8").model, run_of("1.3B:8").moe, VOCAB)
+    assert again.parts["recomputation"] == pytest.approx(kept.parts["dense"] * (1 - head) / 3)
+
+
+def test_a_slower_device_takes_longer_by_its_peak():
+    one, other = (expected_step(run_of("1.3B:8"), 1, VOCAB, find_device(name)) for name in ("H200", "A100"))
+    assert other.parts["dense"] / one.parts["dense"] == pytest.approx(989.4 / 312.0)
+    assert other.parts["update"] / one.parts["update"] == pytest.approx(4.80 / 2.04)
+
+
+def test_data_parallel_ranks_share_the_batch_and_pay_for_gradients():
+    run = run_of("350M:16", global_batch_size=128)
+    one, eight = expected_step(run, 1, VOCAB, H200), expected_step(run, 8, VOCAB, H200)
+    assert eight.parts["dense"] == pytest.approx(one.parts["dense"] / 8)
+    assert one.parts["gradients"] == 0 < eight.parts["gradients"]
+    apart = expected_step(run, 8, VOCAB, H200, node=1)
+    assert apart.parts["gradients"] > 8 * eight.parts["gradients"]  # a network is so much slower than the links
+    faster = expected_step(run, 8, VOCAB, H200.with_network(100e9), node=1)
+    assert faster.parts["gradients"] == pytest.approx(apart.parts["gradients"] / 2)
+
+
+def test_stages_of_a_pipeline_wait_for_each_other():
+    """With p even stages and m micro-batches, (p - 1) / (m + p - 1) of the time is idle."""
+    run = run_of("350M:1", global_batch_size=16, pipeline_model_parallel_size=2, pipeline_layer_split="12,12")
+    step = expected_step(run, 2, VOCAB, dataclasses.replace(H200, link=1e30))
+    busy = step.parts["dense"]
+    assert step.parts["pipeline"] / (busy + step.parts["pipeline"]) == pytest.approx(1 / 17)
+
+
+def test_tensor_parallel_ranks_share_a_layer():
+    run = run_of("1.3B:8", tensor_model_parallel_size=4)
+    step = expected_step(run, 4, VOCAB, H200)
+    assert step.parts["dense"] == pytest.approx(expected_step(run_of("1.3B:8"), 1, VOCAB, H200).parts["dense"] / 4)
+    assert step.parts["tensor"] > 0
+
+
+def test_small_buffers_slow_the_experts_down():
+    few, many = (expected_step(run_of(name), 1, VOCAB, H200) for name in ("350M+8:8", "350M+128:8"))
+    assert few.parts["dense"] < many.parts["dense"] * 1.01  # the routers
+    assert few.parts["experts"] < many.parts["experts"]
+
+
+def test_a_device_without_a_known_peak_is_refused():
+    with pytest.raises(ConfigError, match=r"the peak of Tesla V100.* in bf16 is not known"):
+        expected_step(run_of("350M:4"), 1, VOCAB, find_device("V100"))
