@@ -41,7 +41,7 @@ class Group:
         self.flat: torch.Tensor = optimizer.fp32_groups_flat_partition[number]  # what the optimizer updates
         self.master = self.flat.detach()
         self.state = optimizer.optimizer.state[self.flat]
-        self.weights: torch.Tensor = optimizer.bf16_groups_flat[number]
+        self.weights = _forget_history(optimizer, number)
         self.sums: torch.Tensor = optimizer.fp32_groups_gradients_flat[number]
         self.sums_of: list[torch.Tensor] = optimizer.fp32_groups_gradients[number]
         self.piece = slice(rank * self.master.numel(), (rank + 1) * self.master.numel())
@@ -202,6 +202,21 @@ def _rates(options: dict, factor: torch.Tensor, step: torch.Tensor) -> adamw.Rat
     step = step.double()
     scalars = torch.stack([factor, lr / (1 - beta1**step), (1 - beta2**step).sqrt()]).float()
     return adamw.Rates(scalars, lr, beta1, beta2, options["eps"], options["weight_decay"])
+
+
+def _forget_history(optimizer: BF16_Optimizer, number: int) -> torch.Tensor:
+    """A group's flat bf16 weights, as a tensor that autograd knows nothing of.
+
+    DeepSpeed concatenates and cuts parameters in sight of autograd, which keeps the node of each parameter's gradient
+    alive, with the stream on which it was made. A backward pass on another stream, such as one that a CUDA graph is
+    recorded on, would then have to wait for that stream.
+    """
+    for parameter in optimizer.bf16_groups[number]:
+        if parameter._hp_mapping is not None:
+            parameter._hp_mapping.lp_fragment = parameter._hp_mapping.lp_fragment.detach()
+    optimizer.bf16_groups_flat[number] = optimizer.bf16_groups_flat[number].detach()
+    optimizer.bf16_partitioned_groups[number] = [p.detach() for p in optimizer.bf16_partitioned_groups[number]]
+    return optimizer.bf16_groups_flat[number]
 
 
 def _differs(parameter: nn.Parameter) -> bool:

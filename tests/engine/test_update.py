@@ -1,5 +1,6 @@
 """Our update of a bf16 model against DeepSpeed's own, whose place it takes."""
 
+import gc
 import math
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 import torch.distributed as dist
 from distributed.spawn import run_distributed
 from engine.test_deepspeed_internals import MICRO, SEQ, batch, engine
+from torch.autograd.graph import get_gradient_edge
 
 UPDATES = 4
 
@@ -83,6 +85,22 @@ def test_one_micro_batch_needs_no_fp32_gradients():
     assert all(direct != has_sums for direct, has_sums in one)
     assert all(not direct and has_sums for direct, has_sums in two)
     assert [direct for direct, _ in again] == [direct for direct, _ in one]
+
+
+def kept_alive() -> list[str]:
+    """Parameters whose gradient's node in autograd's graph lives on between passes, with the stream it was made on."""
+    made = engine()
+    made.train_step([batch(0)], SEQ)
+    parameters = dict(made.model.named_parameters())
+    for parameter in parameters.values():
+        get_gradient_edge(parameter).node.metadata["seen"] = True
+    gc.collect()
+    return [name for name, p in parameters.items() if "seen" in get_gradient_edge(p).node.metadata]
+
+
+def test_nothing_of_autograds_graph_lives_on_between_updates():
+    """A CUDA graph could not be recorded otherwise."""
+    assert run_distributed(kept_alive, 1) == [[]]
 
 
 def test_bf16_moments_follow_fp32_ones():
