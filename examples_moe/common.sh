@@ -143,7 +143,8 @@ start_with() { # sets the array command, before the trainer's own words
     local torchrun=("$PYTHON" -m torch.distributed.run --nproc-per-node "$GPUS_PER_NODE"
         --signals-to-handle "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
     local srun=(srun --nodes "$NNODES" --kill-on-bad-exit=1 --distribution=block)
-    # since SLURM 22.05 a step does not take this over from its job
+    # --ntasks: without it the number of the job's tasks wins over --ntasks-per-node
+    # --cpus-per-task: since SLURM 22.05 a step does not take this over from its job
     if [[ -n "${SLURM_CPUS_PER_TASK:-}" ]]; then srun+=(--cpus-per-task "$SLURM_CPUS_PER_TASK"); fi
     local in_job=${SLURM_JOB_ID:-}
     if [[ -n "${DRY_RUN:-}" && "$NNODES" -gt 1 && -z "${MASTER_ADDR:-}" ]]; then in_job=planned; fi
@@ -152,7 +153,8 @@ start_with() { # sets the array command, before the trainer's own words
     case "${LAUNCHER:-$launcher}" in
         srun)
             [[ -n "$in_job" ]] || fail "LAUNCHER=srun outside a SLURM job; submit with: sbatch $script"
-            command=("${srun[@]}" --ntasks-per-node "$GPUS_PER_NODE" ${more[@]+"${more[@]}"} "$PYTHON")
+            command=("${srun[@]}" --ntasks $((NNODES * GPUS_PER_NODE)) --ntasks-per-node "$GPUS_PER_NODE"
+                ${more[@]+"${more[@]}"} "$PYTHON")
             ;;
         torchrun)
             if [[ -n "$in_job" ]]; then
@@ -160,8 +162,9 @@ start_with() { # sets the array command, before the trainer's own words
                 if [[ "$in_job" != planned ]]; then
                     read -r first < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
                 fi
-                command=("${srun[@]}" --ntasks-per-node 1 ${more[@]+"${more[@]}"} "${torchrun[@]}" --nnodes "$NNODES"
-                    --rdzv-backend c10d --rdzv-id "$RUN_NAME" --rdzv-endpoint "${MASTER_ADDR:-$first}:$port")
+                command=("${srun[@]}" --ntasks "$NNODES" --ntasks-per-node 1 ${more[@]+"${more[@]}"}
+                    "${torchrun[@]}" --nnodes "$NNODES" --rdzv-backend c10d --rdzv-id "$RUN_NAME"
+                    --rdzv-endpoint "${MASTER_ADDR:-$first}:$port")
             elif ((NNODES > 1)); then
                 [[ -n "${MASTER_ADDR:-}" && -n "${NODE_RANK:-}" ]] ||
                     fail "NNODES is $NNODES outside a SLURM job; on each node give NODE_RANK, from 0, and MASTER_ADDR"

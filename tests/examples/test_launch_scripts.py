@@ -267,6 +267,7 @@ def test_sbatch_runs_a_copy_that_finds_the_rest(slurm, tmp_path):
     starter, run = parts(shlex.split(done.stdout))
     assert starter[:3] == ["srun", "--nodes", "2"]
     assert {"--kill-on-bad-exit=1", "--distribution=block"} <= set(starter)
+    assert starter[starter.index("--ntasks") + 1] == "8"
     assert starter[starter.index("--ntasks-per-node") + 1] == "4"
     assert starter[starter.index("--cpus-per-task") + 1] == "6"
     assert starter[-1] == sys.executable
@@ -277,6 +278,7 @@ def test_sbatch_runs_a_copy_that_finds_the_rest(slurm, tmp_path):
 def test_srun_can_start_torchrun(slurm):
     done = start(MOE, path=slurm, LAUNCHER="torchrun", **JOB)
     starter, _ = parts(shlex.split(done.stdout))
+    assert starter[starter.index("--ntasks") + 1] == "2"
     assert starter[starter.index("--ntasks-per-node") + 1] == "1"
     assert starter[starter.index("--nproc-per-node") + 1] == "4"
     assert starter[starter.index("--nnodes") + 1] == "2"
