@@ -163,7 +163,8 @@ start_with() { # sets the array command, before the trainer's own words
                     read -r first < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
                 fi
                 command=("${srun[@]}" --ntasks "$NNODES" --ntasks-per-node 1 ${more[@]+"${more[@]}"}
-                    "${torchrun[@]}" --nnodes "$NNODES" --rdzv-backend c10d --rdzv-id "$RUN_NAME" --rdzv-endpoint "${MASTER_ADDR:-$first}:$port")
+                    "${torchrun[@]}" --nnodes "$NNODES" --rdzv-backend c10d --rdzv-id "$RUN_NAME"
+                    --rdzv-endpoint "${MASTER_ADDR:-$first}:$port")
             elif ((NNODES > 1)); then
                 [[ -n "${MASTER_ADDR:-}" && -n "${NODE_RANK:-}" ]] ||
                     fail "NNODES is $NNODES outside a SLURM job; on each node give NODE_RANK, from 0, and MASTER_ADDR"

@@ -23,6 +23,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         folders = item.path.relative_to(ROOT / "tests").parts
         if folders[0] == "distributed":
             item.add_marker(pytest.mark.distributed)
+        if folders[0] == "slurm":
+            item.add_marker(pytest.mark.slurm)
         if folders[0] == "gpu":
             item.add_marker(pytest.mark.gpu)
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():

@@ -5,17 +5,20 @@
 #   bash tests/run.sh --all            these too
 #   bash tests/run.sh --fast           without the slow ones
 #   bash tests/run.sh --distributed    only tests/distributed, with the whole matrix of parallel layouts
+#   bash tests/run.sh --slurm          only tests/slurm: the launch scripts as jobs of a SLURM cluster that they start here;
+#                                      needs root and SLURM's programs (bash tests/slurm/cluster.sh install)
 #   bash tests/run.sh -k router -x     other arguments go to pytest
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 arguments=()
-selection=(-m "not exhaustive")
+selection=(-m "not exhaustive and not slurm")
 for argument in "$@"; do
     case "$argument" in
         --all) selection=() ;;
-        --fast) selection=(-m "not slow and not exhaustive") ;;
+        --fast) selection=(-m "not slow and not exhaustive and not slurm") ;;
         --distributed) selection=() && arguments+=(tests/distributed) ;;
+        --slurm) selection=() && arguments+=(tests/slurm) ;;
         *) arguments+=("$argument") ;;
     esac
 done
