@@ -17,6 +17,7 @@ from megatron.config.options import build
 from megatron.config.presets import PRESETS
 from megatron.config.validation import validate_numbers
 from megatron.planning.communication import PURPOSES, communication
+from megatron.planning.plan import micro_batches
 
 GPT2_VOCAB = 50257
 
@@ -74,10 +75,9 @@ def _published() -> list[tuple[str, RunConfig, int]]:
 def _row(name: str, run: RunConfig, world: int, node: int) -> list[str]:
     """The cells of one run, in GB (10^9 bytes)."""
     validate_numbers(run, world)
-    parallel, training = run.parallel, run.training
+    parallel = run.parallel
     sent = communication(run, world, run.model.padded_vocab_size(GPT2_VOCAB, parallel.tensor_model_parallel_size), node)
-    replicas = parallel.data_parallel_size(world)
-    layout = [f"DP {replicas}"]
+    layout = [f"DP {parallel.data_parallel_size(world)}"]
     if parallel.tensor_model_parallel_size > 1:
         layout.append(f"TP {parallel.tensor_model_parallel_size}")
     if parallel.pipeline_model_parallel_size > 1:
@@ -85,11 +85,10 @@ def _row(name: str, run: RunConfig, world: int, node: int) -> list[str]:
     if run.moe.enabled:
         kind = "ETP, EP" if parallel.enable_expert_tensor_parallelism else "EP"
         layout.append(f"{kind} {', '.join(map(str, run.expert_parallel_degrees()))}")
-    count = training.global_batch_size // (training.micro_batch_size * replicas)
     inside, between = (sum(getattr(traffic, link) for traffic in sent.values()) for link in ("inside", "between"))
     volumes = [*(sent[purpose].total for purpose in PURPOSES), inside, between]
     cells = [f"{volume / 1e9:.2f}" if volume else "–" for volume in volumes]
-    return [name, str(world), " ".join(layout), f"{count} of {training.micro_batch_size}", *cells]
+    return [name, str(world), " ".join(layout), micro_batches(run, world), *cells]
 
 
 if __name__ == "__main__":

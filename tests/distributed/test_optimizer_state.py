@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from distributed.spawn import run_distributed
+from distributed.test_engine import not_finite
 from distributed.test_layout_resume import compare_ended, resume, save_then_go_on
 from distributed.test_layouts import EP, PP, SP, TP
 from distributed.tiny_training import (
-    COUNT,
     DENSE,
     STEPS,
     TOP1,
@@ -20,7 +20,6 @@ from distributed.tiny_training import (
     reference,
     run_config,
     strayed,
-    update,
     updates,
     whole,
 )
@@ -89,17 +88,6 @@ def test_experts_offloaded_in_bf16_stay_as_close_to_fp32_as_they_are_on_the_devi
     assert found.losses[0] == expected.losses[0]
     assert found.losses[1] == pytest.approx(expected.losses[1], rel=1e-4)  # the norm's last digits turn some roundings
     assert strayed(found, TOP1) <= 1.1 * strayed(expected, TOP1)
-
-
-def not_finite(run: RunConfig) -> tuple:
-    engine = build(run)
-    update(engine, 0)
-    before = whole(engine) | whole(engine, "exp_avg.")
-    bad = update(engine, 1, poison=COUNT)
-    after = whole(engine) | whole(engine, "exp_avg.")
-    good = update(engine, 2)
-    changed = [key for key, value in before.items() if not torch.equal(value, after[key])]
-    return bad.skipped, changed, good.skipped, 0 < good.grad_norm < float("inf"), engine.scalar_state()["adam_step"]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
