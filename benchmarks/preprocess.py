@@ -36,7 +36,9 @@ from typing import NamedTuple
 import numpy as np
 
 from benchmarks.output import make_parser, markdown, number, one_line, write_json
-from megatron.data.jsonl import read_batches
+from megatron.config import DataConfig
+from megatron.data.inputs import spans_of
+from megatron.data.reading import read_batches
 
 ROOT = Path(__file__).resolve().parent.parent
 END = "<|endoftext|>"
@@ -149,7 +151,7 @@ def make_row(name: str, cores: int, tokens: int, times: list[Times], startup: Ti
 
 def take(source: str, count: int | None, file: Path) -> int:
     """Write the first ``count`` documents that are not empty as plain JSON lines; returns how many there were."""
-    lines = (line for batch in read_batches([source]) for line in batch.lines)
+    lines = (line for batch in read_batches(spans_of([source])) for line in batch.records)
     texts = filter(None, (json.loads(line)["text"] for line in lines if line.strip()))
     number = 0
     with file.open("w", encoding="utf-8") as out:
@@ -225,12 +227,12 @@ def megatron_command(args: argparse.Namespace, tokenizer: Path, text: Path, out:
     return [str(args.megatron_lm.resolve() / "tools" / "preprocess_data.py"), *words]
 
 
-def tokenizer_folder(args: argparse.Namespace, folder: Path) -> Path:
+def tokenizer_folder(files: DataConfig | argparse.Namespace, folder: Path) -> Path:
     """The vocabulary as a folder that Hugging Face's AutoTokenizer loads."""
     made = folder / "tokenizer"
     made.mkdir()
-    shutil.copy(args.vocab_file, made / "vocab.json")
-    shutil.copy(args.merge_file, made / "merges.txt")
+    shutil.copy(files.vocab_file, made / "vocab.json")
+    shutil.copy(files.merge_file, made / "merges.txt")
     config = {"tokenizer_class": "GPT2TokenizerFast", **dict.fromkeys(("bos_token", "eos_token", "unk_token"), END)}
     (made / "tokenizer_config.json").write_text(json.dumps(config))
     return made

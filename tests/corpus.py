@@ -7,6 +7,7 @@ import os
 import random
 from pathlib import Path
 
+import pytest
 import zstandard
 
 from megatron.config import DataConfig
@@ -66,6 +67,15 @@ def write_jsonl(path: Path, texts: list[str]) -> Path:
         compress = zstandard.ZstdCompressor(write_checksum=True).compress
         content = compress(content[:half]) + compress(content[half:])
     path.write_bytes(content)
+    return path
+
+
+def write_parquet(path: Path, columns: dict[str, list], row_group_size: int | None = None) -> Path:
+    """A Parquet file; skips the test where pyarrow is not installed."""
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table(columns), path, row_group_size=row_group_size)
     return path
 
 

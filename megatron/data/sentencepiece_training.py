@@ -13,7 +13,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatron.data.errors import DataError
-from megatron.data.jsonl import check_inputs, document_texts, read_batches
+from megatron.data.inputs import find_inputs, spans_of
+from megatron.data.jsonl import record_texts
+from megatron.data.reading import read_batches
 
 MODEL_TYPES = ("unigram", "bpe")
 _LONGEST_LINE = 1000
@@ -36,7 +38,7 @@ def train(
     """Train ``OUTPUT_PREFIX.model``; the same arguments give the same file.
 
     Args:
-        inputs: JSON-lines files, plain, .gz or .zst.
+        inputs: files, glob patterns and folders; see :func:`megatron.data.inputs.find_inputs`.
         output_prefix: path without ``.model``.
         vocab_size: number of pieces; 258 of them are bytes, ``<unk>`` and the end of document ``</s>``.
         model_type: one of ``MODEL_TYPES``.
@@ -55,11 +57,11 @@ def train(
     """
     import sentencepiece
 
-    check_inputs(inputs)
+    paths = find_inputs(inputs)
     path = Path(f"{output_prefix}.model")
     if path.exists() and not overwrite:
         raise DataError(f"{path} exists already; give --overwrite or another --output")
-    sample = _sample(inputs, json_key, sample_bytes, seed)
+    sample = _sample(paths, json_key, sample_bytes, seed)
     if not sample:
         raise DataError(f"--input: no document has text under the key {json_key!r}; name the right --json-key")
     model = io.BytesIO()
@@ -115,10 +117,10 @@ def _sample(inputs: Sequence[str], key: str, most_bytes: int, seed: int) -> list
 
 def _texts(inputs: Sequence[str], key: str) -> Iterator[str]:
     """Texts that are not empty; broken lines are left to tools/preprocess_data.py to report."""
-    for batch in read_batches(inputs):
-        for number, line in enumerate(batch.lines, start=batch.first):
+    for batch in read_batches(spans_of(inputs), (key,)):
+        for number, record in enumerate(batch.records, start=batch.first):
             with contextlib.suppress(DataError):
-                texts = document_texts(line, (key,), first_line=number == 1)
+                texts = record_texts(record, batch.kind, (key,), first=number == 1)
                 if texts and texts[0]:
                     yield texts[0]
 
