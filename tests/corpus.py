@@ -109,6 +109,26 @@ def gpt2(folder: Path) -> DataConfig:
     return DataConfig(vocab_file=str(folder / "vocab.json"), merge_file=str(folder / "merges.txt"))
 
 
+def byte_level(folder: Path) -> DataConfig:
+    """The tokenizer without files."""
+    return DataConfig(tokenizer_type="ByteTokenizer")
+
+
+def tiktoken(folder: Path) -> DataConfig:
+    """The tokens of :func:`gpt2` as one of tiktoken's encodings; skips the test where tiktoken is not installed."""
+    import base64
+
+    pytest.importorskip("tiktoken")
+    from megatron.data.tiktoken_backend import from_gpt2_files
+
+    data = gpt2(folder)
+    ranks = from_gpt2_files(data.vocab_file, data.merge_file)._mergeable_ranks
+    lines = (f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items())
+    path = folder / "r50k_base.tiktoken"
+    path.write_text("".join(lines))
+    return DataConfig(tokenizer_type="TiktokenTokenizer", tokenizer_model=str(path))
+
+
 @functools.cache
 def _sentencepiece_model(model_type: str) -> bytes:
     import tempfile

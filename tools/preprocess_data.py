@@ -2,19 +2,16 @@
 """Tokenize a corpus into Megatron's .bin/.idx. ``--help`` lists the flags."""
 
 import argparse
-import dataclasses
 import sys
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout that is not installed
 
-from megatron.config import DataConfig
+from megatron.config.tokenizer_flags import add_tokenizer_flags, tokenizer_config
 from megatron.data.errors import DataError
 from megatron.data.preprocess import preprocess
 from megatron.data.reading import TEXT_DOCUMENTS
-
-TOKENIZER_FIELDS = ("tokenizer_type", "vocab_file", "merge_file", "tokenizer_model")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -39,16 +36,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--text-documents", choices=TEXT_DOCUMENTS, default=TEXT_DOCUMENTS[0],
         help="What a document of a .txt file is: all of it, or each line that is not empty (default: file).",
     )  # fmt: skip
-    tokenizer = parser.add_argument_group("tokenizer")
-    for field in dataclasses.fields(DataConfig):
-        if field.name in TOKENIZER_FIELDS:
-            tokenizer.add_argument(
-                "--" + field.name.replace("_", "-"),
-                default=field.default,
-                help=f"{field.metadata['help']} (default: {field.default})",
-                choices=field.metadata["choices"],
-                metavar=field.metadata["metavar"],
-            )
+    add_tokenizer_flags(parser)
     parser.add_argument(
         "--workers", type=int, default=1, metavar="N", help="Tokenizing processes; 0: this one (default: 1)."
     )
@@ -74,7 +62,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status."""
     args = parse_args(argv)
-    data = DataConfig(**{name: getattr(args, name) for name in TOKENIZER_FIELDS})
+    data = tokenizer_config(args)
     start = time.monotonic()
     try:
         done = preprocess(

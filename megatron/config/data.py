@@ -26,4 +26,8 @@ class DataConfig:
         None, "SentencePieceTokenizer: the .model file. HFTokenizer: the tokenizer.json file. TiktokenTokenizer: the "
         "file of ranks under its name, such as cl100k_base.tiktoken.", metavar="FILE",
     )  # fmt: skip
+    allow_tokenizer_mismatch: bool = option(
+        False, "Read data, and go on from a checkpoint, of another tokenizer by its fingerprint; tokens must still fit "
+        "into the vocabulary.",
+    )  # fmt: skip
     num_workers: int = option(2, "Processes that load data for each rank; 0 loads in the rank itself.")

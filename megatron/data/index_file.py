@@ -17,12 +17,11 @@ from megatron.data.errors import DataError
 
 HEAD = struct.Struct("<9sQBQQ")  # magic, version, type of a token, sequences, documents + 1
 MAGIC = b"MMIDIDX\0\0"
-DTYPES = {
-    1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 6: np.float64, 7: np.float32, 8: np.uint16,
-}  # fmt: skip
+DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 _CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
 CHUNK = 1 << 20
 """Numbers that are held in memory at a time."""
+_ANEW = "Copy it anew, or preprocess anew"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,10 +66,12 @@ def read_index(prefix: str) -> Index:
         head = file.read(HEAD.size)
     magic, version, code, sequences, documents = HEAD.unpack(head) if len(head) == HEAD.size else (b"", 0, 0, 0, 0)
     if magic != MAGIC or version != 1 or code not in DTYPES:
-        raise DataError(f"{path} is no index of a dataset, or a damaged one: it begins with {head[:18]!r}")
+        raise DataError(f"{path} is no index of a dataset, or a damaged one: it begins with {head[:18]!r}. {_ANEW}")
     expected = HEAD.size + 12 * sequences + 8 * documents
     if size != expected:
-        raise DataError(f"{path} has {size} bytes, expected {expected}: it is damaged or was not copied whole")
+        raise DataError(
+            f"{path} is no index of a dataset, or a damaged one: it has {size} bytes, expected {expected}. {_ANEW}"
+        )
     lengths_at, places_at = HEAD.size, HEAD.size + 4 * sequences
     index = Index(
         np.dtype(DTYPES[code]),
@@ -82,8 +83,8 @@ def read_index(prefix: str) -> Index:
     size = os.path.getsize(f"{prefix}.bin")
     if size != expected:
         raise DataError(
-            f"{prefix}.bin has {size} bytes, but {path} speaks of {expected}: the two do not belong together or were "
-            "not copied whole"
+            f"{prefix}: the .bin has {size} bytes, but its .idx speaks of {expected} bytes of tokens. The two do not "
+            "belong together or were not copied whole"
         )
     return index
 

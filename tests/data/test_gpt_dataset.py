@@ -262,6 +262,9 @@ def test_another_tokenizer_is_refused_by_the_manifest(config, tmp_path):
     other = build_tokenizer(corpus.hugging_face(tmp_path))
     mine = build_tokenizer(config.data)
     refused(config, "GPT2BPETokenizer", mine.fingerprint[:12], other.fingerprint[:12], tokenizer=other)
+    config.data.allow_tokenizer_mismatch = True
+    assert len(build_datasets(config, other, (20, 5, 0))[0]) == 20
+    refused(config, "holds token", "ends at 256", tokenizer=build_tokenizer(DataConfig(tokenizer_type="ByteTokenizer")))
 
 
 def test_without_a_manifest_tokens_are_compared_with_the_vocabulary(config, tmp_path):
