@@ -1,18 +1,7 @@
-"""Batches of records -> tokens, in this process or in workers.
+"""Batches of records -> tokens. Runs in worker processes."""
 
-What travels between processes are batches of raw records one way and arrays of tokens the other, never single
-documents. Results come in the order of the batches, whatever the number of workers.
-"""
-
-import collections
-import contextlib
 import dataclasses
-import multiprocessing
-import os
-import signal
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -20,11 +9,8 @@ from megatron.config import DataConfig
 from megatron.data.errors import DataError
 from megatron.data.indexed_writer import IndexedWriter
 from megatron.data.jsonl import record_texts
-from megatron.data.processes import end_with_parent
 from megatron.data.reading import ROW, Batch
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
-
-_QUEUED_PER_WORKER = 4
 
 
 @dataclasses.dataclass
@@ -93,60 +79,6 @@ class BatchEncoder:
         return np.concatenate([self._end[:0], *parts], dtype=self._dtype, casting="unsafe").tobytes(), lengths
 
 
-# ---------------------------------------------------------------------------------------------------- worker processes
-
-_Results = Iterator[tuple[Batch, EncodedBatch]]
-_process_encoder: BatchEncoder | None = None  # of a worker process, made once by _start_worker
-
-
-@contextlib.contextmanager
-def encoding(
-    encoder: BatchEncoder, data: DataConfig, keys: Sequence[str], append_eod: bool, workers: int
-) -> Iterator[Callable[[Iterator[Batch]], _Results]]:
-    """A function that encodes batches in order, here (0 ``workers``) or in ``workers`` processes.
-
-    Raises:
-        DataError: the number is negative, or a worker died.
-    """
-    if workers < 0:
-        raise DataError(f"--workers {workers}: expected 0 (tokenize in this process) or more")
-    if workers == 0:
-        yield lambda batches: ((batch, encoder(batch)) for batch in batches)
-        return
-    # Fresh processes: forking one in which libraries have started threads can deadlock.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (data, tuple(keys), append_eod))
-    try:
-        yield lambda batches: _ordered(pool, batches, workers * _QUEUED_PER_WORKER)
-    except BrokenProcessPool as error:
-        raise DataError(
-            "a tokenizing process died; most often the system ended it for lack of memory. Try fewer --workers"
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _ordered(pool: ProcessPoolExecutor, batches: Iterator[Batch], most: int) -> _Results:
-    """Results in the order of ``batches``, with at most ``most`` under way so that memory stays flat."""
-    waiting: collections.deque[tuple[Batch, Future[EncodedBatch]]] = collections.deque()
-    for batch in batches:
-        waiting.append((batch, pool.submit(_encode, batch)))
-        if len(waiting) >= most:
-            first, future = waiting.popleft()
-            yield first, future.result()
-    while waiting:
-        first, future = waiting.popleft()
-        yield first, future.result()
-
-
-def _start_worker(data: DataConfig, keys: Sequence[str], append_eod: bool) -> None:
-    global _process_encoder
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent ends us
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core a worker
-    end_with_parent()
-    _process_encoder = BatchEncoder(build_tokenizer(data), keys, append_eod)
-
-
-def _encode(batch: Batch) -> EncodedBatch:
-    assert _process_encoder is not None  # set by _start_worker
-    return _process_encoder(batch)
+def make_encoder(data: DataConfig, keys: Sequence[str], append_eod: bool) -> BatchEncoder:
+    """An encoder with the tokenizer that ``data`` describes, for :func:`megatron.data.processes.in_order`."""
+    return BatchEncoder(build_tokenizer(data), keys, append_eod)

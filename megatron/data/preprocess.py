@@ -15,11 +15,12 @@ from typing import Any
 
 from megatron.config import DataConfig
 from megatron.data import indexed_writer, manifest, rejects
-from megatron.data.encoding import BatchEncoder, encoding
+from megatron.data.encoding import make_encoder
 from megatron.data.errors import DataError
 from megatron.data.indexed_writer import IndexedWriter, check_free
 from megatron.data.inputs import STANDARD_INPUT, Checksums, Span, find_inputs, spans_of
 from megatron.data.journal import Journal
+from megatron.data.processes import in_order
 from megatron.data.progress import Progress
 from megatron.data.reading import TEXT_DOCUMENTS, Position, read_batches
 from megatron.data.rejects import Rejects
@@ -107,9 +108,8 @@ def preprocess(
             for prefix in prefixes:
                 check_free(prefix)
         with _Run(journal, listed, prefixes, tokenizer, overwrite) as run:
-            encoder = BatchEncoder(tokenizer, json_keys, append_eod)
             with (
-                encoding(encoder, data, json_keys, append_eod, workers) as encode,
+                in_order(make_encoder, (data, tuple(json_keys), append_eod), workers) as encode,
                 Progress(total_bytes, log_interval) as bar,
                 _checksums(spans) as checksums,
             ):
