@@ -75,7 +75,8 @@ class Times(NamedTuple):
 
 def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = make_parser(__doc__, device=False, repeats=(3, "Timed runs of each tool; the best counts"))
+    parser = make_parser(__doc__, device=False)
+    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="Timed runs; the best counts (default: 3).")
     parser.add_argument(
         "--text", required=True, metavar="FILE", help='JSON lines with a field "text": plain, .gz, .zst.'
     )
@@ -327,7 +328,7 @@ def table(rows: list[Row]) -> str:
             str(row.cores),
             *times,
             *(number(value, 0) for value in rates),
-            *("" if value is None else number(value, 2) for value in shares),
+            *(number(value, 2) for value in shares),
         ]
 
     columns = "<tool | cores | seconds | start-up s | tokens/s | tokens/s per core | tokens per CPU second"

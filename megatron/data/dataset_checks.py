@@ -70,7 +70,7 @@ def open_problems(prefix: str) -> list[str]:
     if missing:
         return [f"--data-path {prefix}: there is no {' and no '.join(missing)}{_hint(prefix)}"]
     try:
-        if read_index(prefix).tokens == 0:
+        if not len(read_index(prefix).lengths):
             return [f"--data-path {prefix}: the .bin has 0 bytes, so there is nothing to train on"]
     except (DataError, OSError) as error:
         return [f"--data-path {error}"]

@@ -10,8 +10,8 @@ import numpy as np
 
 from megatron.data import manifest
 from megatron.data.errors import DataError
+from megatron.data.files import crc32, sha256
 from megatron.data.index_file import read_index, write_index
-from megatron.data.inputs import sha256
 
 try:
     import fcntl
@@ -21,7 +21,6 @@ except ImportError:  # no such locks on this platform
 UNFINISHED = ".incomplete"
 _SUFFIXES = (".bin", ".json", ".idx")  # in the order of publication: readers look for the .idx
 _SCRATCH = (".lengths", ".ends")  # of sequences and documents; become the .idx
-_READ = 1 << 22
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +170,7 @@ class IndexedWriter:
                 self.close()
                 raise DataError(f"{file.name} has {found} bytes, expected {size}: {_START_OVER}")
             file.truncate(size)
-        if at.tokens and _crc32(f"{self._unfinished}.bin") != at.crc32:
+        if at.tokens and crc32(f"{self._unfinished}.bin") != at.crc32:
             self.close()
             raise DataError(f"{self._unfinished}.bin is not what was written: {_START_OVER}")
 
@@ -191,7 +190,7 @@ class IndexedWriter:
     def _verify(self) -> None:
         at = self.progress
         index = read_index(self._unfinished)
-        found = (index.documents, len(index.lengths), index.tokens, _crc32(f"{self._unfinished}.bin"))
+        found = (index.documents, len(index.lengths), index.tokens, crc32(f"{self._unfinished}.bin"))
         if found != dataclasses.astuple(at):
             raise DataError(
                 f"{self._unfinished}: read back, documents, sequences, tokens and the CRC-32 of the .bin are {found}, "
@@ -228,11 +227,3 @@ def check_free(prefix: str) -> None:
     existing = [f"{prefix}{suffix}" for suffix in _SUFFIXES if os.path.exists(f"{prefix}{suffix}")]
     if existing:
         raise DataError(f"{', '.join(existing)} exist already; give --overwrite or another --output-prefix")
-
-
-def _crc32(path: str) -> int:
-    found = 0
-    with open(path, "rb") as file:
-        while data := file.read(_READ):
-            found = zlib.crc32(data, found)
-    return found

@@ -2,18 +2,16 @@
 
 import dataclasses
 import glob
-import hashlib
 import os
 import threading
 from collections.abc import Sequence
-from pathlib import Path
 
 from megatron.data.errors import DataError
+from megatron.data.files import sha256
 
 STANDARD_INPUT = "-"
 COMPRESSIONS = (".gz", ".zst")
 FORMATS = (".jsonl", ".ndjson", ".json", ".txt", ".parquet")
-_READ = 1 << 22
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,18 +144,6 @@ class Checksums:
                 self._found.append(sha256(span.path, span.start, span.end, self._stop))
         except OSError as error:
             self._error = error
-
-
-def sha256(path: str | Path, start: int = 0, end: int | None = None, stop: threading.Event | None = None) -> str:
-    """Hexadecimal SHA-256 of the bytes ``[start, end)`` of a file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        file.seek(start)
-        left = (os.path.getsize(path) if end is None else end) - start
-        while left > 0 and not (stop and stop.is_set()) and (data := file.read(min(left, _READ))):
-            digest.update(data)
-            left -= len(data)
-    return digest.hexdigest()
 
 
 def _below(folder: str) -> list[str]:

@@ -10,8 +10,8 @@ import numpy as np
 
 from megatron.data import manifest
 from megatron.data.errors import DataError
+from megatron.data.files import sha256
 from megatron.data.index_file import CHUNK, Index, chunks, read_index
-from megatron.data.inputs import sha256
 from megatron.data.tokenizer import Tokenizer
 
 _BAR = 40

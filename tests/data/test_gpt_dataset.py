@@ -155,7 +155,11 @@ def test_cache_is_used_and_a_damaged_one_is_rebuilt(config, blended):
     assert torch.equal(everything(build(config, 60, 0, 0)[0]), expected)
     assert {path: path.stat().st_mtime_ns for path in folder.glob("*.npy")} == built
     for path in built:
-        path.write_bytes(path.read_bytes()[:-8])
+        content = path.read_bytes()
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        assert torch.equal(everything(build(config, 60, 0, 0)[0]), expected)
+        assert path.read_bytes() == content
+        path.write_bytes(content[:-8])
         assert torch.equal(everything(build(config, 60, 0, 0)[0]), expected)
         path.write_bytes(b"")
         assert torch.equal(everything(build(config, 60, 0, 0)[0]), expected)
