@@ -29,6 +29,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--near-duplicates", type=float, metavar="SHARE",
         help="Remove documents that share more than this of their runs of five words with an earlier one, such as 0.8.",
     )  # fmt: skip
+    parser.add_argument(
+        "--against", nargs="+", default=[], metavar="PATH",
+        help="Compare with these documents too, which are not written: held-out data, corpora that are clean already.",
+    )  # fmt: skip
     quality = parser.add_argument_group("quality", "What a document must be to stay; none is on by default.")
     quality.add_argument("--min-characters", type=parse_count, default=0, metavar="N", help="Characters at least.")
     quality.add_argument("--max-characters", type=parse_count, metavar="N", help="Characters at most.")
@@ -72,6 +76,7 @@ def main(argv: list[str] | None = None) -> int:
             filters=filters,
             exact=args.exact_duplicates,
             near=args.near_duplicates,
+            against=args.against,
             part_bytes=args.part_bytes,
             workers=args.workers,
             overwrite=args.overwrite,

@@ -178,6 +178,7 @@ def clean(
     filters: Filters | None = None,
     exact: bool = False,
     near: float | None = None,
+    against: Sequence[str] = (),
     part_bytes: int = 1 << 30,
     workers: int = 1,
     overwrite: bool = False,
@@ -196,6 +197,8 @@ def clean(
         exact: leave out documents whose text was there before, letter by letter. 100 bytes of memory a document.
         near: leave out documents that are this similar to an earlier one; between 0 and 1, such as 0.8. 3 KB of memory
             a document.
+        against: more files, whose documents count as earlier ones and are not written: held-out data, or corpora that
+            are clean already.
         part_bytes: of text in one file of output.
         workers: processes that read and hash; the comparison is this one's.
         overwrite: whether existing output may be replaced.
@@ -213,6 +216,9 @@ def clean(
         except ImportError as error:
             raise DataError('--near-duplicates needs rensa; pip install "megatron-moe[data]"') from error
     spans = spans_of(find_inputs(inputs))
+    others = spans_of(find_inputs(against)) if against else []
+    if others and not exact and near is None:
+        raise DataError("--against takes --exact-duplicates or --near-duplicates: what should be compared?")
     writer = _Parts(output_prefix, part_bytes, overwrite)
     done = Cleaned([])
     try:
@@ -221,6 +227,10 @@ def clean(
             Progress(sum(span.size for span in spans), log_interval) as bar,
         ):
             duplicates = _Duplicates(exact, near)
+            for batch, judged_batch in judge(read_batches(others, (json_key,))):
+                for judged in judged_batch:
+                    if judged.reason is None:
+                        duplicates.reason(judged, f"{batch.span.path}:{judged.number}")
             for batch, judged_batch in judge(read_batches(spans, (json_key,))):
                 for judged in judged_batch:
                     place = f"{batch.span.path}:{judged.number}"

@@ -101,6 +101,18 @@ def test_near_duplicates(workers, tmp_path):
     assert kept(done) == [text for number, text in enumerate(texts) if number not in found]
 
 
+def test_against_other_documents(tmp_path):
+    pytest.importorskip("rensa")
+    held_out, texts = corpus.english(5, seed=1, words=200), corpus.english(5, seed=2, words=200)
+    path = corpus.write_jsonl(tmp_path / "held_out.jsonl.gz", held_out)
+    long = max(held_out, key=len)
+    done = run(tmp_path, [*texts, held_out[2], long + " more"], exact=True, near=0.8, against=[str(path)])
+    assert kept(done) == texts
+    assert [reason for _, reason in removed(tmp_path)] == ["exact duplicate", "near duplicate"]
+    with pytest.raises(DataError, match="--against takes"):
+        run(tmp_path, texts, name="other", against=[str(path)])
+
+
 def test_chinese_and_tiny_texts_are_not_all_alike(tmp_path):
     pytest.importorskip("rensa")
     texts = [
