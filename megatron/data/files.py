@@ -1,4 +1,4 @@
-"""Checksums of files, read in pieces."""
+"""Checksums of files, and writing them whole or not at all."""
 
 import hashlib
 import os
@@ -28,3 +28,20 @@ def crc32(path: str | Path) -> int:
         while data := file.read(_PIECE):
             found = zlib.crc32(data, found)
     return found
+
+
+def write_whole(contents: dict[Path, bytes]) -> None:
+    """Write files so that each appears complete or not at all, the folders they are in included."""
+    unfinished = {path: path.with_name(path.name + ".incomplete") for path in contents}
+    try:
+        for path, content in contents.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(unfinished[path], "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        for path in contents:
+            os.replace(unfinished[path], path)
+    finally:
+        for path in unfinished.values():
+            path.unlink(missing_ok=True)

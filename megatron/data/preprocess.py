@@ -5,24 +5,24 @@ seconds what was written is brought to the disk and noted in a journal, so that 
 after a kill. Final names appear when all is complete and verified.
 """
 
-import contextlib
 import dataclasses
+import hashlib
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from megatron.config import DataConfig
 from megatron.data import indexed_writer, manifest, rejects
-from megatron.data.encoding import make_encoder
+from megatron.data.encoding import EncodedBatch, make_encoder
 from megatron.data.errors import DataError
 from megatron.data.indexed_writer import IndexedWriter, check_free
 from megatron.data.inputs import STANDARD_INPUT, Checksums, Span, find_inputs, spans_of
 from megatron.data.journal import Journal
 from megatron.data.processes import in_order
 from megatron.data.progress import Progress
-from megatron.data.reading import TEXT_DOCUMENTS, Position, read_batches
+from megatron.data.reading import TEXT_DOCUMENTS, Batch, Position, read_batches
 from megatron.data.rejects import Rejects
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
 
@@ -103,42 +103,57 @@ def preprocess(
     journal = Journal(output_prefix, identity, overwrite)
     total_bytes = sum(span.end - span.start for span in spans)
     listed = Rejects(output_prefix, max_rejected, total_bytes)
-    if journal.last is None or "verified" not in journal.last:
-        if not overwrite:
-            for prefix in prefixes:
-                check_free(prefix)
-        with _Run(journal, listed, prefixes, tokenizer, overwrite) as run:
-            with (
-                in_order(make_encoder, (data, tuple(json_keys), append_eod), workers) as encode,
-                Progress(total_bytes, log_interval) as bar,
-                _checksums(spans) as checksums,
-            ):
-                reader = read_batches(spans, json_keys, text_documents=text_documents, start=run.position)
-                for batch, encoded in encode(reader):
-                    run.add(batch, encoded)
-                    bar.update(batch.consumed, len(encoded.lengths[0]), encoded.text_bytes, listed.count)
-                listed.check()
-                digests = checksums.result()
-            if _stamps(paths) != stamps:
-                raise DataError("--input: a file was changed while it was read; run again when nobody writes to it")
-            for key, writer in zip(json_keys, run.writers, strict=True):
-                if writer.tokens == 0 and num_shards == 1:
-                    raise DataError(f"--input: not one token under the key {key!r} in {len(paths)} file(s)")
-                writer.finish(
-                    manifest.Manifest(
-                        tokenizer=manifest.describe_tokenizer(tokenizer),
-                        json_key=key,
-                        append_eod=append_eod,
-                        dtype=writer.dtype.name,
-                        documents=writer.documents,
-                        tokens=writer.tokens,
-                        rejected=listed.count,
-                        inputs=_describe(spans, digests),
-                        shard={"index": shard_index, "count": num_shards} if num_shards > 1 else None,
-                    )
+    if journal.last and "verified" in journal.last:  # nothing but the names is missing
+        return _publish(journal, output_prefix, prefixes)
+    if not overwrite:
+        for prefix in prefixes:
+            check_free(prefix)
+    with _Run(journal, listed, prefixes, tokenizer, overwrite) as run:
+        with (
+            in_order(make_encoder, (data, tuple(json_keys), append_eod), workers) as encode,
+            Progress(total_bytes, log_interval) as bar,
+        ):
+            batches = encode(read_batches(spans, json_keys, text_documents=text_documents, start=run.position))
+            digests = _write(run, batches, bar, spans)
+        if _stamps(paths) != stamps:
+            raise DataError("--input: a file was changed while it was read; run again when nobody writes to it")
+        for key, writer in zip(json_keys, run.writers, strict=True):
+            if writer.tokens == 0 and num_shards == 1:
+                raise DataError(f"--input: not one token under the key {key!r} in {len(paths)} file(s)")
+            writer.finish(
+                manifest.Manifest(
+                    tokenizer=manifest.describe_tokenizer(tokenizer),
+                    json_key=key,
+                    append_eod=append_eod,
+                    dtype=writer.dtype.name,
+                    documents=writer.documents,
+                    tokens=writer.tokens,
+                    rejected=listed.count,
+                    inputs=_describe(spans, digests),
+                    shard={"index": shard_index, "count": num_shards} if num_shards > 1 else None,
                 )
-            run.verified()
-    return _publish(journal, output_prefix, prefixes)
+            )
+        run.verified()
+        return _publish(journal, output_prefix, prefixes)
+
+
+def _write(
+    run: "_Run", batches: Iterator[tuple[Batch, EncodedBatch]], bar: Progress, spans: Sequence[Span]
+) -> list[str]:
+    """Write all batches; returns the SHA-256 of each span."""
+    piped = hashlib.sha256()
+    checksums = Checksums(spans)
+    try:
+        for batch, encoded in batches:
+            run.add(batch, encoded)
+            if batch.span.path == STANDARD_INPUT:
+                piped.update(b"".join(batch.records))
+            bar.update(batch.consumed, len(encoded.lengths[0]), encoded.text_bytes, run.rejects.count)
+        run.rejects.check()
+        found = checksums.result()
+    finally:
+        checksums.cancel()
+    return [piped.hexdigest()] if any(span.path == STANDARD_INPUT for span in spans) else found
 
 
 class _Run:
@@ -147,7 +162,7 @@ class _Run:
     def __init__(
         self, journal: Journal, listed: Rejects, prefixes: Sequence[str], tokenizer: Tokenizer, overwrite: bool
     ) -> None:
-        self._journal, self._rejects = journal, listed
+        self._journal, self.rejects = journal, listed
         self._point: dict[str, Any] = journal.last or {}
         self.position = Position(**self._point.get("position", {}))
         self.writers: list[IndexedWriter] = []
@@ -171,17 +186,17 @@ class _Run:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        self._rejects.close()
+        self.rejects.close()
         keep = self._journal.last is not None
         self._end(keep)
         if keep and error:
             print(f"what was done is kept ({self._journal.path}): the same command goes on", file=sys.stderr)
 
-    def add(self, batch: Any, encoded: Any) -> None:
+    def add(self, batch: Batch, encoded: EncodedBatch) -> None:
         """Write what became of a batch, and note it in the journal when it is time."""
         for writer, tokens, lengths in zip(self.writers, encoded.tokens, encoded.lengths, strict=True):
             writer.add(tokens, lengths)
-        self._rejects.add(batch, encoded.rejected)
+        self.rejects.add(batch, encoded.rejected)
         if time.monotonic() >= self._due and batch.span.path != STANDARD_INPUT:
             self._save({"position": dataclasses.asdict(batch.end)})
             self._due = time.monotonic() + JOURNAL_SECONDS
@@ -192,7 +207,7 @@ class _Run:
 
     def _save(self, point: dict[str, Any]) -> None:
         state = {"writers": [dataclasses.asdict(writer.sync()) for writer in self.writers]}
-        self._journal.save(point | state | {"rejects": self._rejects.sync()})
+        self._journal.save(point | state | {"rejects": self.rejects.sync()})
 
     def _end(self, keep: bool) -> None:
         for writer in self.writers:
@@ -215,15 +230,6 @@ def _publish(journal: Journal, output_prefix: str, prefixes: Sequence[str]) -> S
     return Summary(list(prefixes), point["writers"][0]["documents"], tokens, rejected, rejected_file)
 
 
-@contextlib.contextmanager
-def _checksums(spans: Sequence[Span]) -> Any:
-    checksums = Checksums(spans)
-    try:
-        yield checksums
-    finally:
-        checksums.cancel()
-
-
 def _stamps(paths: Sequence[str]) -> list[list[Any]]:
     """Path, bytes and time of the last change of each file."""
     stats = [(path, os.stat(path)) for path in paths if path != STANDARD_INPUT]
@@ -232,8 +238,6 @@ def _stamps(paths: Sequence[str]) -> list[list[Any]]:
 
 def _describe(spans: Sequence[Span], digests: Sequence[str]) -> list[dict[str, Any]]:
     """The manifest's section about the inputs."""
-    if any(span.path == STANDARD_INPUT for span in spans):
-        return [{"path": STANDARD_INPUT}]
     return [
         {"path": span.path, "bytes": span.size, "sha256": digest}
         | ({} if span.whole else {"start": span.start, "end": span.end})
