@@ -14,9 +14,9 @@ def build_adam(model: nn.Module, config: OptimizerConfig, compiled: bool = True)
     Biases and norms are the tensors with one dimension, plus the stacked biases of experts, which have two. Their
     moments are fp32 whatever ``config.optimizer_name`` says: they are few, and differ too much in size to share scales.
 
-    DeepSpeed lays a group's parameters out one after the other. Those of odd sizes come last in their group, so that all
-    others begin at multiples of 16 bytes: compiled code, which layers share, takes the first layer's alignment for that
-    of all.
+    DeepSpeed lays a group's parameters out one after the other. Those of odd sizes come last in their group, so that
+    all others begin at multiples of 16 bytes: compiled code, which layers share, takes the first layer's alignment for
+    that of all.
 
     Args:
         model: on its device.
