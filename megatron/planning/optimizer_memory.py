@@ -31,9 +31,9 @@ def bytes_per_parameter(
     """Bytes that weights, gradients and AdamW's state take when they are most, at the end of a backward pass.
 
     On the GPU: weights (2, or 4 with --fp32) and gradients: sums in fp32 (4), or for the one micro-batch of an update,
-    without replicas and not with --fp32 or 8-bit moments, the gradients as they come (2). ZeRO-1 spreads over ``replicas``: fp32 weights (4) and
-    two moments (4 each, 2 in bf16, 1 and a scale for each block in 8 bits). In CPU memory there are also the gradients
-    (4) of what a process updates, and its weights on their way back (2 or 4).
+    without replicas and not with --fp32 or 8-bit moments, the gradients as they come (2). ZeRO-1 spreads over
+    ``replicas``: fp32 weights (4) and two moments (4 each, 2 in bf16, 1 and a scale for each block in 8 bits). In CPU
+    memory there are also the gradients (4) of what a process updates, and its weights on their way back (2 or 4).
 
     Activations and communication buffers are not in it, and neither is it that moments of biases and norms are always
     fp32: they are less than a thousandth of a model's parameters.
