@@ -83,7 +83,8 @@ def main(argv: list[str] | None = None) -> int:
             log_interval=args.log_interval,
         )
     except (DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        where = f", writing {args.output_prefix}" if isinstance(error, OSError) and error.filename is None else ""
+        print(f"error: {error}{where}", file=sys.stderr)
         return 1
     print(f"{done.kept:,} of {done.documents:,} documents stay: {', '.join(done.files)}")
     for reason, count in done.removed.most_common():

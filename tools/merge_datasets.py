@@ -42,7 +42,8 @@ def main(argv: list[str] | None = None) -> int:
         else:
             written = split(prefixes[0], args.output_prefix, args.split, overwrite=args.overwrite)
     except (DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        where = f", writing {args.output_prefix}" if isinstance(error, OSError) and error.filename is None else ""
+        print(f"error: {error}{where}", file=sys.stderr)
         return 1
     for writer in written:
         print(f"{writer.prefix}: {writer.documents:,} documents, {writer.tokens:,} tokens")

@@ -80,7 +80,8 @@ def main(argv: list[str] | None = None) -> int:
             log_interval=args.log_interval,
         )
     except (DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        where = f", writing {args.output_prefix}" if isinstance(error, OSError) and error.filename is None else ""
+        print(f"error: {error}{where}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted; nothing was published, and the same command goes on", file=sys.stderr)

@@ -83,7 +83,8 @@ def text_of(report: Report, facts: manifest.Manifest | None) -> str:
     else:
         lines.append("no manifest: made by another tool")
     most = max((count for _, count in report.histogram), default=0)
-    for bound, count in report.histogram:
+    first = next((place for place, (_, count) in enumerate(report.histogram) if count), 0)
+    for bound, count in report.histogram[first:]:
         name = "0" if bound == 1 else f"{bound // 2:,} to {bound - 1:,}"
         lines.append(f"{name:>24} {count:>14,} {'#' * round(_BAR * count / max(most, 1))}".rstrip())
     return "\n".join(lines)

@@ -4,6 +4,7 @@ Text is text: a document that happens to contain ``<|endoftext|>`` or ``</s>`` i
 special token of that name. Only the tools put end-of-document tokens where documents end.
 """
 
+import functools
 import hashlib
 import re
 from collections.abc import Sequence
@@ -93,7 +94,11 @@ class GPT2BPETokenizer:
             )
         self.vocab_size = max(vocab.values()) + 1
         self.eod = _end_of_document(vocab, ("<|endoftext|>",), f"--vocab-file {vocab_file}")
-        self._fast = tiktoken_backend.from_gpt2_files(vocab_file, merge_file)
+        self._files = (vocab_file, merge_file)
+
+    @functools.cached_property
+    def _fast(self) -> Any | None:
+        return tiktoken_backend.from_gpt2_files(*self._files)
 
     def encode_arrays(self, texts: list[str]) -> list[np.ndarray]:
         if self._fast is None:
