@@ -196,7 +196,7 @@ write_hostfile() { # SAVE/hostfile, of the job's nodes
 
 # -------------------------------------------------------------------------------------------------------- SLURM's jobs
 
-run_in_job() { # COMMAND...: runs it, unless the run is finished, and requeues the job where that helps
+run_in_job() { # COMMAND...: runs it, unless the run is finished; requeues the job if it was stopped and should go on
     local status=0 reason
     if [[ -e "$SAVE/ended.json" ]] && "$PYTHON" "$root/tools/run_finished.py" "${flags[@]}" 2>/dev/null; then return; fi
     rm -f "$SAVE/ended.json"
@@ -205,7 +205,6 @@ run_in_job() { # COMMAND...: runs it, unless the run is finished, and requeues t
     reason=$(sed -n 's/.*"reason": "\([^"]*\)".*/\1/p' "$SAVE/ended.json" 2>/dev/null || true)
     case "$reason" in
         SIGUSR1 | "the time limit") requeue "stopped by $reason" ;;
-        "") if ((status != 0)) && a_node_is_lost; then requeue "a node does not answer"; fi ;;
     esac
     return "$status"
 }
@@ -219,10 +218,6 @@ may_requeue() { # a batch job that goes on, submitted without --no-requeue
     [[ "${REQUEUE:-1}" != 0 ]] || return
     job=$(scontrol --oneliner show job "$(this_job)") || return
     [[ "$job " == *" JobState=RUNNING "* && "$job " == *" BatchFlag=1 "* && "$job " == *" Requeue=1 "* ]]
-}
-
-a_node_is_lost() { # whether a step does not start on all nodes any more
-    may_requeue && ! timeout 60 srun --nodes "$NNODES" --ntasks "$NNODES" --ntasks-per-node 1 --overlap true
 }
 
 requeue() { # WHY: once from each checkpoint, or a job whose time is too short would go round for ever

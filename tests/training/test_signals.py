@@ -73,7 +73,8 @@ def test_the_end_of_a_process_is_not_disturbed():
 
 def test_a_forked_child_keeps_its_signals_to_itself():
     body = "import os, signal\nsignals.all_met()\nif os.fork() == 0:\n    os.kill(os.getpid(), signal.SIGUSR1)\n"
-    body += "    os._exit(0)\nos.wait()\ntime.sleep(0.2)\nprint('ready', flush=True)\nprint(signals.received, file=sys.stderr)"
+    body += "    os._exit(0)\nos.wait()\ntime.sleep(0.2)\n"
+    body += "print('ready', flush=True)\nprint(signals.received, file=sys.stderr)"
     with process(body) as started:
         assert started.communicate(timeout=20)[1] == "0\n"
 
