@@ -22,15 +22,15 @@ SPARE = "node3"
 TASKS = 2  # of a node
 HOSTS = {rank: NODES[rank // TASKS] for rank in range(TASKS * len(NODES))}
 BATCH = 8
-UPDATES = 150
+UPDATES = 120
 TOKENS = UPDATES * BATCH * SEQ
 PATIENCE = 150  # s for anything that has to happen, the imports of four processes on few cores included
 FLAGS = (
     "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 32 --num-experts 4 --fp32 --lr 5e-3 "
-    f"--lr-warmup-tokens 2560 --lr-decay-tokens {TOKENS} --eval-interval 50 --eval-iters 1 --log-interval 1 "
-    "--save-interval 50 --split 90,10,0 --num-workers 0 --device cpu --distributed-backend gloo"
+    f"--lr-warmup-tokens 2560 --lr-decay-tokens {TOKENS} --eval-interval 40 --eval-iters 1 --log-interval 1 "
+    "--save-interval 40 --split 90,10,0 --num-workers 0 --device cpu --distributed-backend gloo"
 )
-ENDLESS = {"TRAIN_TOKENS": 20 * TOKENS}  # minutes
+ENDLESS = {"TRAIN_TOKENS": 25 * TOKENS}  # minutes
 SRUN = {"LAUNCHER": "srun"}
 TORCHRUN = {"LAUNCHER": "torchrun", "PYTHON": sys.executable}
 DEEPSPEED = {"LAUNCHER": "deepspeed", "PYTHON": sys.executable}

@@ -28,13 +28,13 @@ def test_a_process_that_is_killed_before_all_have_met_ends_the_job(submit):
 
 
 @pytest.fixture
-def lost(cluster, clean):
-    """The node that the test may lose; it comes back."""
+def lost(cluster):
+    """The node that the test may lose; it comes back. To be set up first, so that no job is left by then."""
     yield NODES[1]
     jobs.control(cluster, "restore", NODES[1])
 
 
-def test_a_job_that_loses_a_node_starts_again_on_others(submit, cluster, lost, undisturbed):
+def test_a_job_that_loses_a_node_starts_again_on_others(lost, submit, cluster, undisturbed):
     """The ranks end at once; SLURM requeues the job when the node has not answered for SlurmdTimeout."""
     job = submit()
     job.wait_for_updates(60)
