@@ -198,11 +198,12 @@ write_hostfile() { # SAVE/hostfile, of the job's nodes
 
 run_in_job() { # COMMAND...: runs it, unless the run is finished; requeues the job if it was stopped and should go on
     local status=0 reason
-    if [[ -e "$SAVE/ended.json" ]] && "$PYTHON" "$root/tools/run_finished.py" "${flags[@]}" 2>/dev/null; then return; fi
-    rm -f "$SAVE/ended.json"
+    if [[ -s "$SAVE/ended.json" ]] && "$PYTHON" "$root/tools/run_finished.py" "${flags[@]}" 2>/dev/null; then return; fi
+    # emptied, and not removed: over NFS this node might not see for a while that another one has made the file anew
+    mkdir -p "$SAVE" && : >"$SAVE/ended.json"
     trap : TERM USR1 # SLURM tells the tasks, and they save; wait for them
     "$@" || status=$?
-    reason=$(sed -n 's/.*"reason": "\([^"]*\)".*/\1/p' "$SAVE/ended.json" 2>/dev/null || true)
+    reason=$(sed -n 's/.*"reason": "\([^"]*\)".*/\1/p' "$SAVE/ended.json" || true)
     case "$reason" in
         SIGUSR1 | "the time limit") requeue "stopped by $reason" ;;
     esac
@@ -228,7 +229,6 @@ requeue() { # WHY: once from each checkpoint, or a job whose time is too short w
         echo "error: $1, and not requeued: no checkpoint was made since the last time; a longer --time may help" >&2
         return
     fi
-    mkdir -p "$SAVE"
     echo "$from" >"$SAVE/requeued"
     echo "$1; requeueing the job"
     scontrol requeue "$(this_job)" || echo "error: the job could not be requeued; submit it again" >&2
