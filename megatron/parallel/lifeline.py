@@ -55,7 +55,13 @@ class Member:
 
 
 @contextlib.contextmanager
-def lifeline(launch: Launch, store: dist.Store, timeout: float, advice: Callable[[], str]) -> Iterator[None]:
+def lifeline(
+    launch: Launch,
+    store: dist.Store,
+    timeout: float,
+    advice: Callable[[], str],
+    ends_anyway: Callable[[], bool] = lambda: False,
+) -> Iterator[None]:
     """End this process when another rank dies or fails, and the others when this one does.
 
     An exception that leaves the block is told to all ranks. If another rank had died or failed before, which is then
@@ -67,6 +73,7 @@ def lifeline(launch: Launch, store: dist.Store, timeout: float, advice: Callable
         store: reaches all ranks.
         timeout: seconds in which all ranks must have come.
         advice: what to tell the user when the run ends by a death; asked on one rank.
+        ends_anyway: whether this process was told to end, as the others then are; their end is no failure to it.
     """
     if launch.world_size == 1:
         yield
@@ -77,7 +84,7 @@ def lifeline(launch: Launch, store: dist.Store, timeout: float, advice: Callable
         monitor = _Monitor(launch.world_size, timeout)
         monitor.start()
         store.set(_KEY, json.dumps(monitor.whereabouts(launch) | {"first": dataclasses.asdict(me)}))
-    line = _Line(me, json.loads(store.get(_KEY)), advice)
+    line = _Line(me, json.loads(store.get(_KEY)), advice, ends_anyway)
     try:
         yield
     except BaseException as error:
@@ -89,8 +96,10 @@ def lifeline(launch: Launch, store: dist.Store, timeout: float, advice: Callable
 class _Line:
     """A rank's end of its connection."""
 
-    def __init__(self, me: Member, monitor: dict[str, Any], advice: Callable[[], str]) -> None:
-        self._me, self._advice = me, advice
+    def __init__(
+        self, me: Member, monitor: dict[str, Any], advice: Callable[[], str], ends_anyway: Callable[[], bool]
+    ) -> None:
+        self._me, self._advice, self._ends_anyway = me, advice, ends_anyway
         self._first = Member(**monitor["first"])
         self._blamed, self._left = threading.Event(), False
         self._errors = os.dup(2)  # libraries turn 2 away for moments, DeepSpeed while it tries out a compiler
@@ -142,6 +151,8 @@ class _Line:
             self._end(lost, speaks=self._me.rank == 1)
 
     def _end(self, told: str, speaks: bool) -> None:
+        if self._ends_anyway():
+            os._exit(0)
         signal.alarm(ENDING)  # the output, or the file system, may block
         try:
             os.write(self._errors, f"error on rank {self._me.rank}: {told}; ending\n".encode())

@@ -23,9 +23,11 @@ from megatron.parallel.replicas import ReplicasDiffer
 from megatron.planning.parameters import count_parameters
 from megatron.planning.placement import place
 from megatron.training.clock import Clock, total_samples
+from megatron.training.ending import record_end
 from megatron.training.outlook import outlook
 from megatron.training.report import Report
 from megatron.training.resume import check, clock_from, padded_as_before
+from megatron.training.signals import StopRequest, StopSignals
 from megatron.training.start import (
     check_graphs,
     check_optimizer,
@@ -38,8 +40,10 @@ from megatron.training.start import (
 from megatron.training.trainer import Trainer, TrainingDiverged
 
 
-def pretrain(config: RunConfig) -> int:
+def pretrain(config: RunConfig, signals: StopSignals) -> int:
     """Train as ``config`` says. Returns the exit status; what the user can mend is printed, not raised.
+
+    A signal stops the run wherever it stands: before the first update, or after a save.
 
     In a run of several processes an error is the end of this one: see :mod:`megatron.parallel.lifeline`.
     """
@@ -68,10 +72,12 @@ def pretrain(config: RunConfig) -> int:
         return 2
     try:
         launch, store = meet(launch, parallel.timeout)
-        with lifeline(launch, store, parallel.timeout.total_seconds(), lambda: how_to_go_on(config)):
+        seconds = parallel.timeout.total_seconds()
+        with lifeline(launch, store, seconds, lambda: how_to_go_on(config), lambda: signals.ends_start):
             topology = initialize(parallel, launch, device, store)
+            signals.all_met()
             with only_run_in(config.checkpoint.save, topology):
-                _run(config, topology)
+                _run(config, topology, StopRequest(signals, topology, config.checkpoint.exit_duration_in_mins))
             shut_down()
     except (ValueError, OSError, TrainingDiverged, ReplicasDiffer, CheckpointError) as error:
         # the process groups are left as they are: other ranks may be inside a collective
@@ -80,7 +86,7 @@ def pretrain(config: RunConfig) -> int:
     return 0
 
 
-def _run(config: RunConfig, topology: Topology) -> None:
+def _run(config: RunConfig, topology: Topology, stop: StopRequest) -> None:
     tokenizer = build_tokenizer(config.data)
     vocab_size = config.model.padded_vocab_size(tokenizer.vocab_size, topology.tensor_parallel_size)
     clock, warnings, source = Clock(config.model.seq_length), [], None
@@ -90,11 +96,15 @@ def _run(config: RunConfig, topology: Topology) -> None:
         vocab_size = padded_as_before(meta, topology.tensor_parallel_size)
         warnings = check(meta, config, vocab_size, tokenizer)
         clock = clock_from(meta)
+    if _stops_early(stop, config, topology, clock):
+        return
     samples = total_samples(config.training, config.model.seq_length, clock.samples)
     valid_samples = (
         config.training.eval_iters * config.training.global_batch_size if config.training.eval_interval else 0
     )
     train_data, valid_data, _ = build_datasets(config, tokenizer, (samples, valid_samples, 0))
+    if _stops_early(stop, config, topology, clock):
+        return
 
     engine = build_engine(config, topology, vocab_size)
     if found is not None:
@@ -102,7 +112,7 @@ def _run(config: RunConfig, topology: Topology) -> None:
             load(source, tensors, group=topology.control_group)
         engine.load_scalar_state(meta["optimizer"])
 
-    name = config.logging.run_name or "gpt"
+    name = _name(config)
     report = Report(config.logging, name, config.checkpoint.save, topology.is_first)
     try:
         train_tokens = samples * config.model.seq_length
@@ -117,10 +127,26 @@ def _run(config: RunConfig, topology: Topology) -> None:
                 print(f"warning: this run differs from the checkpoint's: {warning}", flush=True)
         data = (train_data, valid_data)
         Trainer(
-            config, topology, engine, tokenizer, data, clock, report, vocab_size, resumed_from=found and source
+            config, topology, engine, tokenizer, data, clock, report, stop, vocab_size, resumed_from=found and source
         ).run()
     finally:
         report.close()
+
+
+def _name(config: RunConfig) -> str:
+    return config.logging.run_name or "gpt"
+
+
+def _stops_early(stop: StopRequest, config: RunConfig, topology: Topology, clock: Clock) -> bool:
+    """Whether the run is asked to stop; if so, this is told."""
+    reason = stop.agreed()
+    if reason is not None and topology.is_first:
+        tokens = total_samples(config.training, config.model.seq_length, clock.samples) * config.model.seq_length
+        report = Report(config.logging, _name(config), config.checkpoint.save, is_first=True)
+        report.write("stop", step=clock.steps, tokens=clock.tokens, train_tokens=tokens, reason=reason)
+        report.close()
+        record_end(config, clock, reason)
+    return reason is not None
 
 
 def _announce(

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import itertools
-import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +15,8 @@ from megatron.data.tokenizer import Tokenizer
 from megatron.engine.engine import Engine, StepResult
 from megatron.parallel.initialize import Topology
 from megatron.planning.flops import model_flops_per_token, peak_tflops
-from megatron.training.clock import Clock, global_batch_size, total_samples
+from megatron.training.clock import Clock, global_batch_size, last_samples, total_samples
+from megatron.training.ending import record_end
 from megatron.training.evaluation import evaluate
 from megatron.training.metrics import StepWindow
 from megatron.training.profiling import profiled
@@ -41,11 +41,12 @@ class Trainer:
         datasets: tuple[Any, Any],
         clock: Clock,
         report: Report,
+        stop: StopRequest,
         vocab_size: int,
         resumed_from: Path | None = None,
     ) -> None:
         self.config, self.topology, self.engine, self.clock, self.report = config, topology, engine, clock, report
-        self._tokenizer, self._vocab_size = tokenizer, vocab_size
+        self._stop, self._tokenizer, self._vocab_size = stop, tokenizer, vocab_size
         self._train_data, self._valid_data = datasets
         self._total = total_samples(config.training, config.model.seq_length, clock.samples)
         self._saver = AsyncSaver(topology.control_group) if config.checkpoint.async_save else None
@@ -69,18 +70,18 @@ class Trainer:
             CheckpointError: the last save failed.
             TrainingDiverged: too many updates in a row were skipped.
         """
-        stop = StopRequest(self.topology, self.config.checkpoint.exit_duration_in_mins)
-        self._loop(stop)
+        reason = self._loop()
         if self._not_saved:
             raise self._not_saved
-        stop.restore()  # not after an error: the SIGTERM of a starter would cut off what there is to say of it
+        if self.topology.is_first:
+            record_end(self.config, self.clock, reason)
 
-    def _loop(self, stop: StopRequest) -> None:
+    def _loop(self) -> str:
         limit, seq = self.config.checkpoint.exit_tokens, self.config.model.seq_length
-        end = self._total if limit is None else min(self._total, math.ceil(limit / seq))
+        end = last_samples(self.config, self.clock.samples)
         data = self._micro_batches(self._train_data, self.clock.samples, self.config.data.num_workers)
         batch = self.config.training.global_batch_size
-        reason = None
+        reason = self._stop.agreed() if self.clock.samples < end else None
         while self.clock.samples < end and reason is None:
             size = global_batch_size(self.config.training, self.clock.samples)
             now = self.clock.samples + size
@@ -101,7 +102,7 @@ class Trainer:
                 self._log("train", **self._window.take())
             if validate or now >= self._total:
                 self._validate()
-            reason = stop.agreed()
+            reason = None if done else self._stop.agreed()
             if self._saver and not self._saver.busy:
                 self._end_of_saving()
             if keep or done or reason:
@@ -110,6 +111,7 @@ class Trainer:
         if reason is None:
             reason = "all tokens are trained on" if self.clock.samples >= self._total else f"--exit-tokens {limit}"
         self._log("stop", reason=reason)
+        return reason
 
     def _profile(self) -> contextlib.AbstractContextManager:
         """Profiles the update that ``--profile`` asks for, on the first rank."""

@@ -75,8 +75,10 @@ def _child(events: int, environment: dict[str, str], arguments: list[str], outpu
 
         from megatron.config.flags import parse_args
         from megatron.training.pretrain import pretrain
+        from megatron.training.signals import StopSignals
 
-        status = pretrain(parse_args(arguments))
+        with StopSignals() as signals:
+            status = pretrain(parse_args(arguments), signals)
     except SystemExit as error:
         status = error.code
     except BaseException:
