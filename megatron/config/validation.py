@@ -34,7 +34,8 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str, str], ...] = (
         moe_z_loss_coeff moe_min_capacity check_replicas num_workers eval_interval save_interval keep_last"""),
     ("above 0", lambda x: x > 0, "use a positive number", """
         lr adam_eps init_method_std layernorm_epsilon min_loss_scale moe_train_capacity_factor
-        moe_eval_capacity_factor distributed_timeout_minutes exit_duration_in_mins peak_tflops"""),
+        moe_eval_capacity_factor distributed_timeout_minutes exit_duration_in_mins peak_tflops watchdog_min_seconds"""),
+    ("above 1", lambda x: x > 1, "use 10, say", "watchdog_factor"),
     ("at least 0 and below 1", lambda x: 0 <= x < 1, "use a fraction", """
         hidden_dropout attention_dropout adam_beta1 adam_beta2"""),
     ("from 0 to 4294967295", lambda x: 0 <= x < 2**32, "use a seed of 32 bits", "seed"),

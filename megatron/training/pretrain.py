@@ -18,8 +18,9 @@ from megatron.engine.pipeline import build_engine
 from megatron.parallel.determinism import make_deterministic
 from megatron.parallel.initialize import NoDevice, Topology, choose_device, initialize, meet, shut_down
 from megatron.parallel.launch import Launch
-from megatron.parallel.lifeline import lifeline
+from megatron.parallel.lifeline import Line, lifeline
 from megatron.parallel.replicas import ReplicasDiffer
+from megatron.parallel.watchdog import Watchdog
 from megatron.planning.parameters import count_parameters
 from megatron.planning.placement import place
 from megatron.training.clock import Clock, total_samples
@@ -33,6 +34,7 @@ from megatron.training.start import (
     check_precision,
     find_checkpoint,
     how_to_go_on,
+    log_folder,
     only_run_in,
 )
 from megatron.training.trainer import Trainer, TrainingDiverged
@@ -68,10 +70,10 @@ def pretrain(config: RunConfig) -> int:
         return 2
     try:
         launch, store = meet(launch, parallel.timeout)
-        with lifeline(launch, store, parallel.timeout.total_seconds(), lambda: how_to_go_on(config)):
+        with lifeline(launch, store, parallel.timeout.total_seconds(), lambda: how_to_go_on(config)) as line:
             topology = initialize(parallel, launch, device, store)
             with only_run_in(config.checkpoint.save, topology):
-                _run(config, topology)
+                _run(config, topology, line)
             shut_down()
     except (ValueError, OSError, TrainingDiverged, ReplicasDiffer, CheckpointError) as error:
         # the process groups are left as they are: other ranks may be inside a collective
@@ -80,7 +82,7 @@ def pretrain(config: RunConfig) -> int:
     return 0
 
 
-def _run(config: RunConfig, topology: Topology) -> None:
+def _run(config: RunConfig, topology: Topology, line: Line | None) -> None:
     tokenizer = build_tokenizer(config.data)
     vocab_size = config.model.padded_vocab_size(tokenizer.vocab_size, topology.tensor_parallel_size)
     clock, warnings, source = Clock(config.model.seq_length), [], None
@@ -104,6 +106,8 @@ def _run(config: RunConfig, topology: Topology) -> None:
 
     name = config.logging.run_name or "gpt"
     report = Report(config.logging, name, config.checkpoint.save, topology.is_first)
+    guard = config.guard
+    watchdog = Watchdog(guard.watchdog_factor, guard.watchdog_min_seconds, log_folder(config), topology, line)
     try:
         train_tokens = samples * config.model.seq_length
         _announce(report, config, topology, tokenizer, clock, vocab_size, train_tokens, name, resumed=found is not None)
@@ -117,9 +121,11 @@ def _run(config: RunConfig, topology: Topology) -> None:
                 print(f"warning: this run differs from the checkpoint's: {warning}", flush=True)
         data = (train_data, valid_data)
         Trainer(
-            config, topology, engine, tokenizer, data, clock, report, vocab_size, resumed_from=found and source
-        ).run()
+            config, topology, engine, tokenizer, data, clock, report, watchdog, vocab_size,
+            resumed_from=found and source,
+        ).run()  # fmt: skip
     finally:
+        watchdog.close()
         report.close()
 
 

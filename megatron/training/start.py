@@ -48,6 +48,13 @@ def check_outputs(config: RunConfig) -> None:
         )
 
 
+def log_folder(config: RunConfig) -> Path | None:
+    """Where a run's metrics lie; None if it writes none."""
+    if config.logging.log_file is not None:
+        return Path(config.logging.log_file).parent
+    return None if config.checkpoint.save is None else Path(config.checkpoint.save)
+
+
 def check_precision(config: RunConfig, device: torch.device) -> None:
     """Raises ConfigError where the device cannot train in the precision asked for."""
     if config.optimizer.precision == "fp16" and device.type == "cpu":

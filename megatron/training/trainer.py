@@ -15,6 +15,7 @@ from megatron.data.gpt_dataset import batches
 from megatron.data.tokenizer import Tokenizer
 from megatron.engine.engine import Engine, StepResult
 from megatron.parallel.initialize import Topology
+from megatron.parallel.watchdog import Watchdog
 from megatron.planning.flops import model_flops_per_token, peak_tflops
 from megatron.training.clock import Clock, global_batch_size, total_samples
 from megatron.training.evaluation import evaluate
@@ -41,10 +42,12 @@ class Trainer:
         datasets: tuple[Any, Any],
         clock: Clock,
         report: Report,
+        watchdog: Watchdog,
         vocab_size: int,
         resumed_from: Path | None = None,
     ) -> None:
         self.config, self.topology, self.engine, self.clock, self.report = config, topology, engine, clock, report
+        self._watchdog = watchdog
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
         self._train_data, self._valid_data = datasets
         self._total = total_samples(config.training, config.model.seq_length, clock.samples)
@@ -82,6 +85,7 @@ class Trainer:
         batch = self.config.training.global_batch_size
         reason = None
         while self.clock.samples < end and reason is None:
+            self._watchdog.begin(self.clock.steps + 1, f"update {self.clock.steps + 1}")
             size = global_batch_size(self.config.training, self.clock.samples)
             now = self.clock.samples + size
             with self._profile():
@@ -100,23 +104,32 @@ class Trainer:
             if log:
                 self._log("train", **self._window.take())
             if validate or now >= self._total:
-                self._validate()
+                with self._watchdog.paused():
+                    self._validate()
             reason = stop.agreed()
             if self._saver and not self._saver.busy:
                 self._end_of_saving()
             if keep or done or reason:
                 self._watch()
-                self._save(in_background=not (done or reason))
+                with self._watchdog.paused():
+                    self._save(in_background=not (done or reason))
         if reason is None:
             reason = "all tokens are trained on" if self.clock.samples >= self._total else f"--exit-tokens {limit}"
         self._log("stop", reason=reason)
 
-    def _profile(self) -> contextlib.AbstractContextManager:
+    @contextlib.contextmanager
+    def _profile(self) -> Iterator[None]:
         """Profiles the update that ``--profile`` asks for, on the first rank."""
         logging, number = self.config.logging, self.clock.steps - self._first_step + 1
-        if logging.profile is None or number != logging.profile_step or not self.topology.is_first:
-            return contextlib.nullcontext()
-        return profiled(Path(logging.profile), f"update {self.clock.steps + 1}", self.topology.device)
+        if logging.profile is None or number != logging.profile_step:
+            yield
+            return
+        title, first = f"update {self.clock.steps + 1}", self.topology.is_first
+        with (
+            self._watchdog.paused(),
+            profiled(Path(logging.profile), title, self.topology.device) if first else contextlib.nullcontext(),
+        ):
+            yield
 
     def _next(self, data: Iterator[dict[str, Any]], count: int) -> list[dict[str, Any]]:
         micro_batches = list(itertools.islice(data, count))

@@ -71,7 +71,7 @@ def _child(events: int, environment: dict[str, str], arguments: list[str], outpu
         os.environ.update(environment)
         _on_entry("joined", 1, lambda: _tell(events, "joined", os.getpid()))
         if dies:
-            _on_entry(dies["phase"], dies["call"], lambda: _kill_after(dies["delay"]))
+            _on_entry(dies["phase"], dies["call"], lambda: _befall(dies))
 
         from megatron.config.flags import parse_args
         from megatron.training.pretrain import pretrain
@@ -85,6 +85,20 @@ def _child(events: int, environment: dict[str, str], arguments: list[str], outpu
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+def _befall(dies: dict) -> None:
+    if dies["hangs"]:
+        _hang()
+    elif dies["sleeps"]:
+        time.sleep(dies["sleeps"])
+    else:
+        _kill_after(dies["delay"])
+
+
+def _hang() -> None:
+    while True:
+        time.sleep(1)
 
 
 def _kill_after(delay: float) -> None:

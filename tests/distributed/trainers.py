@@ -30,13 +30,16 @@ import tiny_run
 class Death:
     """SIGKILL for ``rank``, ``delay`` s after it enters ``phase`` for the ``call``-th time.
 
-    The phases are the server's PHASES, and ``joined``: all ranks have a lifeline, and start to build groups.
+    The phases are the server's PHASES, and ``joined``: all ranks have a lifeline, and start to build groups. With
+    ``hangs`` it is no death: the rank goes no further.
     """
 
     rank: int
     phase: str
     call: int = 1
     delay: float = 0.0
+    hangs: bool = False
+    sleeps: float = 0.0  # or it goes on after so many s
 
 
 class Job:
