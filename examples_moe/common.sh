@@ -199,7 +199,7 @@ run() { # PRESET TP PP EP FLAGS...
     if [[ -n "${TRAIN_TOKENS:-}" ]]; then flags+=(--train-tokens "$TRAIN_TOKENS"); fi
     if [[ -n "${MICRO_BATCH:-}" ]]; then flags+=(--micro-batch-size "$MICRO_BATCH"); fi
     if [[ -n "${GLOBAL_BATCH:-}" ]]; then flags+=(--global-batch-size "$GLOBAL_BATCH"); fi
-    flags+=("${data[@]}" --run-name "$RUN_NAME" --save "$SAVE" --load "$LOAD")
+    flags+=("${data[@]}" --run-name "$RUN_NAME" --save "$SAVE" --load "$LOAD" --preflight --watchdog-factor 20)
     flags+=(${arguments[@]+"${arguments[@]}"} ${extra[@]+"${extra[@]}"})
 
     start_with

@@ -39,47 +39,55 @@ class Watchdog:
     """Watches one rank.
 
     Args:
-        factor: a piece of work may take this many times the median; None watches nothing.
+        factor: a piece of work may take this many times the median; None watches nothing, unless ``always``.
         least: seconds that it may take anyway.
         folder: gets ``stacks/NUMBER/rank_RANK.txt``; None writes to standard error.
         topology: of this rank.
         line: its lifeline; None in a run of one process.
+        always: every piece, from the first, may take ``least`` seconds, whatever the others took.
     """
 
     def __init__(
-        self, factor: float | None, least: float, folder: Path | None, topology: Topology, line: Line | None
+        self,
+        factor: float | None,
+        least: float,
+        folder: Path | None,
+        topology: Topology,
+        line: Line | None,
+        always: bool = False,
     ) -> None:
+        self._on = factor is not None or always
         self._factor, self._least, self._folder, self._topology, self._line = factor, least, folder, topology, line
         self._times: deque[float] = deque(maxlen=WINDOW)
         self._begun = 0  # pieces of work
         self._number, self._what = 0, "the start"
         self._since: float | None = None  # None: nothing is timed now
-        self._limit: float | None = None
+        self._limit = least if always else None
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._main = threading.main_thread().ident
-        if factor is not None:
+        if self._on:
             if line is not None:
                 line.on_stall = self.report
             self._thread.start()
 
     def begin(self, number: int, what: str) -> None:
         """A piece of work begins, and the one before, if any, is done."""
-        if self._factor is None:
+        if not self._on:
             return
         now = time.monotonic()
         if self._since is not None and self._begun > SETTLING:
             self._times.append(now - self._since)
         self._begun += 1
         self._number, self._what, self._since = number, what, now
-        if len(self._times) >= FEWEST:
+        if self._factor is not None and len(self._times) >= FEWEST:
             self._limit = max(self._least, self._factor * statistics.median(self._times))
         self._arm()
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Neither time nor watch what happens inside."""
-        if self._factor is None:
+        if not self._on:
             yield
             return
         since, self._since = self._since, None
@@ -93,7 +101,7 @@ class Watchdog:
 
     def close(self) -> None:
         """Stop watching."""
-        if self._factor is None:
+        if not self._on:
             return
         self._ended.set()
         self._since = None
@@ -121,10 +129,13 @@ class Watchdog:
             since, limit = self._since, self._limit
             if since is None or limit is None or (elapsed := time.monotonic() - since) <= limit:
                 continue
-            self._end(
-                f"{self._what} has taken {elapsed:.3g} s, more than --watchdog-factor {self._factor:g} times the "
-                f"median of {statistics.median(self._times):.3g} s and --watchdog-min-seconds {self._least:g}"
-            )
+            allowed = f"{self._least:g}"
+            if self._factor is not None:
+                allowed = (
+                    f"--watchdog-factor {self._factor:g} times the median of {statistics.median(self._times):.3g} s "
+                    f"and --watchdog-min-seconds {self._least:g}"
+                )
+            self._end(f"{self._what} has taken {elapsed:.3g} s, more than {allowed}")
 
     def _end(self, reason: str) -> None:
         if self._line is not None:

@@ -23,6 +23,7 @@ from megatron.parallel.replicas import ReplicasDiffer
 from megatron.parallel.watchdog import Watchdog
 from megatron.planning.parameters import count_parameters
 from megatron.planning.placement import place
+from megatron.preflight import gather_problems, preflight
 from megatron.training.clock import Clock, total_samples
 from megatron.training.outlook import outlook
 from megatron.training.report import Report
@@ -45,19 +46,17 @@ def pretrain(config: RunConfig) -> int:
 
     In a run of several processes an error is the end of this one: see :mod:`megatron.parallel.lifeline`.
     """
-    local_rank = 0
+    local_rank, problem = 0, None
+    looks_first = config.guard.preflight or config.guard.preflight_only
     try:
         launch = Launch.from_environment()
         local_rank = launch.local_rank
-        device = choose_device(config.training.device, local_rank)
-        validate(config, launch.world_size)
-        deepspeed_config.build(config, config.parallel.data_parallel_size(launch.world_size))
-        check_outputs(config)
-        check_precision(config, device)
-        check_optimizer(config)
-        check_graphs(config, device)
-        if config.training.deterministic:
-            make_deterministic()
+        try:
+            device = _prepare(config, launch)
+        except (ValueError, OSError, CheckpointError) as error:
+            if not looks_first:
+                raise
+            device, problem = torch.device("cpu"), str(error)  # told with those of the other ranks
         # expert parallelism means nothing to a dense model, so that --num-experts alone tells the two apart
         degrees = config.parallel.moe_expert_parallel_size if config.moe.enabled else (1,)
         parallel = dataclasses.replace(config.parallel, moe_expert_parallel_size=degrees)
@@ -71,15 +70,47 @@ def pretrain(config: RunConfig) -> int:
     try:
         launch, store = meet(launch, parallel.timeout)
         with lifeline(launch, store, parallel.timeout.total_seconds(), lambda: how_to_go_on(config)) as line:
+            if looks_first and (problems := gather_problems(launch, store, problem)):
+                if launch.rank == 0:
+                    print("\n".join(f"error on {each}" for each in problems), file=sys.stderr, flush=True)
+                return 1
             topology = initialize(parallel, launch, device, store)
-            with only_run_in(config.checkpoint.save, topology):
-                _run(config, topology, line)
+            ready = not looks_first or _looks_ready(config, topology, line)
+            if ready and not config.guard.preflight_only:
+                with only_run_in(config.checkpoint.save, topology):
+                    _run(config, topology, line)
             shut_down()
     except (ValueError, OSError, TrainingDiverged, ReplicasDiffer, CheckpointError) as error:
         # the process groups are left as they are: other ranks may be inside a collective
         print(f"error on rank {launch.rank}: {error}", file=sys.stderr, flush=True)
         return 1
-    return 0
+    return 0 if ready else 1
+
+
+def _prepare(config: RunConfig, launch: Launch) -> torch.device:
+    """Whatever can be found out without the other ranks; the device of this one.
+
+    Raises:
+        ValueError, OSError, CheckpointError: the run cannot start here.
+    """
+    device = choose_device(config.training.device, launch.local_rank)
+    validate(config, launch.world_size)
+    deepspeed_config.build(config, config.parallel.data_parallel_size(launch.world_size))
+    check_outputs(config)
+    check_precision(config, device)
+    check_optimizer(config)
+    check_graphs(config, device)
+    if config.training.deterministic:
+        make_deterministic()
+    return device
+
+
+def _looks_ready(config: RunConfig, topology: Topology, line: Line | None) -> bool:
+    """Check all nodes and print what was found. What is only slow keeps back nobody but ``--preflight-only``."""
+    outcome = preflight(config, topology, line)
+    if topology.is_first:
+        print(outcome.words, flush=True)
+    return not outcome.broken and not (config.guard.preflight_only and outcome.slow)
 
 
 def _run(config: RunConfig, topology: Topology, line: Line | None) -> None:

@@ -1,7 +1,7 @@
 """Forks trainer processes on demand; see trainers.py, which starts it and talks to it.
 
-On stdin comes one order a line, JSON: environment, arguments, the file for the output, and maybe a death. On stdout
-goes one event a line: ``started PID``, ``joined PID``, ``ended PID STATUS SECONDS`` (monotonic).
+On stdin comes one order a line, JSON: environment, arguments, the file for the output, and maybe a death and faults. On
+stdout goes one event a line: ``started PID``, ``joined PID``, ``ended PID STATUS SECONDS`` (monotonic).
 """
 
 import functools
@@ -62,7 +62,14 @@ def _tell(events: int, *words: object) -> None:
     os.write(events, (" ".join(map(str, words)) + "\n").encode())
 
 
-def _child(events: int, environment: dict[str, str], arguments: list[str], output: str, dies: dict | None) -> None:
+def _child(
+    events: int,
+    environment: dict[str, str],
+    arguments: list[str],
+    output: str,
+    dies: dict | None,
+    faults: list[str],
+) -> None:
     status = 1
     try:
         printed = os.open(output, os.O_WRONLY | os.O_APPEND)
@@ -73,6 +80,10 @@ def _child(events: int, environment: dict[str, str], arguments: list[str], outpu
         if dies:
             _on_entry(dies["phase"], dies["call"], lambda: _befall(dies))
 
+        for fault in faults:
+            import faults as module
+
+            getattr(module, fault.split()[0])(*fault.split()[1:])
         from megatron.config.flags import parse_args
         from megatron.training.pretrain import pretrain
 
