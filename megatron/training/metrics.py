@@ -27,6 +27,15 @@ def mean_losses(sums: LossSums) -> dict[str, float]:
     return {"loss": lm / count, "aux_loss": aux / count, "z_loss": z / count}
 
 
+def mean_loss(sums: LossSums) -> float:
+    """The mean LM loss over all ranks' micro-batches; waits for the device."""
+    losses = sums.losses.double()
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        losses = losses.clone()
+        dist.all_reduce(losses)
+    return float(losses[0] / losses[3])
+
+
 def expert_balance(sums: LossSums) -> dict[str, list[float]]:
     """How evenly the experts of each MoE layer were used, one number a layer.
 
@@ -51,9 +60,10 @@ class StepWindow:
         self._flops_per_token = flops_per_token
         self._peak_tflops = peak_tflops
         self._devices = devices
-        self._clear()
+        self.clear()
 
-    def _clear(self) -> None:
+    def clear(self) -> None:
+        """Forget the updates since the last call of :meth:`take`."""
         self._sums: LossSums | None = None
         self._last: StepResult | None = None
         self._tokens = 0
@@ -98,7 +108,7 @@ class StepWindow:
             "mfu": tflops / self._peak_tflops if self._peak_tflops else None,
             "memory_gb": memory_gb(),
         }
-        self._clear()
+        self.clear()
         return record
 
 

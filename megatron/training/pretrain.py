@@ -28,6 +28,7 @@ from megatron.training.clock import Clock, total_samples
 from megatron.training.outlook import outlook
 from megatron.training.report import Report
 from megatron.training.resume import check, clock_from, padded_as_before
+from megatron.training.spikes import Detours
 from megatron.training.start import (
     check_graphs,
     check_optimizer,
@@ -116,13 +117,14 @@ def _looks_ready(config: RunConfig, topology: Topology, line: Line | None) -> bo
 def _run(config: RunConfig, topology: Topology, line: Line | None) -> None:
     tokenizer = build_tokenizer(config.data)
     vocab_size = config.model.padded_vocab_size(tokenizer.vocab_size, topology.tensor_parallel_size)
-    clock, warnings, source = Clock(config.model.seq_length), [], None
+    clock, warnings, source, meta = Clock(config.model.seq_length), [], None, None
     found = find_checkpoint(config, topology)
     if found is not None:
         source, meta = found
         vocab_size = padded_as_before(meta, topology.tensor_parallel_size)
         warnings = check(meta, config, vocab_size, tokenizer)
         clock = clock_from(meta)
+    detours = Detours.of(config, meta, clock.samples)
     samples = total_samples(config.training, config.model.seq_length, clock.samples)
     valid_samples = (
         config.training.eval_iters * config.training.global_batch_size if config.training.eval_interval else 0
@@ -152,8 +154,8 @@ def _run(config: RunConfig, topology: Topology, line: Line | None) -> None:
                 print(f"warning: this run differs from the checkpoint's: {warning}", flush=True)
         data = (train_data, valid_data)
         Trainer(
-            config, topology, engine, tokenizer, data, clock, report, watchdog, vocab_size,
-            resumed_from=found and source,
+            config, topology, engine, tokenizer, data, clock, report, watchdog, vocab_size, detours,
+            resumed_from=found,
         ).run()  # fmt: skip
     finally:
         watchdog.close()

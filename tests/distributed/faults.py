@@ -86,6 +86,27 @@ def own_disk() -> None:
     Path.read_text = lambda self, **options: "" if self.name == ".preflight" else whole(self, **options)
 
 
+def poisoned_samples(first: str, end: str) -> None:
+    """Some of the training data is noise."""
+    import random
+
+    import torch
+
+    from megatron.data.gpt_dataset import GPTSamples
+
+    whole = GPTSamples.__getitem__
+
+    def item(self, index: int):
+        found = whole(self, index)
+        if len(self) > 64 and int(first) <= index < int(end):  # not of the validation data
+            noise = random.Random(index)
+            words = torch.tensor([noise.randrange(120) for _ in range(len(found["tokens"]) + 1)])
+            found |= {"tokens": words[:-1], "labels": words[1:]}
+        return found
+
+    GPTSamples.__getitem__ = item
+
+
 def _delay(module: object, name: str, seconds: float) -> None:
     whole = getattr(module, name)
 
