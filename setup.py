@@ -25,6 +25,7 @@ REQUIREMENTS = [
 
 EXTRAS = {
     "8bit": ["torchao==0.18.0"],  # pinned: megatron/engine/eight_bit.py uses its 8-bit tensor
+    "hf": ["transformers>=4.50"],  # to run exported models; exporting needs nothing more
     "plot": ["matplotlib>=3.8"],
     "wandb": ["wandb>=0.17"],
     "dev": [

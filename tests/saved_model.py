@@ -26,14 +26,14 @@ class SavedModel:
     tokenizer_file: Path
 
 
-def save_model(folder: Path, moe: MoEConfig = EXPERTS) -> SavedModel:
+def save_model(folder: Path, moe: MoEConfig = EXPERTS, shape: ModelConfig = SHAPE) -> SavedModel:
     """Save a model with random weights as ``folder/checkpoints``, its tokenizer beside it."""
     tokenizer_file = tiny_run.make_tokenizer(folder)
     data = DataConfig(tokenizer_type="HFTokenizer", tokenizer_model=str(tokenizer_file))
-    config = RunConfig(model=SHAPE, moe=moe, data=data)
+    config = RunConfig(model=shape, moe=moe, data=data)
     tokenizer = build_tokenizer(data)
-    vocab_size = SHAPE.padded_vocab_size(tokenizer.vocab_size)
-    model = GPTModel(SHAPE, moe, vocab_size, seed=5).eval()
+    vocab_size = shape.padded_vocab_size(tokenizer.vocab_size)
+    model = GPTModel(shape, moe, vocab_size, seed=5).eval()
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():  # none is as it would be initialised

@@ -207,13 +207,17 @@ class Writer(StorageWriter):
         return False
 
 
-def write_safetensors(path: Path, tensors: Sequence[tuple[str, torch.Tensor | Deferred]]) -> FileRecord:
+def write_safetensors(
+    path: Path, tensors: Sequence[tuple[str, torch.Tensor | Deferred]], about: dict[str, str] | None = None
+) -> FileRecord:
     """Write a safetensors file, one tensor after the other, so that no second copy of them all is ever in memory.
+
+    ``about`` is the header's free text, in which other programs look for the format of the tensors.
 
     Layout (https://github.com/huggingface/safetensors): the header's length as 8 bytes, little-endian; the header, JSON
     padded with blanks to a multiple of 8; the data without gaps.
     """
-    header: dict[str, Any] = {}
+    header: dict[str, Any] = {} if about is None else {"__metadata__": about}
     end = 0
     for key, tensor in tensors:
         start, end = end, end + tensor.numel() * tensor.element_size()

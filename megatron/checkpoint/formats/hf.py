@@ -1,0 +1,217 @@
+"""Hugging Face folders: dense models as stock GPT2LMHeadModel, models with experts as GPTMoEForCausalLM.
+
+The token table keeps its padding rows, so that logits and losses are the same; ``suppress_tokens`` in
+generation_config.json keeps them from being sampled. ``megatron_moe.json`` beside the model holds what Hugging Face's
+files have no place for (our configuration, the tokens seen) and a checksum of each file; with it the way back is exact.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron.checkpoint.errors import CheckpointError
+from megatron.checkpoint.folder import FileRecord, damage, hash_file
+from megatron.checkpoint.formats.contents import MODEL, Contents, Lazy, is_stacked, parameter_shapes, some
+from megatron.checkpoint.formats.hf_config import from_hf, to_hf
+from megatron.checkpoint.formats.hf_names import Piece, pieces
+from megatron.checkpoint.formats.hf_tokenizer import find_tokenizer, write_tokenizer
+from megatron.checkpoint.formats.native import new_meta
+from megatron.checkpoint.formats.output import staged
+from megatron.checkpoint.formats.shards import read_json, read_shards, write_shards
+from megatron.checkpoint.tensors import Deferred, dtype_name
+from megatron.config import DataConfig, RunConfig
+from megatron.config.flags import from_dict, to_dict
+from megatron.data.tokenizer import Tokenizer, build_tokenizer
+
+SIDECAR = "megatron_moe.json"
+CODE = ("configuration_gpt_moe.py", "modeling_gpt_moe.py")
+SHARD = 5_000_000_000
+_HEAD, _TABLE = "lm_head.weight", "transformer.wte.weight"
+_MASKS = (".attn.bias", ".attn.masked_bias")  # constants that old versions of transformers saved with the weights
+
+
+# ------------------------------------------------------------------------------------------------- writing
+
+
+def write_hf(
+    contents: Contents, folder: str | os.PathLike, tokenizer: Tokenizer, files: Mapping[str, str], shard: int = SHARD
+) -> Path:
+    """Write a model for Hugging Face's libraries; needs neither a GPU nor these libraries.
+
+    Args:
+        contents: the model; an optimizer's state must have been dropped.
+        folder: where to.
+        tokenizer: the model's.
+        files: the tokenizer's files, by option.
+        shard: bytes of a model file, at most.
+
+    Raises:
+        CheckpointError: the folder is taken, the disk is too small, tensors have several data types, or reading failed;
+            nothing is left behind.
+    """
+    contents.check()
+    if contents.has_optimizer:
+        raise CheckpointError(f"{contents.where}: Hugging Face's format has no optimizer state; add --drop-optimizer")
+    config, vocab_size = contents.config, contents.meta["vocab_size"]
+    dtypes = {lazy.dtype for lazy in contents.tensors.values()}
+    if len(dtypes) > 1:
+        raise CheckpointError(
+            f"{contents.where} has tensors in {sorted(map(dtype_name, dtypes))}; choose one: --dtype fp32"
+        )
+    (dtype,) = dtypes
+    tensors = [
+        (piece.theirs, _deferred(contents.tensors[MODEL + piece.ours], piece))
+        for piece in pieces(config.model, config.moe, vocab_size)
+    ]
+    about = to_hf(config.model, config.moe, vocab_size, tokenizer.eod, dtype_name(dtype))
+    with staged(folder, sum(tensor.numel() * tensor.element_size() for _, tensor in tensors)) as temporary:
+        copies = write_tokenizer(tokenizer, files, temporary, config.model.position_rows)
+        _write_json(temporary / "config.json", about)
+        _write_json(temporary / "generation_config.json", _generation(tokenizer, vocab_size))
+        if config.moe.enabled:
+            for name in CODE:
+                shutil.copyfile(Path(__file__).with_name("hf_moe") / name, temporary / name)
+        records = {path.name: FileRecord(path.stat().st_size, hash_file(path)) for path in temporary.iterdir()}
+        records |= write_shards(temporary, tensors, shard)
+        sidecar = {
+            "format": 1,
+            "step": contents.step,
+            "meta": contents.meta,
+            "tokenizer_files": copies,
+            "files": {name: dataclasses.asdict(record) for name, record in sorted(records.items())},
+        }
+        _write_json(temporary / SIDECAR, sidecar)
+    return Path(folder)
+
+
+def _deferred(lazy: Lazy, piece: Piece) -> Deferred:
+    def make() -> torch.Tensor:
+        tensor = lazy.read(piece.row)
+        return tensor.T if piece.transposed else tensor
+
+    return Deferred(torch.Size(piece.shape), lazy.dtype, make)
+
+
+def _generation(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
+    padding = list(range(tokenizer.vocab_size, vocab_size))
+    return {
+        "bos_token_id": tokenizer.eod,
+        "eos_token_id": tokenizer.eod,
+        "pad_token_id": tokenizer.eod,
+    } | ({"suppress_tokens": padding} if padding else {})
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+# ------------------------------------------------------------------------------------------------- reading
+
+
+def is_hf(folder: str | os.PathLike) -> bool:
+    """Whether the folder looks like one of Hugging Face's."""
+    return (Path(folder) / "config.json").is_file()
+
+
+def read_hf(folder: str | os.PathLike, tokenizer_options: Mapping[str, str]) -> Contents:
+    """A GPT-2 of any origin, or an export of :func:`write_hf`.
+
+    Args:
+        folder: with config.json and the model files.
+        tokenizer_options: ``tokenizer_type`` and files, where they are not in the folder.
+
+    Raises:
+        CheckpointError: something is missing, damaged, unknown or contradicts the configuration; it is named.
+        ValueError: of the tokenizer.
+    """
+    folder = Path(folder)
+    about = read_json(folder / "config.json")
+    model, moe, vocab_size = from_hf(about, str(folder / "config.json"))
+    sidecar = _read_sidecar(folder)
+    step = 0
+    if sidecar is None:
+        tokenizer, options = find_tokenizer(folder, tokenizer_options)
+        config = RunConfig(model=model, moe=moe, data=DataConfig(**{**options}))
+        described = {"vocab_size": tokenizer.vocab_size, "fingerprint": tokenizer.fingerprint}
+        origin = {"format": "hf", "folder": str(folder.absolute()), "architectures": about.get("architectures")}
+        meta = new_meta(to_dict(config), vocab_size, described, model.seq_length, origin)
+    else:
+        meta, step = sidecar["meta"], sidecar["step"]
+        config = from_dict(meta["config"])
+        options = {field: str(folder / name) for field, name in sidecar["tokenizer_files"].items()}
+        tokenizer = build_tokenizer(dataclasses.replace(config.data, **options))
+    if tokenizer.vocab_size > vocab_size:
+        raise CheckpointError(
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model's token table {vocab_size} rows; give "
+            "the model's own tokenizer by --tokenizer-type and its files"
+        )
+    files = {field: path for field, path in options.items() if field != "tokenizer_type"}
+    tensors = _ours(read_shards(folder), config, vocab_size, folder)
+    return Contents(str(folder), meta, tensors, step, files).check()
+
+
+def _read_sidecar(folder: Path) -> dict[str, Any] | None:
+    if not (folder / SIDECAR).exists():
+        return None
+    content = read_json(folder / SIDECAR)
+    try:
+        if content["format"] != 1:
+            raise CheckpointError(f"{folder / SIDECAR} is of format {content['format']}; this version reads format 1")
+        records = {name: FileRecord(**record) for name, record in content["files"].items()}
+        for key in ("meta", "step", "tokenizer_files"):
+            content[key]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder / SIDECAR} is damaged: {type(error).__name__}: {error}") from None
+    problems = [problem for name, record in records.items() if (problem := damage(folder, name, record))]
+    if problems:
+        raise CheckpointError(
+            f"{folder} is not as it was exported: {some(problems)}. Restore the files; or, if they were changed on "
+            f"purpose, remove {SIDECAR}, and the folder is read like any other model's"
+        )
+    return content
+
+
+def _ours(theirs: dict[str, Lazy], config: RunConfig, vocab_size: int, folder: Path) -> dict[str, Lazy]:
+    """Our tensors, made of theirs, of which each must be used."""
+    theirs = {
+        name if name.startswith(("transformer.", _HEAD)) else "transformer." + name: t for name, t in theirs.items()
+    }
+    left = set(theirs)
+    problems: list[str] = []
+    parts: dict[str, list[Piece]] = {}
+    for piece in pieces(config.model, config.moe, vocab_size):
+        parts.setdefault(piece.ours, []).append(piece)
+        left.discard(piece.theirs)
+        if piece.theirs not in theirs:
+            problems.append(f"{piece.theirs} is missing")
+        elif theirs[piece.theirs].shape != piece.shape:
+            problems.append(f"{piece.theirs} is {list(theirs[piece.theirs].shape)}, expected {list(piece.shape)}")
+    left = {name for name in left if not name.endswith(_MASKS)}
+    if _HEAD in left and _TABLE in theirs:
+        left.discard(_HEAD)
+        if not torch.equal(theirs[_HEAD].read(None), theirs[_TABLE].read(None)):
+            problems.append(f"{_HEAD} differs from {_TABLE}: the output layer is not tied, which is needed here")
+    problems += [f"{name} is no tensor of this model" for name in sorted(left)]
+    if problems:
+        raise CheckpointError(f"{folder} cannot be converted: {some(problems)}. Nothing was written")
+    shapes = parameter_shapes(config.model, config.moe, vocab_size)
+    return {MODEL + name: _joined(name, shapes[name], parts[name], theirs) for name in shapes}
+
+
+def _joined(name: str, shape: tuple[int, ...], parts: list[Piece], theirs: dict[str, Lazy]) -> Lazy:
+    def one(piece: Piece) -> torch.Tensor:
+        tensor = theirs[piece.theirs].read(None)
+        return tensor.T if piece.transposed else tensor
+
+    def read(row: int | None) -> torch.Tensor:
+        if is_stacked(name):
+            return one(parts[row]) if row is not None else torch.stack([one(part) for part in parts])
+        return one(parts[0]) if row is None else one(parts[0])[row]
+
+    return Lazy(shape, theirs[parts[0].theirs].dtype, read)

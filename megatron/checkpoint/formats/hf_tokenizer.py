@@ -1,0 +1,107 @@
+"""A tokenizer in the files that Hugging Face's AutoTokenizer reads, and back.
+
+The ids are the same for every text. So ``split_special_tokens`` is set: as in training, text that happens to spell
+``<|endoftext|>`` is text.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron.checkpoint.errors import CheckpointError
+from megatron.config import DataConfig
+from megatron.data.tokenizer import GPT2BPETokenizer, HFTokenizer, SentencePieceTokenizer, Tokenizer, build_tokenizer
+
+FILES = ("vocab_file", "merge_file", "tokenizer_model")
+_ORIGINAL = "original_tokenizer.json"
+
+
+def files_of(data: DataConfig) -> dict[str, str]:
+    """The files of the tokenizer that ``data`` describes, by option."""
+    fields = FILES[:2] if data.tokenizer_type == GPT2BPETokenizer.kind else FILES[2:]
+    return {field: getattr(data, field) for field in fields if getattr(data, field) is not None}
+
+
+def write_tokenizer(tokenizer: Tokenizer, files: Mapping[str, str], folder: Path, positions: int) -> dict[str, str]:
+    """Write a tokenizer into an exported model's folder.
+
+    Returns:
+        By option, the names of the tokenizer's own files in that folder, unchanged copies.
+
+    Raises:
+        CheckpointError: Hugging Face's form of it would give other ids.
+    """
+    from tokenizers import Tokenizer as Backend
+
+    if tokenizer.kind == GPT2BPETokenizer.kind:
+        backend = _gpt2(files)
+        copies = {"vocab_file": "vocab.json", "merge_file": "merges.txt"}
+    elif tokenizer.kind == HFTokenizer.kind:
+        backend = Backend.from_file(files["tokenizer_model"])
+        copies = {"tokenizer_model": _ORIGINAL}
+        if _adds_tokens(backend):
+            backend.post_processor = None
+        backend.no_truncation()
+        backend.no_padding()
+    else:
+        raise CheckpointError(f"a {tokenizer.kind} cannot be exported")
+    for field, name in copies.items():
+        shutil.copyfile(files[field], folder / name)
+    backend.save(str(folder / "tokenizer.json"))
+    end = backend.id_to_token(tokenizer.eod)
+    about = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": end,
+        "eos_token": end,
+        "clean_up_tokenization_spaces": False,
+        "split_special_tokens": True,
+        "model_max_length": positions,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(about, indent=1, ensure_ascii=False))
+    return copies
+
+
+def _gpt2(files: Mapping[str, str]) -> Any:
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, pre_tokenizers
+
+    backend = Backend(models.BPE.from_file(files["vocab_file"], files["merge_file"]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<|endoftext|>"])
+    return backend
+
+
+def _adds_tokens(backend: Any) -> bool:
+    """Whether its post-processor adds tokens to a text, as training does not."""
+    return backend.num_special_tokens_to_add(is_pair=False) > 0
+
+
+def find_tokenizer(folder: Path, given: Mapping[str, str]) -> tuple[Tokenizer, dict[str, str]]:
+    """The tokenizer of a Hugging Face folder, or the one that ``given`` describes (``tokenizer_type`` and files).
+
+    Returns:
+        The tokenizer, and the options that describe it.
+
+    Raises:
+        ValueError: a file is wrong.
+        CheckpointError: there is none.
+    """
+    vocab, merges, model = folder / "vocab.json", folder / "merges.txt", folder / "tokenizer.json"
+    pieces = folder / "tokenizer.model"
+    if given:
+        options = dict(given)
+    elif vocab.is_file() and merges.is_file():
+        options = {"tokenizer_type": GPT2BPETokenizer.kind, "vocab_file": str(vocab), "merge_file": str(merges)}
+    elif pieces.is_file():
+        options = {"tokenizer_type": SentencePieceTokenizer.kind, "tokenizer_model": str(pieces)}
+    elif model.is_file():
+        options = {"tokenizer_type": HFTokenizer.kind, "tokenizer_model": str(model)}
+    else:
+        raise CheckpointError(
+            f"{folder} holds no tokenizer: looked for vocab.json with merges.txt, tokenizer.model and tokenizer.json; "
+            "give one by --tokenizer-type and --vocab-file with --merge-file, or --tokenizer-model"
+        )
+    return build_tokenizer(DataConfig(**options)), options

@@ -1,0 +1,53 @@
+#!/usr/bin/env python3
+"""Convert checkpoints between formats. ``--help`` lists the flags."""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout that is not installed
+
+TOKENIZERS = ("GPT2BPETokenizer", "SentencePieceTokenizer", "HFTokenizer")
+FORMATS = ("native", "hf")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The flags."""
+    parser = argparse.ArgumentParser(
+        description="Convert a checkpoint; memory holds one tensor at a time and no GPU is needed. docs/checkpoints.md "
+        "tells the formats.",
+        epilog="example: tools/convert_checkpoint.py --load checkpoints/350M --to hf --save exported/350M --dtype bf16",
+    )
+    add = parser.add_argument
+    add("--load", required=True, metavar="DIR", help="The checkpoint: a run's --save folder, or a folder of --from.")
+    add("--save", required=True, metavar="DIR", help="Where to; a new folder.")
+    add("--from", dest="source", choices=FORMATS, help="Format of --load (default: found out).")
+    add("--to", dest="target", choices=FORMATS, required=True, help="Format of --save.")
+    add("--dtype", choices=("fp32", "bf16", "fp16"), help="Number format of the weights (default: as they are).")
+    add("--max-shard-size", default="5GB", metavar="SIZE", help="Largest model file of --to hf (default: 5GB).")
+    files = parser.add_argument_group(
+        "tokenizer", "Where its files are, if they moved since training or are not in --load."
+    )
+    files.add_argument("--tokenizer-type", choices=TOKENIZERS)
+    for flag in ("--vocab-file", "--merge-file", "--tokenizer-model"):
+        files.add_argument(flag, metavar="FILE")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status: 0; 1 when a checkpoint, tokenizer or disk does not do; 2 for unusable flags."""
+    args = parse_args(argv)  # before the heavy imports: --help and a wrong flag answer at once
+    from megatron.checkpoint import CheckpointError
+    from megatron.checkpoint.formats.convert import Conversion, convert
+
+    try:
+        for line in convert(Conversion(**vars(args))):
+            print(line, flush=True)
+    except (ValueError, OSError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
