@@ -37,7 +37,7 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str, str], ...] = (
         lr adam_eps init_method_std layernorm_epsilon min_loss_scale moe_train_capacity_factor
         moe_eval_capacity_factor distributed_timeout_minutes exit_duration_in_mins peak_tflops watchdog_min_seconds
         spike_sigmas"""),
-    ("above 1", lambda x: x > 1, "use 10, say", "watchdog_factor"),
+    ("above 1", lambda x: x > 1, "use 10 or more", "watchdog_factor"),
     ("at least 4", lambda x: x >= 4, "use 4 or more", "spike_window"),
     ("at least 0 and below 1", lambda x: 0 <= x < 1, "use a fraction", """
         hidden_dropout attention_dropout adam_beta1 adam_beta2"""),

@@ -9,7 +9,7 @@ losses in a row are a spike. Fewer are none, and then count like others. Until t
 still as usual, but it may have been they that did the harm.
 
 **Where the run goes on.** At the newest checkpoint from before that data. Samples and tokens count on from there: what
-is left out was not trained on, so schedule, ``--train-tokens`` and logs do not know it. The place in the data is another
+is left out was not trained on: schedule, ``--train-tokens`` and logs do not know it. The place in the data is another
 count (:class:`megatron.data.skipping.SkippingSamples`).
 """
 
