@@ -3,8 +3,8 @@
     python tools/plot_runs.py RUN [RUN ...] --output loss_curves.png loss_curves.svg --table
 
 A RUN is a ``metrics.jsonl``, or the folder that holds one (the run's ``--save``), or TensorBoard's event files that a
-run wrote (``--tensorboard-dir``). Training loss is the thin line, smoothed; validation loss the bold one with marks. What
-a run logged beyond the point that it was later resumed from, or went back to for a spike, is left out.
+run wrote (``--tensorboard-dir``). Training loss is the thin line, smoothed; validation loss the bold one with marks.
+What a run logged beyond the point that it was later resumed from, or went back to for a spike, is left out.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -142,36 +142,40 @@ def _read_lines(file: Path) -> Run:
 
 def _read_events(path: Path, files: Sequence[Path]) -> Run:
     """A run from TensorBoard's event files, the oldest first; their steps are tokens."""
-    from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
-
     run = Run(name=path.name if path.is_dir() else path.parent.name)
     for file in files:
-        seen = 0
-        try:
-            for event in LegacyEventFileLoader(str(file)).Load():
-                seen += 1
-                for value in event.summary.value:
-                    kind, _, key = value.tag.partition("/")
-                    if kind not in ("train", "valid") or key not in ("loss", "step", "tokens_per_second"):
-                        continue
-                    lines = run.train if kind == "train" else run.valid
-                    if lines and lines[-1]["tokens"] == event.step:
-                        lines[-1][key] = _scalar(value)
-                        continue
-                    if kind == "train" and lines and lines[-1]["tokens"] > event.step:
-                        run.forget_after(event.step - 1)  # the run was resumed before this
-                    run.add({"kind": kind, "tokens": event.step, "loss": None, "step": None, key: _scalar(value)})
-        except Exception as error:  # whatever its reader stumbles over
-            print(f"{file}: damaged, read up to event {seen} ({type(error).__name__}: {error})", file=sys.stderr)
+        for event in _events(file):
+            for value in event.summary.value:
+                kind, _, key = value.tag.partition("/")
+                if kind not in ("train", "valid") or key not in ("loss", "step", "tokens_per_second"):
+                    continue
+                lines = run.train if kind == "train" else run.valid
+                if lines and lines[-1]["tokens"] == event.step:
+                    lines[-1][key] = value.simple_value
+                    continue
+                if kind == "train" and lines and lines[-1]["tokens"] > event.step:
+                    run.forget_after(event.step - 1)  # the run was resumed before this
+                run.add({"kind": kind, "tokens": event.step, "loss": None, "step": None, key: value.simple_value})
     return run
 
 
-def _scalar(value: Any) -> float:
-    if value.HasField("simple_value"):
-        return value.simple_value
-    from tensorboard.util.tensor_util import make_ndarray
+def _events(file: Path) -> Iterator[Any]:
+    """The events of a file of TensorBoard's, as far as it can be read."""
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.tensorflow_stub.errors import DataLossError, OutOfRangeError
+    from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import PyRecordReader_New
 
-    return float(make_ndarray(value.tensor))
+    reader, seen = PyRecordReader_New(str(file)), 0
+    while True:
+        try:
+            reader.GetNext()
+        except OutOfRangeError:
+            return
+        except DataLossError as error:
+            print(f"{file}: the rest is left out from event {seen} on: {error}", file=sys.stderr)
+            return
+        seen += 1
+        yield Event.FromString(reader.record())
 
 
 def _unit(number: float) -> tuple[float, str]:

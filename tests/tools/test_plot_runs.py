@@ -155,7 +155,7 @@ def test_event_files_say_what_the_log_says(tmp_path, capsys):
     last.write_bytes(content[:700] + b"garbage" + content[707:])
     capsys.readouterr()
     assert plot_runs.main([str(tmp_path / "board"), "--table"]) == 0
-    assert f"{last}: damaged" in capsys.readouterr().err
+    assert f"{last}: the rest is left out from event " in capsys.readouterr().err
 
 
 def test_every_run_that_cannot_be_read_is_named(tmp_path, capsys):
