@@ -35,12 +35,16 @@ Everything can be changed from the environment:
   GLOBAL_BATCH     sequences of an update                                         as published
   EXTRA_ARGS       more flags of pretrain_gpt_moe.py, after all others            none
   LAUNCHER         srun (one task a GPU) or torchrun (one a node)                 srun in a SLURM job, else torchrun
-  SRUN_ARGS        more flags of srun, such as --container-image                  none
+  SRUN_ARGS        more flags of srun                                             none
+  CONTAINER_IMAGE  image for srun --container-image (pyxis): a .sqsh file or      none: no container
+                   REGISTRY#IMAGE:TAG
+  CONTAINER_MOUNTS more folders for the container, SRC:DST,SRC:DST; this          none
+                   checkout and the working directory are there
   NODE_RANK, MASTER_ADDR, MASTER_PORT
                    several nodes without SLURM: this node's number, the first     0, none, 29500
                    node's name, a free port there
-  PYTHON           the interpreter                                                .venv/bin/python of this checkout, else
-                                                                                  python3
+  PYTHON           the interpreter; with CONTAINER_IMAGE the one in the image     .venv/bin/python of this checkout, else
+                                                                                  python3; in an image python3
   DRY_RUN          1: print the plan and the command; command: the command alone  none
   GPU              the plan's kind of GPU (tools/plan_run.py --help lists them)   A100
   PLAN_ARGS        more flags of tools/plan_run.py, such as --price-per-gpu-hour  none
@@ -92,13 +96,19 @@ find_sizes() { # sets NNODES and GPUS_PER_NODE
     done
 }
 
-find_python() {
+find_python() { # sets PYTHON, for this machine, and interpreter, for the trainer
+    interpreter=
+    if [[ -n "${CONTAINER_IMAGE:-}" ]]; then
+        interpreter=${PYTHON:-python3}
+        PYTHON=
+    fi
     if [[ -z "${PYTHON:-}" ]]; then
         PYTHON=python3
         if [[ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" && -x "$root/.venv/bin/python" ]]; then
             PYTHON="$root/.venv/bin/python"
         fi
     fi
+    : "${interpreter:=$PYTHON}"
     export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 }
 
@@ -140,12 +150,18 @@ find_layout() { # PRESET'S TP PP EP: sets TP, PP, EP; what was published is lowe
 start_with() { # sets the array command, before the trainer's own words
     local -a more=()
     read -r -a more <<<"${SRUN_ARGS:-}"
-    local torchrun=("$PYTHON" -m torch.distributed.run --nproc-per-node "$GPUS_PER_NODE"
+    local torchrun=("$interpreter" -m torch.distributed.run --nproc-per-node "$GPUS_PER_NODE"
         --signals-to-handle "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
     local srun=(srun --nodes "$NNODES" --kill-on-bad-exit=1 --distribution=block)
     # --ntasks: without it the number of the job's tasks wins over --ntasks-per-node
     # --cpus-per-task: since SLURM 22.05 a step does not take this over from its job
     if [[ -n "${SLURM_CPUS_PER_TASK:-}" ]]; then srun+=(--cpus-per-task "$SLURM_CPUS_PER_TASK"); fi
+    if [[ -n "${CONTAINER_IMAGE:-}" ]]; then
+        srun+=(--container-image "$CONTAINER_IMAGE" --container-workdir "$PWD"
+            --container-mounts "$root:$root,$PWD:$PWD${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}")
+    elif [[ -n "${CONTAINER_MOUNTS:-}" ]]; then
+        fail "CONTAINER_MOUNTS is set, and CONTAINER_IMAGE is not"
+    fi
     local in_job=${SLURM_JOB_ID:-}
     if [[ -n "${DRY_RUN:-}" && "$NNODES" -gt 1 && -z "${MASTER_ADDR:-}" ]]; then in_job=planned; fi
     local launcher=torchrun
@@ -154,7 +170,7 @@ start_with() { # sets the array command, before the trainer's own words
         srun)
             [[ -n "$in_job" ]] || fail "LAUNCHER=srun outside a SLURM job; submit with: sbatch $script"
             command=("${srun[@]}" --ntasks $((NNODES * GPUS_PER_NODE)) --ntasks-per-node "$GPUS_PER_NODE"
-                ${more[@]+"${more[@]}"} "$PYTHON")
+                ${more[@]+"${more[@]}"} "$interpreter")
             ;;
         torchrun)
             if [[ -n "$in_job" ]]; then
@@ -165,6 +181,8 @@ start_with() { # sets the array command, before the trainer's own words
                 command=("${srun[@]}" --ntasks "$NNODES" --ntasks-per-node 1 ${more[@]+"${more[@]}"}
                     "${torchrun[@]}" --nnodes "$NNODES" --rdzv-backend c10d --rdzv-id "$RUN_NAME"
                     --rdzv-endpoint "${MASTER_ADDR:-$first}:$port")
+            elif [[ -n "${CONTAINER_IMAGE:-}" ]]; then
+                fail "CONTAINER_IMAGE is for jobs of SLURM; submit with: sbatch $script, or start this script in a container"
             elif ((NNODES > 1)); then
                 [[ -n "${MASTER_ADDR:-}" && -n "${NODE_RANK:-}" ]] ||
                     fail "NNODES is $NNODES outside a SLURM job; on each node give NODE_RANK, from 0, and MASTER_ADDR"
@@ -179,7 +197,7 @@ start_with() { # sets the array command, before the trainer's own words
 }
 
 run() { # PRESET TP PP EP FLAGS...
-    local preset=$1 published=("$2" "$3" "$4") extra=() data=() command=() trainer flags plan
+    local preset=$1 published=("$2" "$3" "$4") extra=() data=() command=() trainer flags plan interpreter
     shift 4
     case "${arguments[0]:-}" in -h | --help) usage && exit 0 ;; esac
     : "${RUN_NAME:=$(basename "$script" .sh | sed 's/^pretrain_gpt_//')}"
