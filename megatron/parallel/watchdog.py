@@ -5,8 +5,8 @@
 
 On every rank a thread compares the piece of work that is under way with the median of those before. The first to find
 it too long asks all ranks, over their lifelines, to write their stacks and to tell how far they have come; then all end
-with a line that names who is behind (:mod:`megatron.parallel.stall`). A rank that cannot be reached, because foreign
-code holds the GIL, writes its stacks to its standard error later, and ends without Python's help.
+with a line that names who is behind (:mod:`megatron.parallel.stall`). A rank that cannot answer, because foreign code
+holds the GIL, writes its stacks to its standard error without Python's help; its starter ends it with the others.
 """
 
 import contextlib
@@ -31,7 +31,9 @@ SETTLING = 3  # pieces of work of a process that are neither timed nor watched: 
 FEWEST = 3  # timed pieces before there is a median
 WINDOW = 128  # pieces whose median counts
 PATIENCE = 30.0  # s for the ranks to end together; after that each ends by itself
+UNANSWERED = 3.0  # s after the limit in which a rank must have been asked; else it writes its stacks unasked
 _TICK = 0.2  # s
+_ASLEEP = 5.0  # s between two ticks after which the whole process must have been stopped; they do not count
 _OURS = str(Path(__file__).parents[1]) + os.sep
 
 
@@ -112,20 +114,25 @@ class Watchdog:
 
     def report(self, reason: str) -> Place:
         """Write this rank's stacks, and say how far it has come."""
+        faulthandler.cancel_dump_traceback_later()
         self._write_stacks(reason)
         return Place(self._number, self._collectives(), self._line_of_work())
 
     # ------------------------------------------------------------------------------------------------------ watching
 
     def _arm(self) -> None:
-        """Have stacks written and the process ended, GIL or not, some time after all else should have done that."""
+        """Have stacks written, GIL or not, when this rank should have been asked for them."""
         faulthandler.cancel_dump_traceback_later()
         if self._since is not None and self._limit is not None:
-            left = self._since + self._limit + 2 * PATIENCE - time.monotonic()
-            faulthandler.dump_traceback_later(max(left, 1.0), exit=True)
+            left = self._since + self._limit + UNANSWERED - time.monotonic()
+            faulthandler.dump_traceback_later(max(left, 1.0))
 
     def _watch(self) -> None:
+        last = time.monotonic()
         while not self._ended.wait(_TICK):
+            asleep, last = time.monotonic() - last, time.monotonic()
+            if asleep > _ASLEEP and self._since is not None:  # a suspended job, say
+                self._since += asleep
             since, limit = self._since, self._limit
             if since is None or limit is None or (elapsed := time.monotonic() - since) <= limit:
                 continue

@@ -56,6 +56,9 @@ def preflight(config: RunConfig, topology: Topology, line: Line | None) -> Outco
         return judge(everyone, needs[0], on_gpu=topology.device.type == "cuda")
     finally:
         watchdog.close()
+        if topology.device.type == "cuda":  # as if it had not been
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(topology.device)
 
 
 def rounds(nodes: int) -> list[list[tuple[int, int]]]:

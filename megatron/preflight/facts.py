@@ -152,29 +152,22 @@ def check_shared(config: RunConfig, facts: Facts, topology: Topology, first_of_n
     """Whether all nodes see the same ``--save`` folder: checkpoints are written by all into one."""
     if config.checkpoint.save is None:
         return
-    folder = Path(config.checkpoint.save)
-    file = folder / ".preflight"
-    told: list = [None]
+    folder, told = Path(config.checkpoint.save), [None]
     if topology.is_first:
         with _told_in(facts):
+            name = f".preflight-{secrets.token_hex(8)}"  # new, so that no network file system remembers its absence
             folder.mkdir(parents=True, exist_ok=True)
-            token = secrets.token_hex(8)
-            file.write_text(token)
-            told = [token]
+            (folder / name).touch()
+            told = [name]
     dist.broadcast_object_list(told, src=0, group=topology.control_group)
-    if first_of_node and told[0] is not None:
-        seen = None
-        with contextlib.suppress(OSError):
-            os.listdir(folder)  # so that a network file system looks anew
-            seen = file.read_text()
-        if seen != told[0]:
-            facts.problems.append(
-                f"--save {folder}: does not hold here what rank 0 has written there; give a folder on a file system "
-                "that all nodes share"
-            )
+    if first_of_node and told[0] is not None and not (folder / told[0]).exists():
+        facts.problems.append(
+            f"--save {folder}: does not hold here what rank 0 has written there; give a folder on a file system that "
+            "all nodes share"
+        )
     dist.barrier(group=topology.control_group)
-    if topology.is_first:
-        file.unlink(missing_ok=True)
+    if topology.is_first and told[0] is not None:
+        (folder / told[0]).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron.engine.engine import LossSums, StepResult
+from megatron.engine.engine import LateNumber, LossSums, StepResult
 
 
 def reduce_sums(sums: LossSums) -> LossSums:
@@ -27,13 +27,12 @@ def mean_losses(sums: LossSums) -> dict[str, float]:
     return {"loss": lm / count, "aux_loss": aux / count, "z_loss": z / count}
 
 
-def mean_loss(sums: LossSums) -> float:
-    """The mean LM loss over all ranks' micro-batches; waits for the device."""
-    losses = sums.losses.double()
+def mean_loss(sums: LossSums) -> LateNumber:
+    """The mean LM loss over all ranks' micro-batches."""
+    losses = sums.losses.double()  # a copy
     if dist.is_initialized() and dist.get_world_size() > 1:
-        losses = losses.clone()
         dist.all_reduce(losses)
-    return float(losses[0] / losses[3])
+    return LateNumber(losses[0] / losses[3])
 
 
 def expert_balance(sums: LossSums) -> dict[str, list[float]]:

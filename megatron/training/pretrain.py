@@ -74,7 +74,7 @@ def pretrain(config: RunConfig) -> int:
             if looks_first and (problems := gather_problems(launch, store, problem)):
                 if launch.rank == 0:
                     print("\n".join(f"error on {each}" for each in problems), file=sys.stderr, flush=True)
-                return 1
+                return 1 if config.guard.preflight_only else 2
             topology = initialize(parallel, launch, device, store)
             ready = not looks_first or _looks_ready(config, topology, line)
             if ready and not config.guard.preflight_only:

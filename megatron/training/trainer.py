@@ -15,7 +15,7 @@ from megatron.config.spans import merge
 from megatron.data.gpt_dataset import batches
 from megatron.data.skipping import SkippingSamples
 from megatron.data.tokenizer import Tokenizer
-from megatron.engine.engine import Engine, StepResult
+from megatron.engine.engine import Engine, LateNumber, StepResult
 from megatron.parallel.initialize import Topology
 from megatron.parallel.watchdog import Watchdog
 from megatron.planning.flops import model_flops_per_token, peak_tflops
@@ -65,7 +65,7 @@ class Trainer:
         self._saving: Path | None = None  # in the background
         self._not_saved: CheckpointError | None = None  # why the last save failed
         self._skipped_in_a_row = 0
-        self._unwatched: tuple[StepResult, Update] | None = None
+        self._unwatched: tuple[StepResult, Update, LateNumber | None] | None = None  # with its loss, if that is watched
         self._window = StepWindow(
             model_flops_per_token(config.model, config.moe, vocab_size),
             config.logging.peak_tflops or peak_tflops(_device_name(topology), config.optimizer.precision),
@@ -89,8 +89,7 @@ class Trainer:
 
     def _loop(self, stop: StopRequest) -> None:
         limit, seq = self.config.checkpoint.exit_tokens, self.config.model.seq_length
-        end = self._total if limit is None else min(self._total, math.ceil(limit / seq))
-        data = self._training_data()
+        data, end = self._training_data(), self._end()
         batch = self.config.training.global_batch_size
         reason = None
         while self.clock.samples < end and reason is None:
@@ -101,18 +100,19 @@ class Trainer:
                 result = self.engine.train_step(self._next(data, self._share(size)), now * seq)
             validate = self.clock.crosses(now, self.config.training.eval_interval, batch)
             keep = self.clock.crosses(now, self.config.checkpoint.save_interval, batch)
+            loss = None if self.config.guard.spike_sigmas is None else mean_loss(result.sums)
             update = Update(self.clock.steps + 1, self.clock.samples, now)
             self.clock.samples = now
             self.clock.steps += 1
             self._watch()  # the update before this one: the device is busy with this one
-            self._unwatched = result, update
+            self._unwatched = result, update, loss
             self._compare_replicas()
             done = now >= end
             log = done or self.clock.steps % self.config.logging.log_interval == 0
             if log or validate or keep:
                 self._watch()
             if self._spike is not None and self._go_back():
-                data = self._training_data()
+                data, end = self._training_data(), self._end()
                 continue
             if log:
                 self._log("train", **self._window.take())
@@ -130,6 +130,11 @@ class Trainer:
         if reason is None:
             reason = "all tokens are trained on" if self.clock.samples >= self._total else f"--exit-tokens {limit}"
         self._log("stop", reason=reason)
+
+    def _end(self) -> int:
+        """The samples after which training ends."""
+        limit = self.config.checkpoint.exit_tokens
+        return self._total if limit is None else min(self._total, math.ceil(limit / self.config.model.seq_length))
 
     @contextlib.contextmanager
     def _profile(self) -> Iterator[None]:
@@ -170,10 +175,10 @@ class Trainer:
         """Take in what the last update was, unless that has happened; waits for the device to be through with it."""
         if self._unwatched is None:
             return
-        (result, update), self._unwatched = self._unwatched, None
+        (result, update, loss), self._unwatched = self._unwatched, None
         self._window.add(result, (update.after - update.before) * self.config.model.seq_length)
-        if self.config.guard.spike_sigmas is not None and not result.scale_fell:
-            self._spike = self._spikes.add(update, mean_loss(result.sums)) or self._spike
+        if loss is not None and not result.scale_fell:
+            self._spike = self._spikes.add(update, float(loss)) or self._spike
         if not result.skipped:
             self._skipped_in_a_row = 0
             return

@@ -82,8 +82,8 @@ def full_disk() -> None:
 
 def own_disk() -> None:
     """Checkpoints of others are not seen."""
-    whole = Path.read_text
-    Path.read_text = lambda self, **options: "" if self.name == ".preflight" else whole(self, **options)
+    whole = Path.exists
+    Path.exists = lambda self, **options: not self.name.startswith(".preflight-") and whole(self, **options)
 
 
 def poisoned_samples(first: str, end: str) -> None:
