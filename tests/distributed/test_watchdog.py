@@ -14,7 +14,7 @@ WATCHED = {"train_tokens": 60 * BATCH_TOKENS, "watchdog_factor": 3.0, "watchdog_
 
 def test_a_rank_that_gets_no_data_is_named_and_all_write_their_stacks(server, corpus, tmp_path):
     arguments = tiny_run.flags(corpus, save=tmp_path, load=tmp_path, **WATCHED)
-    job = server.start(2, arguments, Death(rank=1, phase="step", call=12, hangs=True))
+    job = server.start(2, arguments, Death(rank=1, phase="step", call=12, hangs="in Python"))
     assert job.wait() == [1, 1], job.output()
     named = f"rank 1 (host {os.uname().nodename}, process {job.pids[1]}) is behind, at training/trainer.py:"
     for rank in range(2):
@@ -26,6 +26,18 @@ def test_a_rank_that_gets_no_data_is_named_and_all_write_their_stacks(server, co
         assert "trainer.py" in stacks
     assert "_hang" in (tmp_path / "stacks" / "00000012" / "rank_00001.txt").read_text()
     assert "it goes on from step_00000009" in job.output(0)
+
+
+@pytest.mark.exhaustive
+def test_a_rank_that_holds_the_gil_is_named_and_writes_its_stacks_all_the_same(server, corpus, tmp_path):
+    arguments = tiny_run.flags(corpus, save=tmp_path, **WATCHED)
+    job = server.start(2, arguments, Death(rank=1, phase="step", call=12, hangs="in C"))
+    server.listen_until(lambda: job.pids[0] in server.ended, timeout=40)
+    os.kill(job.pids[1], signal.SIGKILL)
+    assert job.wait() == [1, -signal.SIGKILL]
+    assert f"no answer from rank 1 (host {os.uname().nodename}, process {job.pids[1]})" in job.output(0)
+    assert "_befall" in job.output(1), job.output(1)
+    assert "Thread" not in job.output(0), "who answers writes them into its file alone"
 
 
 @pytest.mark.exhaustive

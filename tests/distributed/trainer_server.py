@@ -4,6 +4,7 @@ On stdin comes one order a line, JSON: environment, arguments, the file for the 
 stdout goes one event a line: ``started PID``, ``joined PID``, ``ended PID STATUS SECONDS`` (monotonic).
 """
 
+import ctypes
 import functools
 import importlib
 import json
@@ -99,7 +100,9 @@ def _child(
 
 
 def _befall(dies: dict) -> None:
-    if dies["hangs"]:
+    if dies["hangs"] == "in C":
+        ctypes.PyDLL(None).sleep(1000)
+    elif dies["hangs"]:
         _hang()
     elif dies["sleeps"]:
         time.sleep(dies["sleeps"])

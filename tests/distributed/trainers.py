@@ -31,14 +31,14 @@ class Death:
     """SIGKILL for ``rank``, ``delay`` s after it enters ``phase`` for the ``call``-th time.
 
     The phases are the server's PHASES, and ``joined``: all ranks have a lifeline, and start to build groups. With
-    ``hangs`` it is no death: the rank goes no further.
+    ``hangs`` it is no death: the rank goes no further, "in Python" or "in C", where it holds the GIL.
     """
 
     rank: int
     phase: str
     call: int = 1
     delay: float = 0.0
-    hangs: bool = False
+    hangs: str = ""
     sleeps: float = 0.0  # or it goes on after so many s
 
 
