@@ -18,7 +18,7 @@ def spike_problems(config: RunConfig) -> Iterator[str]:
 
 
 def skip_problems(config: RunConfig) -> Iterator[str]:
-    """The spans of ``--skip-samples`` must be such, and leave something."""
+    """The spans of ``--skip-samples`` must be spans."""
     for word in config.data.skip_samples:
         try:
             parse_span(word)

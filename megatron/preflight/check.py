@@ -99,7 +99,7 @@ def _need(config: RunConfig, topology: Topology, facts: Facts) -> Need | None:
     if config.checkpoint.save is None:
         return None
     try:
-        facts.checkpoints = len(complete_checkpoints(Path(config.checkpoint.save)))
+        there = len(complete_checkpoints(Path(config.checkpoint.save)))
         vocab_size = config.model.padded_vocab_size(
             build_tokenizer(config.data).vocab_size, topology.tensor_parallel_size
         )
@@ -111,7 +111,7 @@ def _need(config: RunConfig, topology: Topology, facts: Facts) -> Need | None:
     every = checkpoint.save_interval * training.global_batch_size * config.model.seq_length
     saves = 1 + ((training.train_tokens or 0) // every if every else 0)
     kept = min(checkpoint.keep_last + 1, saves) if checkpoint.keep_last else saves
-    return Need(size, max(kept - facts.checkpoints, 1), config.checkpoint.keep_last > 0)
+    return Need(size, max(kept - there, 1), checkpoint.keep_last > 0)
 
 
 def _measure_links(facts: Facts, topology: Topology, nodes: dict[int, list[int]], watchdog: Watchdog) -> None:

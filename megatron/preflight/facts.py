@@ -42,7 +42,6 @@ class Facts:
     problems: list[str] = dataclasses.field(default_factory=list)
     clock: float = 0.0  # s ahead of rank 0's
     disk_free: float | None = None  # bytes where checkpoints go
-    checkpoints: int = 0  # that are there
     data: dict[str, int] = dataclasses.field(default_factory=dict)  # file -> bytes
     computes: bool = True  # the device gave the right product
     tflops: float = 0.0

@@ -42,7 +42,7 @@ def measure_links(group: dist.ProcessGroup, device: torch.device) -> Links:
     ranks = dist.get_world_size(group)
     wanted = 256 << 20 if device.type == "cuda" else 1 << 20  # bytes
     count = -(-wanted // 4 // ranks) * ranks
-    sent, got = torch.ones(count, device=device), torch.empty(count, device=device)
+    sent, got = torch.ones(count, device=device), torch.zeros(count, device=device)
     share = (ranks - 1) / ranks * 4 * count / 1e9
     reduce = _best(lambda: dist.all_reduce(got, group=group), device)
     exchange = _best(lambda: dist.all_to_all_single(got, sent, group=group), device)

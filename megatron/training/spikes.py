@@ -8,9 +8,9 @@ losses in a row are a spike. Fewer are none, and then count like others. Until t
 **What is left out.** The data of the high updates, and of as many updates before the first of them: their losses were
 still as usual, but it may have been they that did the harm.
 
-**Where the run goes on.** At the newest checkpoint from before that data. Samples and tokens count on from there: what
-is left out was not trained on: schedule, ``--train-tokens`` and logs do not know it. The place in the data is another
-count (:class:`megatron.data.skipping.SkippingSamples`).
+**Where the run goes on.** At the newest checkpoint from before that data. Samples and tokens count on from there. What
+is left out was not trained on, and schedule, ``--train-tokens`` and logs know nothing of it; the place in the data is
+another count (:class:`megatron.data.skipping.SkippingSamples`).
 """
 
 import dataclasses

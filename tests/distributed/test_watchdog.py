@@ -41,15 +41,17 @@ def test_a_rank_that_holds_the_gil_is_named_and_writes_its_stacks_all_the_same(s
 
 
 @pytest.mark.exhaustive
-def test_a_stopped_rank_is_named_by_the_others(server, corpus, tmp_path):
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_stopped_rank_is_named_by_the_others(server, corpus, tmp_path, stopped):
     arguments = tiny_run.flags(corpus, save=tmp_path, **WATCHED | {"train_tokens": "1M"})
     job = server.start(2, arguments)
     server.listen_until(lambda: "step     10" in job.output(0))
-    os.kill(job.pids[1], signal.SIGSTOP)
-    server.listen_until(lambda: job.pids[0] in server.ended, timeout=40)
-    os.kill(job.pids[1], signal.SIGKILL)
-    assert job.wait() == [1, -signal.SIGKILL]
-    assert f"no answer from rank 1 (host {os.uname().nodename}, process {job.pids[1]})" in job.output(0)
+    os.kill(job.pids[stopped], signal.SIGSTOP)
+    server.listen_until(lambda: job.pids[1 - stopped] in server.ended, timeout=60)
+    os.kill(job.pids[stopped], signal.SIGKILL)
+    assert sorted(job.wait()) == [-signal.SIGKILL, 1]
+    said = f"no answer from rank 1 (host {os.uname().nodename}, process {job.pids[1]})"
+    assert ("rank 0 did not answer" if stopped == 0 else said) in job.output(1 - stopped)
 
 
 def test_validation_and_saves_may_take_their_time(server, corpus, tmp_path):
