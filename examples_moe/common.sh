@@ -19,10 +19,10 @@ Everything can be changed from the environment:
 
   variable         what it is                                                     default
   DATA_PATH        PREFIX of a dataset, or a blend: "0.7 PREFIX1 0.3 PREFIX2"     none: it has to be given
-  TOKENIZER_TYPE   GPT2BPETokenizer, SentencePieceTokenizer or HFTokenizer        GPT2BPETokenizer
+  TOKENIZER_TYPE   of pretrain_gpt_moe.py --tokenizer-type                        GPT2BPETokenizer
   VOCAB_FILE       GPT2BPETokenizer: vocab.json                                   gpt2-vocab.json
   MERGE_FILE       GPT2BPETokenizer: merges.txt                                   gpt2-merges.txt
-  TOKENIZER_MODEL  the others: the .model or tokenizer.json file                  none
+  TOKENIZER_MODEL  the others, but for ByteTokenizer: their file                  none
   SAVE             folder of the checkpoints and of metrics.jsonl                 checkpoints/RUN_NAME
   LOAD             folder to go on from                                           SAVE
   RUN_NAME         name in logs and plots                                         the script's, 350M_MoE128
@@ -132,7 +132,7 @@ find_data() { # sets the array data
     data=(--data-path "${prefixes[@]}" --tokenizer-type "$TOKENIZER_TYPE")
     if [[ "$TOKENIZER_TYPE" == GPT2BPETokenizer ]]; then
         data+=(--vocab-file "${VOCAB_FILE:-gpt2-vocab.json}" --merge-file "${MERGE_FILE:-gpt2-merges.txt}")
-    else
+    elif [[ "$TOKENIZER_TYPE" != ByteTokenizer ]]; then
         data+=(--tokenizer-model "${TOKENIZER_MODEL:?"$TOKENIZER_TYPE needs its file in TOKENIZER_MODEL"}")
     fi
 }

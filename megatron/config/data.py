@@ -4,7 +4,7 @@ import dataclasses
 
 from megatron.config.fields import option
 
-TOKENIZERS = ("GPT2BPETokenizer", "SentencePieceTokenizer", "HFTokenizer")
+TOKENIZERS = ("GPT2BPETokenizer", "SentencePieceTokenizer", "HFTokenizer", "TiktokenTokenizer", "ByteTokenizer")
 
 
 @dataclasses.dataclass
@@ -27,6 +27,11 @@ class DataConfig:
     vocab_file: str | None = option(None, "GPT2BPETokenizer: vocab.json.", metavar="FILE")
     merge_file: str | None = option(None, "GPT2BPETokenizer: merges.txt.", metavar="FILE")
     tokenizer_model: str | None = option(
-        None, "SentencePieceTokenizer: the .model file. HFTokenizer: the tokenizer.json file.", metavar="FILE"
-    )
+        None, "SentencePieceTokenizer: the .model file. HFTokenizer: the tokenizer.json file. TiktokenTokenizer: the "
+        "file of ranks under its name, such as cl100k_base.tiktoken.", metavar="FILE",
+    )  # fmt: skip
+    allow_tokenizer_mismatch: bool = option(
+        False, "Read data, and go on from a checkpoint, of another tokenizer by its fingerprint; tokens must still fit "
+        "into the vocabulary.",
+    )  # fmt: skip
     num_workers: int = option(2, "Processes that load data for each rank; 0 loads in the rank itself.")

@@ -17,6 +17,7 @@ from megatron.training.spikes import Detours, SpikeWatch
 # Options that may change at a resume without changing how the run goes on.
 _HARMLESS = {
     *("device", "num_workers", "data_cache_path", "vocab_file", "merge_file", "tokenizer_model", "tokenizer_type"),
+    "allow_tokenizer_mismatch",
     *("eval_interval", "eval_iters", "checkpoint_activations", "max_skipped_updates", "moe_eval_capacity_factor"),
     *("skip_samples", "check_replicas", "compile", "optimizer_cpu_offload", "cuda_graphs", "deterministic"),
     *("ffn_hidden_size", "max_position_embeddings", "num_experts", "expert_interval", "make_vocab_size_divisible_by"),
@@ -81,17 +82,21 @@ def check(meta: dict[str, Any], config: RunConfig, vocab_size: int, tokenizer: T
     problems = _describe({flag: (then[flag], now[flag]) for flag in now if then[flag] != now[flag]})
     if meta["vocab_size"] != vocab_size:
         problems.append(f"padded vocabulary: checkpoint {meta['vocab_size']}, this run {vocab_size}")
+    changed = {}
     if meta["tokenizer"]["fingerprint"] != tokenizer.fingerprint:
-        problems.append(
-            f"tokenizer fingerprint: checkpoint {meta['tokenizer']['fingerprint'][:12]}, "
-            f"this run {tokenizer.fingerprint[:12]}"
-        )
+        fingerprints = (meta["tokenizer"]["fingerprint"][:12], tokenizer.fingerprint[:12])
+        if config.data.allow_tokenizer_mismatch:
+            changed["tokenizer fingerprint"] = fingerprints
+        else:
+            problems.append(
+                f"tokenizer fingerprint: checkpoint {fingerprints[0]}, this run {fingerprints[1]} "
+                "(--allow-tokenizer-mismatch goes on all the same)"
+            )
     if problems:
         raise CheckpointError(
             "the checkpoint belongs to another model; start with the flags it was trained with, "
             "or give another --load:\n  " + "\n  ".join(problems)
         )
-    changed = {}
     for section in _COMPARED:
         before, after = vars(getattr(saved, section)), vars(getattr(config, section))
         for name, value in after.items():
