@@ -256,7 +256,7 @@ def test_damage_is_found_before_anything_is_written(tmp_path):
     (export / "megatron_moe.json").unlink()
     fails(f"{shard.name} is damaged")
     shard.unlink()
-    fails(r"lacks 1 of its \d shards, with \d+ tensors: model-00002")
+    fails(r"lacks 1 of its \d+ shards, with \d+ tensors: model-00002")
     (export / "config.json").write_text("{")
     fails("config.json cannot be read")
     data = next(saved.folder.glob("step_*/data-*.safetensors"))
