@@ -3,10 +3,13 @@
 
 import sys
 
-from megatron.config.flags import parse_args
+from megatron.training.signals import StopSignals
 
 if __name__ == "__main__":
-    config = parse_args()  # before the heavy imports: --help and a wrong flag answer at once
-    from megatron.training.pretrain import pretrain
+    with StopSignals() as signals:  # before all other imports: a signal may come at any time
+        from megatron.config.flags import parse_args
 
-    sys.exit(pretrain(config))
+        config = parse_args()  # before the heavy imports: --help and a wrong flag answer at once
+        from megatron.training.pretrain import pretrain
+
+        sys.exit(pretrain(config, signals))

@@ -29,7 +29,7 @@ from benchmarks import peers
 from benchmarks.loads import Loads
 from benchmarks.output import DTYPES, device_name, make_parser, markdown, number, one_line, write_json
 from benchmarks.peers import answer, initialize
-from benchmarks.timing import median_ms, peak_bytes
+from benchmarks.timing import median_ms, peak_bytes, time_limit
 from megatron.config import ModelConfig, MoEConfig
 from megatron.moe import MoELayer, fused
 from megatron.moe.mlp import MLP
@@ -84,6 +84,10 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--topk", type=int, default=1, metavar="K", help="Experts of a token; peers have 1 only.")
     parser.add_argument("--skip-peers", action="store_true", help="Leave other projects' layers out.")
+    parser.add_argument(
+        "--peer-seconds", type=int, default=120, metavar="N",
+        help="Time in which a peer must be through with one number of experts (default: 120).",
+    )  # fmt: skip
     parser.add_argument("--scattermoe", type=Path, metavar="DIR", help="A checkout of ScatterMoE.")
     return parser.parse_args(words)
 
@@ -136,12 +140,13 @@ def measure_peer(
     """Build, verify and time another project's layer; None, with a printed line, where that fails."""
     peer = None
     try:
-        peer = peers.PEERS[name](peers.Shape(hidden, experts, args.device, DTYPES[args.dtype], args.scattermoe))
-        peers.verify(peer, fresh(hidden, tokens, args), TOLERANCE[args.dtype])
-        dropless = peer.capacity_factor is None
-        return measure(
-            args, peer.name, peer.layer, peer.router_EH, hidden, tokens, experts, dense_ms, dropless=dropless
-        )
+        with time_limit(args.peer_seconds):
+            peer = peers.PEERS[name](peers.Shape(hidden, experts, args.device, DTYPES[args.dtype], args.scattermoe))
+            peers.verify(peer, fresh(hidden, tokens, args), TOLERANCE[args.dtype])
+            dropless = peer.capacity_factor is None
+            return measure(
+                args, peer.name, peer.layer, peer.router_EH, hidden, tokens, experts, dense_ms, dropless=dropless
+            )
     except Exception as error:  # whatever another project raises must not end the run
         print(f"{name} with {experts} experts is left out: {one_line(error)}", flush=True)
         return None

@@ -1,8 +1,10 @@
-"""Time and memory of a piece of GPU work, on fresh inputs."""
+"""Time and memory of a piece of GPU work, on fresh inputs; and a limit to what others may take."""
 
+import contextlib
+import signal
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -45,3 +47,23 @@ def peak_bytes(step: Callable[..., object], *made: object) -> int:
     step(*made)
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
+
+
+@contextlib.contextmanager
+def time_limit(seconds: int) -> Iterator[None]:
+    """Inside, work of the main thread is ended after so long, as soon as Python runs again.
+
+    Raises:
+        TimeoutError: it took longer.
+    """
+
+    def end(*_: object) -> None:
+        raise TimeoutError(f"took more than {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)

@@ -34,13 +34,18 @@ Everything can be changed from the environment:
   MICRO_BATCH      sequences of one forward pass                                  as published
   GLOBAL_BATCH     sequences of an update                                         as published
   EXTRA_ARGS       more flags of pretrain_gpt_moe.py, after all others            none
-  LAUNCHER         srun (one task a GPU) or torchrun (one a node)                 srun in a SLURM job, else torchrun
-  SRUN_ARGS        more flags of srun, such as --container-image                  none
+  LAUNCHER         srun (one task a GPU), torchrun or deepspeed (one a node)      srun in a SLURM job, else torchrun
+  SRUN_ARGS        more flags of srun, such as --output=%x-%j-%N.log              none
+  REQUEUE          0: a SLURM job does not put itself back into the queue         1
+  CONTAINER_IMAGE  image for srun --container-image (pyxis): a .sqsh file or      none: no container
+                   REGISTRY#IMAGE:TAG
+  CONTAINER_MOUNTS more folders for the container, SRC:DST,SRC:DST; this          none
+                   checkout and the working directory are there
   NODE_RANK, MASTER_ADDR, MASTER_PORT
                    several nodes without SLURM: this node's number, the first     0, none, 29500
                    node's name, a free port there
-  PYTHON           the interpreter                                                .venv/bin/python of this checkout, else
-                                                                                  python3
+  PYTHON           the interpreter; with CONTAINER_IMAGE the one in the image     .venv/bin/python of this checkout, else
+                                                                                  python3; in an image python3
   DRY_RUN          1: print the plan and the command; command: the command alone  none
   GPU              the plan's kind of GPU (tools/plan_run.py --help lists them)   A100
   PLAN_ARGS        more flags of tools/plan_run.py, such as --price-per-gpu-hour  none
@@ -92,13 +97,19 @@ find_sizes() { # sets NNODES and GPUS_PER_NODE
     done
 }
 
-find_python() {
+find_python() { # sets PYTHON, for this machine, and interpreter, for the trainer
+    interpreter=
+    if [[ -n "${CONTAINER_IMAGE:-}" ]]; then
+        interpreter=${PYTHON:-python3}
+        PYTHON=
+    fi
     if [[ -z "${PYTHON:-}" ]]; then
         PYTHON=python3
         if [[ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" && -x "$root/.venv/bin/python" ]]; then
             PYTHON="$root/.venv/bin/python"
         fi
     fi
+    : "${interpreter:=$PYTHON}"
     export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 }
 
@@ -138,33 +149,42 @@ find_layout() { # PRESET'S TP PP EP: sets TP, PP, EP; what was published is lowe
 }
 
 start_with() { # sets the array command, before the trainer's own words
-    local -a more=()
+    local -a more=() torchrun srun
     read -r -a more <<<"${SRUN_ARGS:-}"
-    local torchrun=("$PYTHON" -m torch.distributed.run --nproc-per-node "$GPUS_PER_NODE"
-        --signals-to-handle "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
-    local srun=(srun --nodes "$NNODES" --kill-on-bad-exit=1 --distribution=block)
+    torchrun=("$interpreter" -m torch.distributed.run --nproc-per-node "$GPUS_PER_NODE")
+    srun=(srun --nodes "$NNODES" --kill-on-bad-exit=1 --distribution=block)
     # --ntasks: without it the number of the job's tasks wins over --ntasks-per-node
     # --cpus-per-task: since SLURM 22.05 a step does not take this over from its job
     if [[ -n "${SLURM_CPUS_PER_TASK:-}" ]]; then srun+=(--cpus-per-task "$SLURM_CPUS_PER_TASK"); fi
-    local in_job=${SLURM_JOB_ID:-}
+    if [[ -n "${CONTAINER_IMAGE:-}" ]]; then
+        srun+=(--container-image "$CONTAINER_IMAGE" --container-workdir "$PWD"
+            --container-mounts "$root:$root,$PWD:$PWD${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}")
+    elif [[ -n "${CONTAINER_MOUNTS:-}" ]]; then
+        fail "CONTAINER_MOUNTS is set, and CONTAINER_IMAGE is not"
+    fi
+    local in_job=${SLURM_JOB_ID:-} task="$root/examples_moe/slurm/task.sh"
     if [[ -n "${DRY_RUN:-}" && "$NNODES" -gt 1 && -z "${MASTER_ADDR:-}" ]]; then in_job=planned; fi
-    local launcher=torchrun
-    if [[ -n "$in_job" ]]; then launcher=srun; fi
+    local launcher=torchrun first=FIRST_NODE port=${MASTER_PORT:-$((20000 + ${SLURM_JOB_ID:-0} % 20000))}
+    if [[ -n "$in_job" ]]; then
+        launcher=srun
+        if [[ "$in_job" != planned ]]; then read -r first < <(scontrol show hostnames "$SLURM_JOB_NODELIST"); fi
+    fi
     case "${LAUNCHER:-$launcher}" in
         srun)
             [[ -n "$in_job" ]] || fail "LAUNCHER=srun outside a SLURM job; submit with: sbatch $script"
             command=("${srun[@]}" --ntasks $((NNODES * GPUS_PER_NODE)) --ntasks-per-node "$GPUS_PER_NODE"
-                ${more[@]+"${more[@]}"} "$PYTHON")
+                ${more[@]+"${more[@]}"} bash "$task" 0 "$interpreter")
             ;;
         torchrun)
-            if [[ -n "$in_job" ]]; then
-                local first=FIRST_NODE port=${MASTER_PORT:-$((20000 + ${SLURM_JOB_ID:-0} % 20000))}
-                if [[ "$in_job" != planned ]]; then
-                    read -r first < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-                fi
+            if [[ -n "$in_job" ]]; then # task.sh passes the signals on, so torchrun is to heed none of them
                 command=("${srun[@]}" --ntasks "$NNODES" --ntasks-per-node 1 ${more[@]+"${more[@]}"}
-                    "${torchrun[@]}" --nnodes "$NNODES" --rdzv-backend c10d --rdzv-id "$RUN_NAME"
-                    --rdzv-endpoint "${MASTER_ADDR:-$first}:$port")
+                    bash "$task" 1 "${torchrun[@]}" --signals-to-handle SIGINT --nnodes "$NNODES" --rdzv-backend c10d
+                    --rdzv-id "$RUN_NAME" --rdzv-endpoint "${MASTER_ADDR:-$first}:$port")
+                return
+            fi
+            torchrun+=(--signals-to-handle "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
+            if [[ -n "${CONTAINER_IMAGE:-}" ]]; then
+                fail "CONTAINER_IMAGE is for jobs of SLURM; submit with: sbatch $script, or start this script in a container"
             elif ((NNODES > 1)); then
                 [[ -n "${MASTER_ADDR:-}" && -n "${NODE_RANK:-}" ]] ||
                     fail "NNODES is $NNODES outside a SLURM job; on each node give NODE_RANK, from 0, and MASTER_ADDR"
@@ -174,12 +194,66 @@ start_with() { # sets the array command, before the trainer's own words
                 command=("${torchrun[@]}" --standalone)
             fi
             ;;
-        *) fail "LAUNCHER is '$LAUNCHER'; expected srun or torchrun" ;;
+        deepspeed)
+            [[ -n "$in_job" ]] || fail "LAUNCHER=deepspeed outside a SLURM job; submit with: sbatch $script"
+            write_hostfile
+            # shellcheck disable=SC2016 # expanded on the node
+            command=("${srun[@]}" --ntasks "$NNODES" --ntasks-per-node 1 ${more[@]+"${more[@]}"} bash "$task" 2
+                bash -c 'exec "$0" -m deepspeed.launcher.runner --node_rank "$SLURM_NODEID" "$@"' "$interpreter"
+                --hostfile "$SAVE/hostfile" --no_ssh --master_addr "${MASTER_ADDR:-$first}" --master_port "$port")
+            ;;
+        *) fail "LAUNCHER is '$LAUNCHER'; expected srun, torchrun or deepspeed" ;;
     esac
 }
 
+write_hostfile() { # SAVE/hostfile, of the job's nodes
+    if [[ -n "${DRY_RUN:-}" ]]; then return; fi
+    mkdir -p "$SAVE"
+    scontrol show hostnames "$SLURM_JOB_NODELIST" | sed "s/$/ slots=$GPUS_PER_NODE/" >"$SAVE/hostfile"
+}
+
+# -------------------------------------------------------------------------------------------------------- SLURM's jobs
+
+run_in_job() { # COMMAND...: runs it, unless the run is finished; requeues the job if it was stopped and should go on
+    local status=0 reason
+    if [[ -s "$SAVE/ended.json" ]] && "$PYTHON" "$root/tools/run_finished.py" "${flags[@]}" 2>/dev/null; then return; fi
+    # emptied, and not removed: over NFS this node might not see for a while that another one has made the file anew
+    mkdir -p "$SAVE" && : >"$SAVE/ended.json"
+    trap : TERM USR1 # SLURM tells the tasks, and they save; wait for them
+    "$@" || status=$?
+    reason=$(sed -n 's/.*"reason": "\([^"]*\)".*/\1/p' "$SAVE/ended.json" || true)
+    case "$reason" in
+        SIGUSR1 | "the time limit") requeue "stopped by $reason" ;;
+    esac
+    return "$status"
+}
+
+this_job() { # how scontrol names this job; the bare number of an array's last task is the whole array's too
+    echo "${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}"
+}
+
+may_requeue() { # a batch job that goes on, submitted without --no-requeue
+    local job
+    [[ "${REQUEUE:-1}" != 0 ]] || return
+    job=$(scontrol --oneliner show job "$(this_job)") || return
+    [[ "$job " == *" JobState=RUNNING "* && "$job " == *" BatchFlag=1 "* && "$job " == *" Requeue=1 "* ]]
+}
+
+requeue() { # WHY: once from each checkpoint, or a job whose time is too short would go round for ever
+    local from
+    may_requeue || return 0
+    from="$SLURM_JOB_ID $(cat "$SAVE/latest" 2>/dev/null || echo start)"
+    if [[ "$(cat "$SAVE/requeued" 2>/dev/null)" == "$from" ]]; then
+        echo "error: $1, and not requeued: no checkpoint was made since the last time; a longer --time may help" >&2
+        return
+    fi
+    echo "$from" >"$SAVE/requeued"
+    echo "$1; requeueing the job"
+    scontrol requeue "$(this_job)" || echo "error: the job could not be requeued; submit it again" >&2
+}
+
 run() { # PRESET TP PP EP FLAGS...
-    local preset=$1 published=("$2" "$3" "$4") extra=() data=() command=() trainer flags plan
+    local preset=$1 published=("$2" "$3" "$4") extra=() data=() command=() trainer flags plan interpreter
     shift 4
     case "${arguments[0]:-}" in -h | --help) usage && exit 0 ;; esac
     : "${RUN_NAME:=$(basename "$script" .sh | sed 's/^pretrain_gpt_//')}"
@@ -199,13 +273,13 @@ run() { # PRESET TP PP EP FLAGS...
     if [[ -n "${TRAIN_TOKENS:-}" ]]; then flags+=(--train-tokens "$TRAIN_TOKENS"); fi
     if [[ -n "${MICRO_BATCH:-}" ]]; then flags+=(--micro-batch-size "$MICRO_BATCH"); fi
     if [[ -n "${GLOBAL_BATCH:-}" ]]; then flags+=(--global-batch-size "$GLOBAL_BATCH"); fi
-    flags+=("${data[@]}" --run-name "$RUN_NAME" --save "$SAVE" --load "$LOAD")
+    flags+=("${data[@]}" --run-name "$RUN_NAME" --save "$SAVE" --load "$LOAD" --preflight --watchdog-factor 20)
     flags+=(${arguments[@]+"${arguments[@]}"} ${extra[@]+"${extra[@]}"})
 
     start_with
     trainer=("${command[@]}" "$root/pretrain_gpt_moe.py" "${flags[@]}")
     case "${DRY_RUN:-}" in
-        "") exec "${trainer[@]}" ;;
+        "") if [[ -n "${SLURM_JOB_ID:-}" ]]; then run_in_job "${trainer[@]}"; else exec "${trainer[@]}"; fi ;;
         command) printf '%q ' "${trainer[@]}" && echo ;;
         1)
             read -r -a plan <<<"--gpu ${GPU:-A100} ${PLAN_ARGS:-}"

@@ -6,6 +6,7 @@
 #SBATCH --cpus-per-task=8
 #SBATCH --time=24:00:00
 #SBATCH --signal=USR1@600
+#SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 #
@@ -22,7 +23,8 @@ set -euo pipefail
 
 script="${BASH_SOURCE[0]}" # sbatch runs a copy elsewhere; scontrol knows where it came from
 if [[ ! -f "$(dirname "$script")/common.sh" ]]; then
-    script="$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\(.*pretrain_gpt_[^ ]*\.sh\).*/\1/p')"
+    script="$(scontrol show job "$SLURM_JOB_ID" |
+        sed -n 's/^ *Command=\(.*pretrain_gpt_[^ ]*\.sh\).*/\1/p' | tail -n 1)"
 fi
 root="$(cd "$(dirname "$script")/.." && pwd)"
 arguments=("$@")

@@ -17,7 +17,7 @@ from megatron.config.options import build
 from megatron.config.presets import PRESETS
 from megatron.config.validation import validate_numbers
 from megatron.planning.communication import PURPOSES, communication
-from megatron.planning.plan import micro_batches
+from megatron.planning.plan import layout, micro_batches
 
 GPT2_VOCAB = 50257
 
@@ -75,20 +75,12 @@ def _published() -> list[tuple[str, RunConfig, int]]:
 def _row(name: str, run: RunConfig, world: int, node: int) -> list[str]:
     """The cells of one run, in GB (10^9 bytes)."""
     validate_numbers(run, world)
-    parallel = run.parallel
-    sent = communication(run, world, run.model.padded_vocab_size(GPT2_VOCAB, parallel.tensor_model_parallel_size), node)
-    layout = [f"DP {parallel.data_parallel_size(world)}"]
-    if parallel.tensor_model_parallel_size > 1:
-        layout.append(f"TP {parallel.tensor_model_parallel_size}")
-    if parallel.pipeline_model_parallel_size > 1:
-        layout.append(f"PP {parallel.pipeline_model_parallel_size}")
-    if run.moe.enabled:
-        kind = "ETP, EP" if parallel.enable_expert_tensor_parallelism else "EP"
-        layout.append(f"{kind} {', '.join(map(str, run.expert_parallel_degrees()))}")
+    vocab_size = run.model.padded_vocab_size(GPT2_VOCAB, run.parallel.tensor_model_parallel_size)
+    sent = communication(run, world, vocab_size, node)
     inside, between = (sum(getattr(traffic, link) for traffic in sent.values()) for link in ("inside", "between"))
     volumes = [*(sent[purpose].total for purpose in PURPOSES), inside, between]
     cells = [f"{volume / 1e9:.2f}" if volume else "–" for volume in volumes]
-    return [name, str(world), " ".join(layout), micro_batches(run, world), *cells]
+    return [name, str(world), layout(run, world), micro_batches(run, world), *cells]
 
 
 if __name__ == "__main__":

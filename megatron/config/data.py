@@ -16,6 +16,10 @@ class DataConfig:
         metavar="PREFIX",
     )  # fmt: skip
     split: str = option("98,2,0", "Shares of documents for training, validation and test.")
+    skip_samples: tuple[str, ...] = option(
+        (), "Spans FIRST-END of training samples to leave out, numbered from 0 in the order in which a run reads them.",
+        nargs="+", metavar="FIRST-END",
+    )  # fmt: skip
     data_cache_path: str | None = option(
         None, "Folder of the sample-index cache (default: a folder beside the dataset).", metavar="DIR"
     )

@@ -124,15 +124,17 @@ def _unchanged(batch: dict[str, Any]) -> dict[str, Any]:
 
 
 def _server() -> BaseContext:
-    """The process that forks loader processes, started where it is not yet, with the stop signals blocked.
+    """The process that forks loader processes, and Python's resource tracker, started where they are not yet.
 
+    The stop signals are blocked in both (the tracker, which takes only some, ignores those).
     The trainer finishes its update and saves when the whole job is told to stop, and needs its data until then.
     """
     context = torch.multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["megatron.data.index_cache"])
-    resource_tracker.ensure_running()  # first, because starting it changes the signal mask
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
     try:
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)  # again, because that changes the mask
         forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -146,11 +146,12 @@ class Engine:
             mpu=None if topology.pipeline_parallel_size > 1 else unit,  # a pipeline has its own
             dist_init_required=False,
         )
-        moments = (DTYPES[config.optimizer.exp_avg_dtype], DTYPES[config.optimizer.exp_avg_sq_dtype])
-        deepspeed_internals.create_adam_state(self._adam, *moments)
-        deepspeed_internals.let_loss_scale_rest(self._optimizer)
         bf16 = isinstance(self._optimizer, BF16_Optimizer)
         self._update = Update(self._optimizer, config.optimizer, topology) if bf16 else None
+        moments = (DTYPES[config.optimizer.exp_avg_dtype], DTYPES[config.optimizer.exp_avg_sq_dtype])
+        # after Update has given back the memory of gradients' sums, which may never be needed
+        deepspeed_internals.create_adam_state(self._adam, *moments)
+        deepspeed_internals.let_loss_scale_rest(self._optimizer)
         deepspeed_internals.offload_from_where_gradients_are_reduced(self._optimizer)
         self.model = model
         self._graphs = GraphedMicroBatches(module, model, topology.device) if config.training.cuda_graphs else None

@@ -14,6 +14,10 @@ def build_adam(model: nn.Module, config: OptimizerConfig, compiled: bool = True)
     Biases and norms are the tensors with one dimension, plus the stacked biases of experts, which have two. Their
     moments are fp32 whatever ``config.optimizer_name`` says: they are few, and differ too much in size to share scales.
 
+    DeepSpeed lays a group's parameters out one after the other. Those of odd sizes come last in their group, so that
+    all others begin at multiples of 16 bytes: compiled code, which layers share, takes the first layer's alignment for
+    that of all.
+
     Args:
         model: on its device.
         config: of the run.
@@ -25,6 +29,7 @@ def build_adam(model: nn.Module, config: OptimizerConfig, compiled: bool = True)
         if is_expert:
             mark_expert(parameter)
         (decay if parameter.dim() - is_expert >= 2 else no_decay).append((name, parameter))
+    decay, no_decay = (sorted(named, key=lambda entry: entry[1].numel() % 8 != 0) for named in (decay, no_decay))
     groups = [
         {
             "params": [p for _, p in decay],

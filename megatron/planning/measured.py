@@ -43,6 +43,8 @@ class Peak:
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
+BF16_MOMENTS = {"exp_avg_dtype": "bf16", "exp_avg_sq_dtype": "bf16"}
+
 PEAKS = (
     Peak("350M:16", 34.5),
     Peak("350M:16:4", 35.9),
@@ -51,6 +53,26 @@ PEAKS = (
     Peak("350M+32:16", 79.0),
     Peak("1.3B:8", 46.4),
     Peak("1.3B+8:8", 86.6),
+    Peak("350M:1", 7.0),
+    Peak("350M+8:1", 17.3),
+    Peak("350M+8:1", 17.3, {"cuda_graphs": True}),
+    Peak("6.7B:4", 129.1),
+    Peak("350M:16", 10.3, {"checkpoint_activations": True}),
+    Peak("350M+8:16", 20.1, {"checkpoint_activations": True}),
+    Peak("1.3B:8", 22.5, {"checkpoint_activations": True}),
+    Peak("1.3B+8:8", 67.7, {"checkpoint_activations": True}),
+    Peak("350M:16", 34.5, {"precision": "fp16"}),
+    Peak("350M+8:16", 45.2, {"precision": "fp16"}),
+    Peak("1.3B:8", 41.1, BF16_MOMENTS),
+    Peak("1.3B+8:8", 70.1, BF16_MOMENTS),
+    Peak("1.3B+18:8:4", 143.0, BF16_MOMENTS),
+    Peak("6.7B:4:4", 129.1, BF16_MOMENTS),
+    Peak("6.7B:8", 137.9, BF16_MOMENTS),
+    Peak("1.3B:8", 43.8, {"optimizer_name": "adamw8bit"}),
+    Peak("1.3B+8:8", 78.5, {"optimizer_name": "adamw8bit"}),
+    Peak("1.3B+22:8", 146.4, {"optimizer_name": "adamw8bit"}),
+    Peak("350M+8:16", 32.5, {"optimizer_cpu_offload": True}),
+    Peak("1.3B:8", 31.3, {"optimizer_cpu_offload": True}),
 )
 """``torch.cuda.max_memory_allocated``, each run in a process of its own."""
 

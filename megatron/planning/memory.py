@@ -147,8 +147,6 @@ class _Stage:
             states["fp32 weights"] += count * each.fp32_weights
             states["moments"] += count * each.moments
             states["gradients"] += count * each.gradients * each.lasting
-        if self._config.optimizer.optimizer_cpu_offload:
-            states["gradients"] += OFFLOAD_BUCKET
         return states
 
     def _each(self, ranks: int) -> BytesPerParameter:
@@ -183,10 +181,11 @@ class _Stage:
         table = self._vocab * config.model.hidden_size / self._tensor * self._width  # waits for the embedding's
         whole = served_by_kernels(config, layer, self._kernels)
         again = inner_units_of_experts(config, layer) if self._kernels and not whole else 0.0  # GELU's output
+        bucket = OFFLOAD_BUCKET if config.optimizer.optimizer_cpu_offload else 0.0
         return {
             "activations": held + self._full(layer) + self._own_stream,
             "work": 2 * self._own_stream + (inner_units(config, layer) + again) * self._width,
-            "gradients": (table if self._last else 0.0) + self._gradients(layer),
+            "gradients": (table if self._last else 0.0) + self._gradients(layer) + bucket,
             "all-to-all": self._exchange(layer),
         }
 

@@ -30,10 +30,10 @@ def bytes_per_parameter(
 ) -> BytesPerParameter:
     """Bytes that weights, gradients and AdamW's state take when they are most, at the end of a backward pass.
 
-    On the GPU: weights (2, or 4 with --fp32) and gradients: sums in fp32 (4), or with --bf16 for the one micro-batch of
-    an update, without replicas, the gradients as they come (2). ZeRO-1 spreads over ``replicas``: fp32 weights (4) and
-    two moments (4 each, 2 in bf16, 1 and a scale for each block in 8 bits). In CPU memory there are also the gradients
-    (4) of what a process updates, and its weights on their way back (2 or 4).
+    On the GPU: weights (2, or 4 with --fp32) and gradients: sums in fp32 (4), or for the one micro-batch of an update,
+    without replicas and not with --fp32 or 8-bit moments, the gradients as they come (2). ZeRO-1 spreads over
+    ``replicas``: fp32 weights (4) and two moments (4 each, 2 in bf16, 1 and a scale for each block in 8 bits). In CPU
+    memory there are also the gradients (4) of what a process updates, and its weights on their way back (2 or 4).
 
     Activations and communication buffers are not in it, and neither is it that moments of biases and norms are always
     fp32: they are less than a thousandth of a model's parameters.
@@ -53,7 +53,9 @@ def bytes_per_parameter(
         moments = 2 * (1 + 4 / BLOCK)
     else:
         moments = sum(_BYTES[dtype] for dtype in (optimizer.exp_avg_dtype, optimizer.exp_avg_sq_dtype))
+    direct = one_micro_batch and replicas == 1 and optimizer.precision != "fp32" and optimizer.optimizer_name == "adamw"
+    gradients = 2 if direct else 4
     if optimizer.optimizer_cpu_offload:
-        return BytesPerParameter(weight, 4, 0, 0, cpu=(4 + moments + 4 + weight) / replicas, lasting=True)
-    direct = one_micro_batch and replicas == 1 and optimizer.precision == "bf16" and optimizer.optimizer_name == "adamw"
-    return BytesPerParameter(weight, 2 if direct else 4, 4 / replicas, moments / replicas, cpu=0, lasting=not direct)
+        cpu = (4 + moments + 4 + weight) / replicas
+        return BytesPerParameter(weight, gradients, 0, 0, cpu, lasting=not direct)
+    return BytesPerParameter(weight, gradients, 4 / replicas, moments / replicas, cpu=0, lasting=not direct)

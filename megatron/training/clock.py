@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from megatron.config import TrainingConfig
+from megatron.config import RunConfig, TrainingConfig
 
 
 def global_batch_size(config: TrainingConfig, consumed_samples: int) -> int:
@@ -61,3 +61,10 @@ def total_samples(config: TrainingConfig, seq_length: int, consumed_samples: int
     if samples < wanted:
         samples += -(-(wanted - samples) // config.global_batch_size) * config.global_batch_size
     return samples
+
+
+def last_samples(config: RunConfig, consumed_samples: int = 0) -> int:
+    """Samples after which training ends: those of the whole run, or fewer by ``--exit-tokens``."""
+    seq, limit = config.model.seq_length, config.checkpoint.exit_tokens
+    total = total_samples(config.training, seq, consumed_samples)
+    return total if limit is None else min(total, -(-limit // seq))

@@ -12,23 +12,33 @@ from megatron.config.flags import from_dict, to_dict
 from megatron.config.options import OPTIONS
 from megatron.data.tokenizer import Tokenizer
 from megatron.training.clock import Clock
+from megatron.training.spikes import Detours, SpikeWatch
 
 # Options that may change at a resume without changing how the run goes on.
 _HARMLESS = {
     *("device", "num_workers", "data_cache_path", "vocab_file", "merge_file", "tokenizer_model", "tokenizer_type"),
     *("eval_interval", "eval_iters", "checkpoint_activations", "max_skipped_updates", "moe_eval_capacity_factor"),
-    *("check_replicas", "compile", "optimizer_cpu_offload", "cuda_graphs", "deterministic"),
+    *("skip_samples", "check_replicas", "compile", "optimizer_cpu_offload", "cuda_graphs", "deterministic"),
     *("ffn_hidden_size", "max_position_embeddings", "num_experts", "expert_interval", "make_vocab_size_divisible_by"),
 }
 _COMPARED = ("model", "moe", "optimizer", "training", "data")
 
 
 def describe(
-    config: RunConfig, clock: Clock, vocab_size: int, tokenizer: Tokenizer, optimizer: dict[str, Any], world_size: int
+    config: RunConfig,
+    clock: Clock,
+    detours: Detours,
+    spikes: SpikeWatch,
+    vocab_size: int,
+    tokenizer: Tokenizer,
+    optimizer: dict[str, Any],
+    world_size: int,
 ) -> dict[str, Any]:
     """The metadata of a checkpoint, JSON-able."""
     return {
         "clock": clock.state(),
+        "detours": detours.state(),
+        "spikes": spikes.state() if config.guard.spike_sigmas is not None else None,
         "config": to_dict(config),
         "vocab_size": vocab_size,
         "tokenizer": {"vocab_size": tokenizer.vocab_size, "fingerprint": tokenizer.fingerprint},

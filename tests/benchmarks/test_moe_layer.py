@@ -1,6 +1,7 @@
 """The benchmark of one MoE layer, at sizes that a CPU manages."""
 
 import json
+import time
 
 import pytest
 
@@ -38,6 +39,14 @@ def test_peers_are_compared_with_ours_and_what_fails_is_said(tmp_path, capsys, m
     assert peer["over_ours_skewed"] == pytest.approx(peer["skewed_ms"] / ours["skewed_ms"])
     assert peer["dropped"] == 0 < ours["dropped"]
     assert "megatron with 4 experts is left out: RuntimeError: no luck\n" in capsys.readouterr().out
+
+
+def test_a_peer_that_hangs_is_cut_off(capsys, monkeypatch):
+    monkeypatch.setitem(peers.PEERS, "megatron", lambda shape: time.sleep(100))
+    moe_layer.main([*TINY, "--experts", "4", "--peers", "megatron", "grouped_mm", "--peer-seconds", "1"])
+    out = capsys.readouterr().out
+    assert "megatron with 4 experts is left out: TimeoutError: took more than 1 s\n" in out
+    assert "| sort + grouped_mm |" in out
 
 
 @pytest.mark.parametrize("part", ["forward", "forward_sorted"])

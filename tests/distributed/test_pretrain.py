@@ -216,13 +216,14 @@ def test_a_first_rank_that_never_comes_is_named(corpus):
 def test_determinism_and_graphs_that_cannot_be_had_are_refused_at_the_start(corpus, tmp_path, monkeypatch, capsys):
     from megatron.config.flags import parse_args
     from megatron.training.pretrain import pretrain
+    from megatron.training.signals import StopSignals
 
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NCCL_ALGO", "NVLS")
-    assert pretrain(parse_args(tiny_run.flags(corpus, save=tmp_path, deterministic=True))) == 2
+    assert pretrain(parse_args(tiny_run.flags(corpus, save=tmp_path, deterministic=True)), StopSignals()) == 2
     assert "--deterministic: NCCL_ALGO is 'NVLS'" in capsys.readouterr().err
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     graphs = tiny_run.flags(corpus, save=tmp_path, device=None, fp32=False, bf16=True, cuda_graphs=True)
-    assert pretrain(parse_args(graphs)) == 2
+    assert pretrain(parse_args(graphs), StopSignals()) == 2
     assert "--cuda-graphs needs a GPU" in capsys.readouterr().err

@@ -8,6 +8,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("triton")
 from megatron.config import ModelConfig, MoEConfig
@@ -40,11 +41,13 @@ def make_layer(topk: int, mode: str, dtype: torch.dtype, **moe) -> MoELayer:
     return layer.to(DEVICE, dtype)
 
 
-def run(layer: MoELayer, x: torch.Tensor, dy: torch.Tensor) -> tuple[MoEOutput, dict[str, torch.Tensor]]:
+def run(
+    layer: MoELayer, x: torch.Tensor, dy: torch.Tensor, *, recompute: bool = False
+) -> tuple[MoEOutput, dict[str, torch.Tensor]]:
     """Forward and backward, and every gradient."""
     x = x.clone().requires_grad_()
     torch.manual_seed(5)  # random token selection
-    out = layer(x)
+    out = checkpoint(layer, x, use_reentrant=False) if recompute else layer(x)
     ((out.y * dy).sum() + out.aux_loss + 0.1 * out.z_loss).backward()
     return out, {name: p.grad for name, p in layer.named_parameters()} | {"x": x.grad}
 
@@ -80,6 +83,19 @@ def test_the_layer_and_all_gradients_are_those_of_float64(mode, topk, dtype, mon
         layer(x)
     out = assert_equal_to_float64(layer, x)
     assert bool(out.dropped) == (mode == "capacity")
+
+
+@EVERY_TOPK
+@MODES
+def test_recomputed_activations_give_the_same_gradients(mode, topk):
+    layer = make_layer(topk, mode, torch.float32)
+    x, dy = (torch.randn(15, H, device=DEVICE) for _ in range(2))
+    _, expected = run(layer, x, dy)
+    layer.zero_grad()
+    out, gradients = run(layer, x, dy, recompute=True)
+    assert out.y.requires_grad
+    for name, gradient in gradients.items():
+        assert torch.equal(gradient, expected[name]), name
 
 
 @MODES

@@ -35,7 +35,8 @@ def _process(folder: str, rank: int, world_size: int, work: Callable, master: st
         assert ctypes.CDLL(None).setns(descriptor, 0x40000000) == 0  # CLONE_NEWNET
     launch = Launch(rank, world_size, rank, master, 29999, "launcher")
     store = dist.FileStore(f"{folder}/store", world_size)
-    with lifeline(launch, store, options.get("timeout", 60), lambda: "advice"):
+    ends_anyway = options.get("ends_anyway", False)
+    with lifeline(launch, store, options.get("timeout", 60), lambda: "advice", lambda: ends_anyway):
         Path(f"{folder}/joined-{rank}").touch()
         work(rank)
 
@@ -100,6 +101,15 @@ def test_a_death_is_told_by_name_and_ends_all(tmp_path, dead):
         advice = "advice\n" if rank == speaker else ""
         assert codes[rank] == 1
         assert outputs[rank] == f"error on rank {rank}: {ranks.name(dead)} died; ending\n{advice}"
+
+
+def test_a_death_is_no_failure_to_those_who_were_told_to_end_themselves(tmp_path):
+    ranks = Ranks(tmp_path, 3, busy, ends_anyway=True)
+    ranks.wait_until_joined()
+    ranks.signal(1, signal.SIGKILL)
+    codes, outputs = ranks.ended()
+    assert (codes[0], codes[2]) == (0, 0)
+    assert outputs == ["", "", ""]
 
 
 def fork_helpers(rank: int) -> None:

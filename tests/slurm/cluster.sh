@@ -3,6 +3,8 @@
 #
 #   cluster.sh install        the packages of SLURM (Debian, Ubuntu)
 #   cluster.sh start [NODES]  start this many nodes, 2 by default: node1, node2 ...
+#   cluster.sh lose NODE      kill everything that runs on a node, SLURM's own processes too
+#   cluster.sh restore NODE   start a lost node again
 #   cluster.sh stop           cancel all jobs, end every process, remove the networks; state and logs stay
 #
 # Then, with the same CLUSTER_DIR:  export SLURM_CONF=$CLUSTER_DIR/slurm.conf; srun -N 2 hostname
@@ -159,6 +161,8 @@ GresTypes=gpu
 SchedulerType=sched/backfill
 SchedulerParameters=bf_interval=1,sched_interval=2,sched_min_interval=0
 MessageTimeout=5
+KillWait=15
+SlurmdTimeout=30
 InactiveLimit=0
 ReturnToService=2
 MinJobAge=86400
@@ -213,6 +217,18 @@ start() { # NODES
     wait_for 30 all_idle
 }
 
+lose() { # NODE: slurmd and all that it runs; it has nothing to save
+    ip netns pids "$(namespace "$1")" 2>/dev/null | xargs -r kill -KILL 2>/dev/null || true
+}
+
+restore() { # NODE
+    read -r -a NODES <"$DIR/nodes"
+    lose "$1"
+    start_slurmd "$1"
+    scontrol update "nodename=$1" state=resume 2>/dev/null || true # it may be so already
+    wait_for 60 all_idle
+}
+
 stop() {
     local node pid
     [[ -e "$DIR/nodes" ]] || return 0
@@ -222,9 +238,7 @@ stop() {
         timeout 5 scancel --me --full --signal=KILL || true
     fi
     if pid=$(daemon slurmctld); then end "$pid"; fi
-    for node in "${NODES[@]}"; do # slurmd and all that it runs; it has nothing to save
-        ip netns pids "$(namespace "$node")" 2>/dev/null | xargs -r kill -KILL 2>/dev/null || true
-    done
+    for node in "${NODES[@]}"; do lose "$node"; done
     if pid=$(daemon munged); then end "$pid"; fi
     network_down
     rm -rf "$DIR/nodes" "$DIR/run"
@@ -246,6 +260,8 @@ install() {
 case "${1:-}" in
     install) install ;;
     start) start "${2:-2}" ;;
+    lose) lose "${2:?NODE}" ;;
+    restore) restore "${2:?NODE}" ;;
     stop) stop ;;
-    *) fail "expected install, start or stop; got '${1:-}'" ;;
+    *) fail "expected install, start, lose, restore or stop; got '${1:-}'" ;;
 esac

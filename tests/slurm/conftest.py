@@ -1,6 +1,7 @@
 """What the tests on a SLURM cluster share: the cluster, a dataset, and a job that nobody disturbs."""
 
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -15,7 +16,8 @@ from tiny_run import ROOT, WORDS, make_tokenizer
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[dict[str, str]]:
-    """The environment in which SLURM's commands reach a cluster of two nodes."""
+    """The environment in which SLURM's commands reach a cluster of three nodes, of which jobs ask for two."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the cluster is not left behind then either
     with tempfile.TemporaryDirectory(prefix="slurm-") as folder, jobs.cluster(Path(folder)) as environment:
         yield environment
 
@@ -42,15 +44,18 @@ def undisturbed(cluster, corpus, tmp_path_factory) -> jobs.Job:
 
 
 @pytest.fixture
-def submit(cluster, corpus, tmp_path) -> Iterator[Callable[..., jobs.Job]]:
-    """:func:`jobs.submit` in a folder of the test's own; jobs that still run are cancelled at its end."""
-    submitted = []
+def clean(cluster) -> Iterator[None]:
+    """No job is left when the test ends, whatever it submitted and however it ended."""
+    yield
+    subprocess.run(["scancel", "--quiet", "--me"], env=cluster, capture_output=True, timeout=60)
+    jobs.eventually("no job left", lambda: not jobs.slurm(cluster, "squeue", "--noheader"), 60)
+
+
+@pytest.fixture
+def submit(cluster, corpus, tmp_path, clean) -> Callable[..., jobs.Job]:
+    """:func:`jobs.submit` in a folder of the test's own."""
 
     def submit(*words: str, **variables: object) -> jobs.Job:
-        submitted.append(jobs.submit(tmp_path / "job", corpus, cluster, *words, **variables))
-        return submitted[-1]
+        return jobs.submit(tmp_path / "job", corpus, cluster, *words, **variables)
 
-    yield submit
-    for job in submitted:
-        subprocess.run(["scancel", "--quiet", str(job.number)], env=cluster, capture_output=True, timeout=60)
-        job.wait(60)
+    return submit

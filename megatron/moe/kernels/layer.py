@@ -45,8 +45,9 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy_TH, d_aux, d_z, *_):
-        x_TH, router_EH, *decided, token_R = ctx.saved_tensors[:7]
-        x_ECH, pre_ECF, h_ECF, gate_EC, w1_EHF, b1_EF, w2_EFH, b2_EH = ctx.saved_tensors[7:]
+        x_TH, router_EH, *decided, token_R, x_ECH, pre_ECF, h_ECF, gate_EC, w1_EHF, b1_EF, w2_EFH, b2_EH = (
+            ctx.saved_tensors  # once: with activation checkpointing each access would compute them anew
+        )
         expert_T = decided[0]
         E, C, F = pre_ECF.shape
         dy_TH = torch.zeros_like(x_TH) if dy_TH is None else dy_TH.contiguous()
