@@ -13,6 +13,7 @@ from megatron.config.validation import validate
 from megatron.data.gpt_dataset import build_datasets
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.engine import deepspeed_config
+from megatron.engine.engine import MODEL
 from megatron.engine.offload import threads_in_words
 from megatron.engine.pipeline import build_engine
 from megatron.parallel.determinism import make_deterministic
@@ -145,8 +146,11 @@ def _run(config: RunConfig, topology: Topology, stop: StopRequest, line: Line | 
     engine = build_engine(config, topology, vocab_size)
     if found is not None:
         with engine.loading() as tensors:
+            if meta["optimizer"] is None:  # weights alone, of a conversion: Adam starts anew
+                tensors = [tensor for tensor in tensors if tensor.name.startswith(MODEL)]
             load(source, tensors, group=topology.control_group)
-        engine.load_scalar_state(meta["optimizer"])
+        if meta["optimizer"] is not None:
+            engine.load_scalar_state(meta["optimizer"])
 
     name = _name(config)
     report = Report(config.logging, name, config.checkpoint.save, topology.is_first)
