@@ -19,52 +19,38 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         epilog="example: tools/convert_checkpoint.py --load checkpoints/350M --to hf --save exported/350M --dtype bf16",
     )
     add = parser.add_argument
-    add(
-        "--load", nargs="+", required=True, metavar="DIR",
-        help="The checkpoint: a run's --save folder, or a folder of --from. Of several the weights are averaged.",
-    )  # fmt: skip
+    given = parser.add_mutually_exclusive_group(required=True)
+    given.add_argument("--load", metavar="DIR", help="The checkpoint: a run's --save folder, or a folder of --from.")
+    given.add_argument("--average", nargs="+", metavar="DIR", help="Several: the mean of their weights is taken.")
     add("--save", required=True, metavar="DIR", help="Where to; a new folder.")
     add("--from", dest="source", choices=FORMATS, help="Format of --load (default: found out).")
     add("--to", dest="target", choices=FORMATS, required=True, help="Format of --save.")
     add("--dtype", choices=("fp32", "bf16", "fp16"), help="Number format of the weights (default: as they are).")
+    add("--drop-optimizer", action="store_true", help="Leave the optimizer's state out (always so with --to hf).")
     add("--max-shard-size", default="5GB", metavar="SIZE", help="Largest model file of --to hf (default: 5GB).")
-    add(
-        "--drop-optimizer",
-        action="store_true",
-        help="Leave out Adam's moments; a run that loads the rest starts them anew.",
+    layout = parser.add_argument_group(
+        "layout", "Checkpoints know no layout. These check that one can resume the result, and are recorded in it."
     )
-    add(
-        "--reset-clock",
-        action="store_true",
-        help="Set the tokens seen to 0: a run that loads it starts its schedule anew.",
+    layout.add_argument("--tp", type=int, metavar="N", help="Tensor-parallel processes.")
+    layout.add_argument("--pp", type=int, metavar="N", help="Pipeline stages.")
+    layout.add_argument("--ep", type=int, nargs="+", metavar="N", help="Expert-parallel processes (each MoE layer's).")
+    experts = parser.add_argument_group("upcycling", "The other flags of these names are those of training.")
+    experts.add_argument("--upcycle", action="store_true", help="A dense model gets experts, copies of its own layers.")
+    experts.add_argument("--num-experts", type=int, nargs="+", metavar="N")
+    experts.add_argument("--expert-interval", type=int, default=2, metavar="N")
+    experts.add_argument("--topk", type=int, default=1, metavar="N")
+    experts.add_argument("--mlp-type", choices=("standard", "residual"), default="standard")
+    experts.add_argument(
+        "--upcycle-noise", type=float, default=0.0, metavar="X", help="Noise on experts, as a part of the weights' std."
     )
-    experts = parser.add_argument_group("upcycling", "A dense model becomes one with experts (needs --drop-optimizer).")
-    add = experts.add_argument
-    add("--upcycle", action="store_true", help="Make experts out of copies of the dense feed-forward layers.")
-    add("--num-experts", type=int, nargs="+", metavar="N", help="As in training.")
-    add("--expert-interval", type=int, default=2, metavar="N", help="As in training (default: 2).")
-    add("--topk", type=int, default=1, metavar="K", help="As in training (default: 1).")
-    add("--mlp-type", choices=("standard", "residual"), default="standard", help="As in training (default: standard).")
-    add(
-        "--expert-noise", type=float, default=0.0, metavar="X",
-        help="Noise on each expert's matrices, as a multiple of their standard deviation (default: 0).",
-    )  # fmt: skip
-    add("--seed", type=int, default=1234, help="Of the noise and the router (default: 1234).")
+    experts.add_argument("--upcycle-seed", type=int, default=0, metavar="N", help="Of the noise and the router.")
     files = parser.add_argument_group(
         "tokenizer", "Where its files are, if they moved since training or are not in --load."
     )
     files.add_argument("--tokenizer-type", choices=TOKENIZERS)
     for flag in ("--vocab-file", "--merge-file", "--tokenizer-model"):
         files.add_argument(flag, metavar="FILE")
-    args = parser.parse_args(argv)
-    if args.upcycle and (not args.num_experts or min(args.num_experts) < 1 or max(args.num_experts) < 2):
-        parser.error("--upcycle needs --num-experts N with N above 1")
-    for flag in ("expert_interval", "topk"):
-        if getattr(args, flag) < 1:
-            parser.error(f"--{flag.replace('_', '-')} is {getattr(args, flag)}; expected at least 1")
-    if args.num_experts and not args.upcycle:
-        parser.error("--num-experts belongs to --upcycle; add it, or leave this out")
-    return args
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:

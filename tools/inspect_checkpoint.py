@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Tell what a checkpoint holds. ``--help`` lists the flags."""
+"""Print what is in a checkpoint: tensors, the layout that wrote it, tokens seen. ``--help`` lists the flags."""
 
 import argparse
 import json
@@ -11,28 +11,27 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a ch
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The flags."""
-    parser = argparse.ArgumentParser(
-        description="Tell what a training checkpoint holds, after comparing each file with its checksum."
-    )
+    parser = argparse.ArgumentParser(description="Print what is in a checkpoint.")
     parser.add_argument(
-        "--load", required=True, metavar="DIR", help="Folder of checkpoints (the latest), or one of them."
+        "folder", metavar="DIR", help="A run's --save folder, one checkpoint, or a Hugging Face folder."
     )
-    parser.add_argument("--json", action="store_true", help="Print one JSON object.")
+    parser.add_argument("--verify", action="store_true", help="Compare every file with its checksum.")
+    parser.add_argument("--json", action="store_true", help="Print JSON.")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status: 0; 1 when there is no checkpoint or it is damaged."""
+    """Returns the exit status: 0; 1 for a checkpoint that is missing or damaged; 2 for unusable flags."""
     args = parse_args(argv)
     from megatron.checkpoint import CheckpointError
-    from megatron.checkpoint.formats.inspection import describe, in_words
+    from megatron.checkpoint.formats.inspect import in_words, inspect
 
     try:
-        found = describe(args.load)
+        about = inspect(args.folder, args.verify)
     except (ValueError, OSError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(json.dumps(found, indent=1) if args.json else in_words(found))
+    print(json.dumps(about, indent=1) if args.json else in_words(about))
     return 0
 
 

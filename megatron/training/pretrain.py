@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-from megatron.checkpoint import CheckpointError, load
+from megatron.checkpoint import CheckpointError
 from megatron.config import RunConfig
 from megatron.config.flags import to_dict
 from megatron.config.validation import validate
@@ -29,7 +29,7 @@ from megatron.training.clock import Clock, total_samples
 from megatron.training.ending import record_end
 from megatron.training.outlook import outlook
 from megatron.training.report import Report
-from megatron.training.resume import check, clock_from, padded_as_before
+from megatron.training.resume import check, clock_from, padded_as_before, restore
 from megatron.training.signals import StopRequest, StopSignals
 from megatron.training.spikes import Detours
 from megatron.training.start import (
@@ -145,12 +145,7 @@ def _run(config: RunConfig, topology: Topology, stop: StopRequest, line: Line | 
 
     engine = build_engine(config, topology, vocab_size)
     if found is not None:
-        with engine.loading() as tensors:
-            if meta["optimizer"] is None:  # weights alone, of a conversion: Adam starts anew
-                tensors = [tensor for tensor in tensors if tensor.name.startswith(MODEL)]
-            load(source, tensors, group=topology.control_group)
-        if meta["optimizer"] is not None:
-            engine.load_scalar_state(meta["optimizer"])
+        restore(engine, source, meta, topology)
 
     name = _name(config)
     report = Report(config.logging, name, config.checkpoint.save, topology.is_first)

@@ -2,15 +2,18 @@
 
 import dataclasses
 import platform
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron.checkpoint import CheckpointError
+from megatron.checkpoint import CheckpointError, load
 from megatron.config import RunConfig
 from megatron.config.flags import from_dict, to_dict
 from megatron.config.options import OPTIONS
 from megatron.data.tokenizer import Tokenizer
+from megatron.engine.engine import Engine
+from megatron.parallel.initialize import Topology
 from megatron.training.clock import Clock
 from megatron.training.spikes import Detours, SpikeWatch
 
@@ -126,3 +129,14 @@ def padded_as_before(meta: dict[str, Any], tensor_parallel_size: int) -> int:
 def clock_from(meta: dict[str, Any]) -> Clock:
     """The clock as it stood when the checkpoint was saved."""
     return Clock(**{field.name: meta["clock"][field.name] for field in dataclasses.fields(Clock)})
+
+
+def restore(engine: Engine, source: Path, meta: dict[str, Any], topology: Topology) -> None:
+    """Load a checkpoint into an engine. Where it holds no optimizer state, Adam starts anew.
+
+    Raises:
+        CheckpointError: it is damaged or does not fit.
+    """
+    with engine.loading(moments=meta.get("optimizer") is not None) as tensors:
+        load(source, tensors, group=topology.control_group)
+    engine.load_scalar_state(meta.get("optimizer"))

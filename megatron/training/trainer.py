@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron.checkpoint import AsyncSaver, CheckpointError, ContactLost, load, save
+from megatron.checkpoint import AsyncSaver, CheckpointError, ContactLost, save
 from megatron.config import RunConfig
 from megatron.config.spans import merge
 from megatron.data.gpt_dataset import batches
@@ -24,7 +24,7 @@ from megatron.training.evaluation import evaluate
 from megatron.training.metrics import StepWindow, mean_loss
 from megatron.training.profiling import profiled
 from megatron.training.report import Report
-from megatron.training.resume import clock_from, describe
+from megatron.training.resume import clock_from, describe, restore
 from megatron.training.signals import StopRequest
 from megatron.training.spikes import Detours, Spike, SpikeWatch, Update
 from megatron.training.start import find_checkpoint_before
@@ -210,9 +210,7 @@ class Trainer:
             if found is None:
                 return False
             source, meta = found
-            with self.engine.loading() as tensors:
-                load(source, tensors, group=self.topology.control_group)
-            self.engine.load_scalar_state(meta["optimizer"])
+            restore(self.engine, source, meta, self.topology)
             self._detours.skipped = merge([*self._detours.skipped, self._detours.span_of(spike)])
             self._detours.restarts += 1
             self.clock = clock_from(meta)

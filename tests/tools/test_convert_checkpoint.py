@@ -34,8 +34,8 @@ def test_exit_status_and_messages(run, tmp_path):
     status, out, err = run(*arguments)
     assert (status, out.count("wrote")) == (1, 0)
     assert "is there already and not empty" in err
-    status, out, err = run(*arguments, "--upcycle")
-    assert status == 2
+    status, out, err = run(*arguments[:-1], str(tmp_path / "y"), "--upcycle")
+    assert status == 1
     assert "--upcycle needs --num-experts" in err
     status, out, err = run("--load", str(tmp_path / "nowhere"), "--to", "hf", "--save", str(tmp_path / "x"))
     assert status == 1

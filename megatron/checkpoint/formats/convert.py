@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from megatron.checkpoint.errors import CheckpointError
-from megatron.checkpoint.formats.contents import MODEL, Contents, Lazy, some, without_optimizer
+from megatron.checkpoint.formats.changes import average, cast, for_layout
+from megatron.checkpoint.formats.contents import MOMENTS, Contents, without_optimizer
 from megatron.checkpoint.formats.hf import is_hf, read_hf, write_hf
 from megatron.checkpoint.formats.hf_tokenizer import FILES, files_of
 from megatron.checkpoint.formats.native import read_native, write_native
@@ -24,21 +24,24 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class Conversion:
     """What to do; the fields are the flags of tools/convert_checkpoint.py."""
 
-    load: list[str]
+    load: str | None
     save: str
     target: str
     source: str | None = None
+    average: list[str] | None = None
     dtype: str | None = None
-    max_shard_size: str = "5GB"
     drop_optimizer: bool = False
-    reset_clock: bool = False
+    tp: int | None = None
+    pp: int | None = None
+    ep: list[int] | None = None
     upcycle: bool = False
+    upcycle_noise: float = 0.0
+    upcycle_seed: int = 0
     num_experts: list[int] | None = None
     expert_interval: int = 2
     topk: int = 1
     mlp_type: str = "standard"
-    expert_noise: float = 0.0
-    seed: int = 1234
+    max_shard_size: str = "5GB"
     tokenizer_type: str | None = None
     vocab_file: str | None = None
     merge_file: str | None = None
@@ -58,25 +61,14 @@ def convert(job: Conversion) -> Iterator[str]:
         CheckpointError, ValueError: something does not fit; the message says what, where and how to mend it.
     """
     shard = parse_size(job.max_shard_size)
-    sources = [read(job, folder) for folder in job.load]
-    contents = sources[0]
-    if contents.has_optimizer and (job.drop_optimizer or job.target == "hf" or len(sources) > 1):
-        left_out = [name for name in contents.tensors if not name.startswith(MODEL)]
-        yield f"left out: the optimizer's state, {len(left_out)} tensors"
-        sources = [without_optimizer(source) for source in sources]
-        contents = sources[0]
-    if len(sources) > 1:
-        contents = average(sources)
-    if job.upcycle:
-        moe = MoEConfig(tuple(job.num_experts or ()), job.expert_interval, job.topk, job.mlp_type)
-        contents = upcycle(contents, moe, job.expert_noise, job.seed)
-    if job.reset_clock:
-        clock = contents.meta["clock"] | {"samples": 0, "steps": 0, "skipped": 0}
-        contents = dataclasses.replace(contents, meta=contents.meta | {"clock": clock}, step=0)
-    if job.dtype is not None:
-        contents = cast(contents, DTYPES[job.dtype])
+    contents = read(job)
+    changed = change(contents, job)
+    dropped = len([name for name in contents.tensors if name.startswith(MOMENTS)]) if not changed.has_optimizer else 0
+    contents = changed
     total = sum(lazy.bytes for lazy in contents.tensors.values())
     yield f"{contents.where}: {len(contents.tensors)} tensors, {total / 1e9:.3f} GB"
+    if dropped:
+        yield f"left out: the optimizer's state, {dropped} tensors"
     if job.target == "hf":
         tokenizer, files = tokenizer_of(contents, job.tokenizer_options)
         written = write_hf(contents, job.save, tokenizer, files, shard)
@@ -85,56 +77,40 @@ def convert(job: Conversion) -> Iterator[str]:
     yield f"wrote {written}"
 
 
-def read(job: Conversion, folder: str) -> Contents:
-    """What ``folder``, one of ``job.load``, holds."""
+def read(job: Conversion) -> Contents:
+    """What ``job.load`` holds, or the average of ``job.average``."""
+    if job.average is None:
+        return _read_one(job, job.load)
+    if len(job.average) < 2:
+        raise ValueError(f"--average {' '.join(job.average)}: give two checkpoints or more")
+    return average([_read_one(job, folder) for folder in job.average])
+
+
+def _read_one(job: Conversion, folder: str) -> Contents:
     source = job.source or ("hf" if is_hf(folder) else "native")
     return read_hf(folder, job.tokenizer_options) if source == "hf" else read_native(folder)
 
 
-def average(sources: list[Contents]) -> Contents:
-    """The mean of several checkpoints' weights, computed in fp32; the rest is the first one's.
-
-    Raises:
-        CheckpointError: they are of different models.
-    """
-    first = sources[0]
-    for other in sources[1:]:
-        differing = [
-            name
-            for name in sorted(first.tensors.keys() | other.tensors.keys())
-            if name not in first.tensors
-            or name not in other.tensors
-            or first.tensors[name].shape != other.tensors[name].shape
-        ]
-        if differing or other.meta["tokenizer"] != first.meta["tokenizer"]:
-            what = f"in {some(differing)}" if differing else "in their tokenizers"
-            raise CheckpointError(f"{first.where} and {other.where} differ {what}; only equal models can be averaged")
-
-    def mean(name: str) -> Lazy:
-        lazies = [source.tensors[name] for source in sources]
-        dtype = lazies[0].dtype
-
-        def read(row: int | None) -> torch.Tensor:
-            total = lazies[0].read(row).float()
-            for lazy in lazies[1:]:
-                total = total + lazy.read(row).float()
-            return (total / len(lazies)).to(dtype)
-
-        return Lazy(lazies[0].shape, dtype, read)
-
-    origin = {"format": "average", "folders": [source.where for source in sources]}
-    return dataclasses.replace(
-        first, tensors={name: mean(name) for name in first.tensors}, meta=first.meta | {"origin": origin}
-    )
-
-
-def cast(contents: Contents, dtype: torch.dtype) -> Contents:
-    """The weights in another number format; an optimizer's state stays as it is."""
-    tensors = {
-        name: lazy.map(lambda tensor: tensor.to(dtype), dtype) if name.startswith(MODEL) else lazy
-        for name, lazy in contents.tensors.items()
-    }
-    return dataclasses.replace(contents, tensors=tensors)
+def change(contents: Contents, job: Conversion) -> Contents:
+    """What is to be written."""
+    if contents.has_optimizer and (job.drop_optimizer or job.target == "hf"):
+        contents = without_optimizer(contents)
+    if job.upcycle:
+        moe = MoEConfig(
+            num_experts=tuple(job.num_experts or (1,)),
+            expert_interval=job.expert_interval,
+            topk=job.topk,
+            mlp_type=job.mlp_type,
+        )
+        contents = upcycle(contents, moe, job.upcycle_noise, job.upcycle_seed)
+    elif job.num_experts is not None:
+        raise ValueError("--num-experts: a checkpoint's number of experts is changed with --upcycle only; add it")
+    if any(size is not None for size in (job.tp, job.pp, job.ep)):
+        if job.target == "hf":
+            raise ValueError("--tp, --pp and --ep have no meaning for --to hf, whose files know no layout; drop them")
+        sizes = (1 if size is None else size for size in (job.tp, job.pp))
+        contents = for_layout(contents, *sizes, job.ep or [1])
+    return contents if job.dtype is None else cast(contents, DTYPES[job.dtype])
 
 
 def tokenizer_of(contents: Contents, moved: dict[str, str]) -> tuple[Tokenizer, dict[str, str]]:

@@ -1,108 +1,133 @@
-"""A dense model becomes one with experts that computes the same at first.
+"""Upcycling: a dense model becomes one with experts that computes the same (Komatsuzaki et al. 2022, arXiv 2212.05055).
 
-Each expert is a copy of the dense feed-forward f. What an MoE layer then gives depends on the gates
-(docs/checkpoints.md):
+Each expert of a layer starts as a copy of the layer's feed-forward d(x) = gelu(x W1 + b1) W2 + b2. What the layer
+computes is then d(x) again, if the gates are undone:
 
-* With K > 1 choices the gates of a token sum to 1, so copies give f(x) exactly, whatever the router says.
-* With K = 1 the gate is the softmax probability p. The router starts with weights so small that p = 1/E but for about a
-  thousandth, and the experts' output weights and biases are multiplied by E: p * E * f(x) = f(x).
-* The residual form adds the dense feed-forward: with its coefficients at zero, c = (1/2, 1/2), so
-  1/2 experts(x) + 1/2 f(x) = f(x).
+* top-k with k > 1: the gates of a token's experts add up to 1, so nothing is to be done.
+* top-1: the answer is multiplied by the gate, the softmax probability itself. The router's weights start as
+  normal(0, s^2) with s = 1e-7 / sqrt(H). Its input is a layer norm's output, so logits are of the size 1e-7 and every
+  gate is 1/E to that relative precision, yet the largest logit, which decides, is any expert's. W2 and b2 are
+  multiplied by E.
+* residual: y = experts(x) c_0 + mlp(x) c_1 with c = softmax(coefficient(x)). The coefficient starts at 0, so c_0 and
+  c_1 are 1/2, and both parts start as copies of d.
 
-Letters: E experts, K experts of each token.
+Adam's moments are carried over by the chain rule. Where a weight w is replaced by a w, and its answer is multiplied by
+c, the gradient is that of the dense weight times c, for W2 and b2 of experts c_0 / E; so exp_avg is multiplied by that
+and exp_avg_sq by its square. (That an expert sees a part of the tokens only is not in it.) New parameters have moments
+of 0.
+
+Letters: E experts, H hidden, F FFN hidden.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable
 
 import torch
 
 from megatron.checkpoint.errors import CheckpointError
-from megatron.checkpoint.formats.contents import MODEL, Contents, Lazy, parameter_shapes
-from megatron.config import MoEConfig
+from megatron.checkpoint.formats.changes import check_model
+from megatron.checkpoint.formats.contents import MODEL, MOMENTS, Contents, Lazy, parameter_shapes
+from megatron.config import MoEConfig, ParallelConfig
 from megatron.config.flags import to_dict
 from megatron.moe.initialization import named_generator
 
-ROUTER_STD = 1e-3  # of the logits, in top-1, for inputs of unit variance
-_PARTS = {"w1": ("fc1.weight", True), "b1": ("fc1.bias", False), "w2": ("fc2.weight", True), "b2": ("fc2.bias", False)}
+LOGIT_SIZE = 1e-7
+_DENSE = {"w1": "fc1.weight", "b1": "fc1.bias", "w2": "fc2.weight", "b2": "fc2.bias"}
 
 
-def upcycle(contents: Contents, moe: MoEConfig, noise: float = 0.0, seed: int = 1234) -> Contents:
-    """The dense model with experts in the layers that ``moe`` says; without optimizer state, at 0 tokens.
+def upcycle(contents: Contents, moe: MoEConfig, noise: float = 0.0, seed: int = 0) -> Contents:
+    """A dense model with experts in place of some feed-forwards. Clock, tokenizer and all else stay.
 
     Args:
-        contents: a dense model, weights alone.
-        moe: the experts.
-        noise: added to each expert's matrices, as a multiple of their standard deviation, so that experts differ.
-        seed: of the noise and of the router.
+        contents: the dense checkpoint, with or without optimizer state.
+        moe: which layers get experts, how many, and how tokens are routed.
+        noise: standard deviation of normal noise on the matrices of experts, as a fraction of the standard deviation
+            of the dense matrix; with it the result no longer computes quite the same.
+        seed: of the router's weights and of the noise.
 
     Raises:
-        CheckpointError: the model has experts already, or ``moe`` has none or too few.
+        CheckpointError: the checkpoint has experts already.
+        ValueError: the options do not fit the model.
     """
-    old = contents.config
-    if old.moe.enabled:
-        raise CheckpointError(f"{contents.where} has experts already; --upcycle makes them from a dense model")
-    if contents.has_optimizer:
-        raise CheckpointError(
-            f"{contents.where} has optimizer state, which experts cannot take over; add --drop-optimizer"
-        )
-    counts = [moe.experts_of_layer(layer) for layer in range(old.model.num_layers)]
-    if max(counts) < 2:
-        raise CheckpointError(f"--num-experts {moe.num_experts} gives no layer experts; give a number above 1")
-    if moe.topk > min(count for count in counts if count > 1):
-        raise CheckpointError(f"--topk {moe.topk} of {min(c for c in counts if c > 1)} experts; choose fewer")
-    new = dataclasses.replace(old, moe=moe)
-    shapes = parameter_shapes(new.model, moe, contents.meta["vocab_size"])
-    tensors = {MODEL + name: _new(name, shape, contents, moe, counts, noise, seed) for name, shape in shapes.items()}
-    clock = contents.meta["clock"] | {"samples": 0, "steps": 0, "skipped": 0}
-    origin = {"format": "upcycled", "folder": contents.where, "expert_noise": noise, "seed": seed}
-    meta = contents.meta | {"config": to_dict(new), "clock": clock, "optimizer": None, "origin": origin}
-    return dataclasses.replace(contents, tensors=tensors, meta=meta, step=0)
+    config = contents.config
+    if config.moe.enabled:
+        raise CheckpointError(f"{contents.where} has experts already; --upcycle takes the checkpoint of a dense model")
+    if not moe.enabled:
+        raise ValueError("--upcycle needs --num-experts of 2 or more")
+    if not 0 <= noise < math.inf:
+        raise ValueError(f"--upcycle-noise {noise}: use 0 or more, such as 0.01")
+    check_model(config.model, moe, ParallelConfig())
+    described = to_dict(dataclasses.replace(config, moe=moe))
+    tensors = {}
+    for prefix in (MODEL, *MOMENTS) if contents.has_optimizer else (MODEL,):
+        for name, shape in parameter_shapes(config.model, moe, contents.meta["vocab_size"]).items():
+            tensors[prefix + name] = _tensor(contents, moe, prefix, name, shape, noise, seed)
+    origin = {"format": "upcycled", "folder": contents.where, "noise": noise, "seed": seed}
+    return dataclasses.replace(
+        contents, tensors=tensors, meta=contents.meta | {"config": described, "origin": origin}
+    ).check()
 
 
-def _new(
-    name: str, shape: tuple[int, ...], contents: Contents, moe: MoEConfig, counts: list[int], noise: float, seed: int
+def _tensor(
+    contents: Contents, moe: MoEConfig, prefix: str, name: str, shape: tuple[int, ...], noise: float, seed: int
 ) -> Lazy:
-    """One tensor of the new model."""
-    if MODEL + name in contents.tensors:
-        return contents.tensors[MODEL + name]
-    _, layer, inside = name.split(".", 2)
-    feed_forward = f"{MODEL}layers.{layer}.mlp."
-    dtype = contents.tensors[feed_forward + "fc1.weight"].dtype
-    if inside.startswith("mlp.mlp."):
-        return contents.tensors[feed_forward + inside.removeprefix("mlp.mlp.")]
-    if inside.startswith("mlp.coefficient."):
-        return _made(shape, dtype, lambda: torch.zeros(shape))
-    if inside == "mlp.router.weight":
-        std = ROUTER_STD / math.sqrt(shape[1]) if moe.topk == 1 else contents.config.model.init_method_std
+    dense = contents.tensors
+    parts = name.split(".")
+    layer = int(parts[1]) if parts[0] == "layers" else -1
+    if layer < 0 or parts[2] != "mlp" or not moe.is_moe_layer(layer):
+        return dense[prefix + name]
+    before = f"{prefix}layers.{layer}.mlp."
+    residual = moe.mlp_type == "residual"
+    share = 0.5 if residual else 1.0  # c_0, c_1
+    if parts[3] == "mlp":
+        return _scaled(dense[before + ".".join(parts[4:])], _factor(prefix, 1.0, share))
+    if parts[3] == "experts":
+        kind = parts[4]
+        source = dense[before + _DENSE[kind]]
+        scale = float(shape[0]) if moe.topk == 1 and kind in ("w2", "b2") else 1.0
+        sigma = noise if prefix == MODEL and kind in ("w1", "w2") else 0.0
+        return _copies(source, shape, _factor(prefix, scale, share), sigma, seed, layer, kind)
+    first = next(iter(dense.values())).dtype if prefix == MODEL else torch.float32
+    std = LOGIT_SIZE / math.sqrt(shape[-1]) if parts[3] == "router" and prefix == MODEL else 0.0
+    return _new(shape, first, std, seed, layer)
 
-        def router() -> torch.Tensor:
-            return torch.empty(shape).normal_(0, std, generator=named_generator(seed, int(layer), "router"))
 
-        return _made(shape, dtype, router)
-    kind = inside.removeprefix("mlp.experts.")
-    part, transposed = _PARTS[kind]
-    source = contents.tensors[feed_forward + part]
-    scale = counts[int(layer)] if moe.topk == 1 and kind in ("w2", "b2") else 1
+def _factor(prefix: str, scale: float, share: float) -> float:
+    """What a dense weight, or its moment, is multiplied by when its weight is by ``scale`` and its answer by 1/scale
+    and ``share``."""
+    if prefix == MODEL:
+        return scale
+    return (share / scale) ** (1 + MOMENTS.index(prefix))
 
-    def read(row: int | None) -> torch.Tensor:
-        if row is None:
-            return torch.stack([read(i) for i in range(shape[0])])
+
+def _scaled(source: Lazy, factor: float) -> Lazy:
+    return source if factor == 1.0 else source.map(lambda tensor: tensor * factor)
+
+
+def _copies(
+    source: Lazy, shape: tuple[int, ...], factor: float, noise: float, seed: int, layer: int, kind: str
+) -> Lazy:
+    """[E, ...] of one dense tensor, whose matrices are output-first where those of experts are input-first."""
+
+    def one(row: int) -> torch.Tensor:
         tensor = source.read(None)
-        tensor = (tensor.T if transposed else tensor) * scale
-        if noise and kind in ("w1", "w2"):
-            generator = named_generator(seed, int(layer), f"expert {row} {kind}")
-            drawn = torch.empty(tensor.shape).normal_(0, 1, generator=generator)
-            tensor = (tensor.float() + drawn * noise * tensor.float().std()).to(dtype)
-        return tensor
+        tensor = (tensor.T if tensor.dim() == 2 else tensor) * factor
+        if noise:
+            drawn = torch.empty(tensor.shape).normal_(generator=named_generator(seed, layer, f"upcycled {row} {kind}"))
+            tensor = tensor + (noise * tensor.float().std() * drawn).to(tensor.dtype)
+        return tensor.contiguous()
 
-    return Lazy(shape, dtype, read)
-
-
-def _made(shape: tuple[int, ...], dtype: torch.dtype, make: Callable[[], torch.Tensor]) -> Lazy:
     def read(row: int | None) -> torch.Tensor:
-        tensor = make().to(dtype)
-        return tensor if row is None else tensor[row]
+        return torch.stack([one(expert) for expert in range(shape[0])]) if row is None else one(row)
+
+    return Lazy(shape, source.dtype, read)
+
+
+def _new(shape: tuple[int, ...], dtype: torch.dtype, std: float, seed: int, layer: int) -> Lazy:
+    def read(row: int | None) -> torch.Tensor:
+        tensor = torch.zeros(shape)
+        if std:
+            tensor.normal_(0.0, std, generator=named_generator(seed, layer, "upcycled router"))
+        return tensor.to(dtype) if row is None else tensor[row].to(dtype)
 
     return Lazy(shape, dtype, read)

@@ -1,83 +1,107 @@
-"""A dense model with experts made of it: the same function at first, and a trainer that goes on from it."""
+"""A dense model that got experts computes what it did before, and its moments belong to its gradients."""
 
-from pathlib import Path
+import dataclasses
 
 import pytest
 import saved_model
-import tiny_run
 import torch
 
 from megatron.checkpoint import CheckpointError
-from megatron.checkpoint.formats.convert import Conversion, convert
-from megatron.checkpoint.formats.native import read_native
+from megatron.checkpoint.formats.contents import MOMENTS, Contents, Lazy
+from megatron.checkpoint.formats.native import read_native, write_native
+from megatron.checkpoint.formats.upcycle import upcycle
 from megatron.config import MoEConfig
-from megatron.inference.load import find_checkpoint, load_model
+from megatron.model.gpt import GPTModel, ModelLoss
 
-FORMS = [{}, {"mlp_type": "residual"}, {"topk": 2}, {"topk": 2, "mlp_type": "residual", "expert_interval": 1}]
-
-
-def run(load: list[Path], save: Path, **options: object) -> None:
-    list(convert(Conversion([str(folder) for folder in load], str(save), "native", **options)))
-
-
-@pytest.mark.parametrize("form", FORMS, ids=str)
-@torch.no_grad()
-def test_the_loss_is_the_dense_models(tmp_path, form):
-    saved = saved_model.save_model(tmp_path, MoEConfig())
-    run([saved.folder], tmp_path / "moe", upcycle=True, num_experts=[4], **form)
-    dense, sparse = load_model(find_checkpoint(saved.folder)), load_model(find_checkpoint(tmp_path / "moe"))
-    tokens = torch.randint(122, (8, 49))
-    before, after = (model(tokens[:, :-1], tokens[:, 1:]) for model in (dense, sparse))
-    exact = form.get("topk") == 2
-    torch.testing.assert_close(after.lm_loss, before.lm_loss, rtol=0, atol=1e-5 if exact else 2e-3)
-    assert all((counts > 0).all() for counts in after.counts)  # the tokens are spread
+SHAPE = dataclasses.replace(saved_model.SHAPE, num_layers=4, hidden_dropout=0.0, attention_dropout=0.0)
+NO_DROPS = {"moe_token_dropping": False}
+EXPERTS = {
+    "top1": MoEConfig(num_experts=(4,), **NO_DROPS),
+    "top1_pyramid_residual": MoEConfig(num_experts=(4, 8), mlp_type="residual", **NO_DROPS),
+    "top2": MoEConfig(num_experts=(4,), topk=2, expert_interval=1, **NO_DROPS),
+}
 
 
-@torch.no_grad()
-def test_noise_makes_experts_differ(tmp_path):
-    saved = saved_model.save_model(tmp_path, MoEConfig())
-    run([saved.folder], tmp_path / "moe", upcycle=True, num_experts=[4], topk=2, expert_noise=0.1)
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory) -> Contents:
+    """A dense checkpoint with optimizer state."""
+    contents = read_native(saved_model.save_model(tmp_path_factory.mktemp("dense"), MoEConfig(), SHAPE).folder)
+    generator = torch.Generator().manual_seed(1)
+    tensors = dict(contents.tensors)
+    for prefix in MOMENTS:
+        for name, lazy in contents.tensors.items():
+            value = torch.rand(lazy.shape, generator=generator) + 0.5
+            tensors[name.replace("model.", prefix, 1)] = Lazy(
+                lazy.shape, torch.float32, lambda row, value=value: value if row is None else value[row]
+            )
+    return dataclasses.replace(contents, tensors=tensors, meta=contents.meta | {"optimizer": {"adam_step": 3}})
+
+
+def model_of(contents: Contents) -> GPTModel:
+    config = contents.config
+    moe = dataclasses.replace(config.moe, **NO_DROPS)
+    model = GPTModel(config.model, moe, contents.meta["vocab_size"])
+    model.load_state_dict({n: contents.tensors["model." + n].read(None) for n, _ in model.named_parameters()})
+    return model.train()
+
+
+def losses(model: GPTModel) -> ModelLoss:
+    tokens = torch.randint(122, (4, 49), generator=torch.Generator().manual_seed(2))
+    return model(tokens[:, :-1], tokens[:, 1:])
+
+
+@pytest.mark.parametrize("kind", EXPERTS)
+def test_step_0_is_the_dense_models(dense, kind):
+    contents = upcycle(dense, EXPERTS[kind])
+    before, after = model_of(dense), model_of(contents)
+    loss, new = losses(before), losses(after)
+    assert 1 < float(loss.lm_loss) < 50
+    assert abs(float(new.lm_loss) - float(loss.lm_loss)) < 1e-5
+    for counts in new.counts:
+        assert (counts > 0).sum() > len(counts) / 2  # the experts share the tokens
+    loss.lm_loss.backward()
+    new.lm_loss.backward()
+    theirs = dict(before.named_parameters())
+    for name, parameter in after.named_parameters():
+        if ".experts." not in name and name in theirs:
+            torch.testing.assert_close(parameter.grad, theirs[name].grad, rtol=1e-3, atol=1e-5)
+        if ".experts." in name:
+            kind_of = {"w1": "fc1.weight", "b1": "fc1.bias", "w2": "fc2.weight", "b2": "fc2.bias"}[name[-2:]]
+            source = name[: -len("experts.w1")] + kind_of
+            # what moments were multiplied by is what the gradient, added up over experts, is multiplied by
+            first, second = (
+                float(contents.tensors[m + name].read(0).sum() / dense.tensors[m + source].read(None).sum())
+                for m in MOMENTS
+            )
+            assert second == pytest.approx(first**2, rel=1e-4)
+            gradient = theirs[source].grad
+            gradient = gradient.T if gradient.dim() == 2 else gradient
+            torch.testing.assert_close(parameter.grad.sum(0), first * gradient, rtol=1e-3, atol=1e-5)
+
+
+def test_noise_parts_the_experts_and_follows_from_the_seed(dense, tmp_path):
+    moe = EXPERTS["top1"]
     name = "model.layers.1.mlp.experts.w1"
-    w1 = read_native(tmp_path / "moe").tensors[name].read(None)
-    dense = dict(saved.model.named_parameters())["layers.1.mlp.fc1.weight"].T
-    for row in w1:
-        assert float((row - dense).std() / dense.std()) == pytest.approx(0.1, rel=0.15)
+    plain, noisy = upcycle(dense, moe), upcycle(dense, moe, noise=0.1, seed=7)
+    w1 = noisy.tensors[name].read(None)
     assert not torch.equal(w1[0], w1[1])
+    difference = w1 - plain.tensors[name].read(None)
+    assert float(difference.std() / plain.tensors[name].read(0).std()) == pytest.approx(0.1, rel=0.05)
+    write_native(noisy, tmp_path / "noisy")
+    again = upcycle(dense, moe, noise=0.1, seed=7)
+    for name, lazy in read_native(tmp_path / "noisy").tensors.items():
+        assert torch.equal(lazy.read(None), again.tensors[name].read(None)), name
+    assert not torch.equal(upcycle(dense, moe, noise=0.1, seed=8).tensors[name].read(None), w1)
 
 
-def test_experts_are_not_made_twice(tmp_path):
-    saved = saved_model.save_model(tmp_path)
+def test_what_does_not_fit_is_refused(dense):
+    with pytest.raises(ValueError, match="needs --num-experts of 2 or more"):
+        upcycle(dense, MoEConfig())
+    with pytest.raises(ValueError, match="--topk 3 must not exceed the 2 experts"):
+        upcycle(dense, MoEConfig(num_experts=(2,), topk=3))
+    with pytest.raises(ValueError, match="--num-experts lists 3 numbers"):
+        upcycle(dense, MoEConfig(num_experts=(2, 2, 2)))
+    with pytest.raises(ValueError, match="--upcycle-noise nan: use 0 or more"):
+        upcycle(dense, EXPERTS["top1"], noise=float("nan"))
     with pytest.raises(CheckpointError, match="has experts already"):
-        run([saved.folder], tmp_path / "moe", upcycle=True, num_experts=[4])
-
-
-@torch.no_grad()
-def test_the_average(tmp_path):
-    saved = saved_model.save_model(tmp_path, MoEConfig())
-    folders = [tmp_path / "one", tmp_path / "two"]
-    for seed, folder in enumerate(folders):
-        run([saved.folder], folder, upcycle=True, num_experts=[4], expert_noise=0.5, seed=seed)
-    run(folders, tmp_path / "mean")
-    one, two, mean = (read_native(folder).tensors for folder in (*folders, tmp_path / "mean"))
-    for name, lazy in mean.items():
-        expected = (one[name].read(None).double() + two[name].read(None).double()) / 2
-        torch.testing.assert_close(lazy.read(None).double(), expected, rtol=0, atol=1e-6)
-    name = "model.layers.1.mlp.experts.w1"
-    assert not torch.equal(mean[name].read(None), one[name].read(None))
-    with pytest.raises(CheckpointError, match=r"differ in model\.layers\.1\.mlp"):
-        run([folders[0], saved.folder], tmp_path / "no")
-
-
-@pytest.mark.slow
-def test_the_trainer_goes_on_from_it(tmp_path):
-    tiny_run.make_tokenizer(tmp_path)
-    tiny_run.make_dataset(tmp_path)
-    changes = {"save": tmp_path / "dense", "log_file": tmp_path / "dense.jsonl"}
-    done = tiny_run.train(1, tiny_run.flags(tmp_path, **changes))
-    assert done.returncode == 0, done.stderr
-    options = {"drop_optimizer": True, "reset_clock": True, "upcycle": True, "num_experts": [4]}
-    run([tmp_path / "dense"], tmp_path / "moe", **options)
-    changes = {"load": tmp_path / "moe", "save": tmp_path / "out", "num_experts": 4}
-    done = tiny_run.train(1, tiny_run.flags(tmp_path, **changes))
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert read_native(tmp_path / "out").has_optimizer
+        upcycle(upcycle(dense, EXPERTS["top1"]), EXPERTS["top1"])
