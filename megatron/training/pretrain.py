@@ -13,7 +13,6 @@ from megatron.config.validation import validate
 from megatron.data.gpt_dataset import build_datasets
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.engine import deepspeed_config
-from megatron.engine.engine import MODEL
 from megatron.engine.offload import threads_in_words
 from megatron.engine.pipeline import build_engine
 from megatron.parallel.determinism import make_deterministic

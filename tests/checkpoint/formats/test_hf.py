@@ -43,7 +43,7 @@ def exported(request, tmp_path_factory):
 
 
 def run(load: Path, save: Path, target: str, **options: str):
-    return convert(Conversion([str(load)], str(save), target, **options))
+    return convert(Conversion(str(load), str(save), target, **options))
 
 
 def same_tensors(one: Path, other: Path) -> None:
