@@ -36,7 +36,7 @@ def test_exit_status_and_messages(run, tmp_path):
     assert "is there already and not empty" in err
     status, out, err = run(*arguments[:-1], str(tmp_path / "y"), "--upcycle")
     assert status == 1
-    assert "--upcycle needs --num-experts" in err
+    assert "has experts already" in err
     status, out, err = run("--load", str(tmp_path / "nowhere"), "--to", "hf", "--save", str(tmp_path / "x"))
     assert status == 1
     assert "nowhere does not exist" in err
