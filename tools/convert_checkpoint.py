@@ -9,6 +9,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a ch
 
 TOKENIZERS = ("GPT2BPETokenizer", "SentencePieceTokenizer", "HFTokenizer")
 FORMATS = ("native", "hf")
+SOURCES = (*FORMATS, "megatron-deepspeed")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -23,7 +24,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     given.add_argument("--load", metavar="DIR", help="The checkpoint: a run's --save folder, or a folder of --from.")
     given.add_argument("--average", nargs="+", metavar="DIR", help="Several: the mean of their weights is taken.")
     add("--save", required=True, metavar="DIR", help="Where to; a new folder.")
-    add("--from", dest="source", choices=FORMATS, help="Format of --load (default: found out).")
+    add(
+        "--from", dest="source", choices=(*FORMATS, "megatron-deepspeed"), help="Format of --load (default: found out)."
+    )
     add("--to", dest="target", choices=FORMATS, required=True, help="Format of --save.")
     add("--dtype", choices=("fp32", "bf16", "fp16"), help="Number format of the weights (default: as they are).")
     add("--drop-optimizer", action="store_true", help="Leave the optimizer's state out (always so with --to hf).")

@@ -1,46 +1,41 @@
+"""The command lines that convert and inspect checkpoints."""
+
 import importlib.util
+import json
 from pathlib import Path
 
-import pytest
 import saved_model
 
-TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
+from megatron.config import MoEConfig
+
+TOOLS = Path(__file__).parents[2] / "tools"
 
 
-@pytest.fixture
-def run(capsys):
-    """Runs the tool; returns its exit status, standard output and standard error."""
-    spec = importlib.util.spec_from_file_location("convert_tool", TOOL)
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-
-    def run(*flags: str) -> tuple[int, str, str]:
-        try:
-            status = tool.main(list(flags))
-        except SystemExit as stop:
-            status = stop.code
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return run
+def run(name: str, *flags: object) -> int:
+    spec = importlib.util.spec_from_file_location(f"{name}_tool", TOOLS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    try:
+        return module.main([str(flag) for flag in flags])
+    except SystemExit as stop:
+        return stop.code
 
 
-def test_exit_status_and_messages(run, tmp_path):
-    saved = saved_model.save_model(tmp_path)
-    arguments = ("--load", str(saved.folder), "--to", "hf", "--save", str(tmp_path / "hf"))
-    status, out, err = run(*arguments, "--dtype", "bf16")
-    assert status == 0, err
-    assert out.splitlines()[-1] == f"wrote {tmp_path / 'hf'}"
-    status, out, err = run(*arguments)
-    assert (status, out.count("wrote")) == (1, 0)
-    assert "is there already and not empty" in err
-    status, out, err = run(*arguments[:-1], str(tmp_path / "y"), "--upcycle")
-    assert status == 1
-    assert "has experts already" in err
-    status, out, err = run("--load", str(tmp_path / "nowhere"), "--to", "hf", "--save", str(tmp_path / "x"))
-    assert status == 1
-    assert "nowhere does not exist" in err
-    status, out, err = run(*arguments[:-1], str(tmp_path / "x"), "--max-shard-size", "big")
-    assert status == 1
-    assert "expected a size such as 5GB" in err
-    assert not (tmp_path / "x").exists()
+def test_a_dense_checkpoint_is_upcycled_and_looked_at(tmp_path, capsys):
+    saved = saved_model.save_model(tmp_path, MoEConfig())
+    new = tmp_path / "new"
+    flags = ("--load", saved.folder, "--to", "native", "--save", new)
+    assert run("convert_checkpoint", *flags, "--upcycle", "--num-experts", 4, "--ep", 2, "--dtype", "bf16") == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"wrote {new / 'step_00000003'}"
+    assert run("inspect_checkpoint", new, "--verify", "--json") == 0
+    about = json.loads(capsys.readouterr().out)
+    assert about["model"]["experts"] == [1, 4]
+    assert about["written_by"]["expert_parallel"] == [2]
+    assert {kind["dtype"] for kind in about["tensors"].values()} == {"bfloat16"}
+    assert run("convert_checkpoint", *flags) == 1
+    assert f"--save {new} is there already and not empty" in capsys.readouterr().err
+    assert run("convert_checkpoint", *flags[:-1], tmp_path / "x", "--max-shard-size", "big") == 1
+    assert "expected a size such as 5GB" in capsys.readouterr().err
+    assert run("convert_checkpoint", *flags, "--average", saved.folder) == 2
+    assert run("inspect_checkpoint", tmp_path / "nothing") == 1
+    assert "does not exist" in capsys.readouterr().err

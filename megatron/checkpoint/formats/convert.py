@@ -10,6 +10,7 @@ from megatron.checkpoint.formats.changes import average, cast, for_layout
 from megatron.checkpoint.formats.contents import MOMENTS, Contents, without_optimizer
 from megatron.checkpoint.formats.hf import is_hf, read_hf, write_hf
 from megatron.checkpoint.formats.hf_tokenizer import FILES, files_of
+from megatron.checkpoint.formats.megatron_deepspeed import is_megatron_deepspeed, read_megatron_deepspeed
 from megatron.checkpoint.formats.native import read_native, write_native
 from megatron.checkpoint.formats.shards import parse_size
 from megatron.checkpoint.formats.upcycle import upcycle
@@ -17,6 +18,7 @@ from megatron.config import MoEConfig
 from megatron.data.tokenizer import Tokenizer
 from megatron.inference.load import Source, load_tokenizer
 
+MEGATRON_DEEPSPEED = "megatron-deepspeed"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -87,8 +89,16 @@ def read(job: Conversion) -> Contents:
 
 
 def _read_one(job: Conversion, folder: str) -> Contents:
-    source = job.source or ("hf" if is_hf(folder) else "native")
-    return read_hf(folder, job.tokenizer_options) if source == "hf" else read_native(folder)
+    source = job.source or _format_of(folder)
+    if source == "native":
+        return read_native(folder)
+    return {"hf": read_hf, MEGATRON_DEEPSPEED: read_megatron_deepspeed}[source](folder, job.tokenizer_options)
+
+
+def _format_of(folder: str) -> str:
+    if is_hf(folder):
+        return "hf"
+    return MEGATRON_DEEPSPEED if is_megatron_deepspeed(folder) else "native"
 
 
 def change(contents: Contents, job: Conversion) -> Contents:
