@@ -25,10 +25,14 @@ REQUIREMENTS = [
 
 EXTRAS = {
     "8bit": ["torchao==0.18.0"],  # pinned: megatron/engine/eight_bit.py uses its 8-bit tensor
+    "eval": ["datasets>=3", "lm_eval==0.4.13"],  # pinned: megatron/evaluation builds on its model class and task files
     "hf": ["transformers>=4.50"],  # to run exported models; exporting needs nothing more
     "plot": ["matplotlib>=3.8"],
     "wandb": ["wandb>=0.17"],
     "dev": [
+        "accelerate>=1",  # lm-eval's own backend, which ours is tested against, needs it
+        "datasets>=3",
+        "lm_eval==0.4.13",
         "matplotlib>=3.8",
         "pytest>=8",
         "ruff==0.17.6",
