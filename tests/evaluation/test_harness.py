@@ -119,6 +119,7 @@ def test_scores_are_those_of_lm_evals_own_backend(case, tmp_path):
 
 
 @pytest.mark.distributed
+@pytest.mark.exhaustive  # starting two processes takes long
 def test_two_processes_share_the_experts(case, tmp_path):
     saved, data, theirs = case
     degree = "2" if saved.config.moe.enabled else "1"
