@@ -4,6 +4,8 @@ import os
 import time
 from pathlib import Path
 
+import torch
+
 
 def hides(name: str) -> None:
     """Files of this name are not there."""
@@ -49,15 +51,11 @@ def slow_links(seconds: str) -> None:
 
 def slow_device(seconds: str) -> None:
     """Matrix products written into a given tensor take longer."""
-    import torch
-
     _delay(torch, "matmul", float(seconds))
 
 
 def wrong_products() -> None:
     """Matrix products are wrong."""
-    import torch
-
     whole = torch.matmul
     torch.matmul = lambda left, right, out: whole(left, right, out=out).add_(1)
 
@@ -88,23 +86,33 @@ def own_disk() -> None:
 
 def poisoned_samples(first: str, end: str) -> None:
     """Some of the training data is noise."""
-    import random
+    from megatron.training import pretrain
 
-    import torch
+    whole = pretrain.build_datasets
 
-    from megatron.data.gpt_dataset import GPTSamples
+    def build(*args):
+        train, *others = whole(*args)
+        return Poisoned(train, int(first), int(end)), *others
 
-    whole = GPTSamples.__getitem__
+    pretrain.build_datasets = build
 
-    def item(self, index: int):
-        found = whole(self, index)
-        if len(self) > 64 and int(first) <= index < int(end):  # not of the validation data
-            noise = random.Random(index)
-            words = torch.tensor([noise.randrange(120) for _ in range(len(found["tokens"]) + 1)])
-            found |= {"tokens": words[:-1], "labels": words[1:]}
-        return found
 
-    GPTSamples.__getitem__ = item
+class Poisoned:
+    """A dataset with noise in samples ``first`` to ``end``; loader processes have it too."""
+
+    def __init__(self, source, first: int, end: int) -> None:
+        self._source, self._first, self._end = source, first, end
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> dict:
+        item = self._source[index]
+        if self._first <= index < self._end:
+            generator = torch.Generator().manual_seed(index)
+            words = torch.randint(120, (len(item["tokens"]) + 1,), generator=generator)
+            item |= {"tokens": words[:-1], "labels": words[1:]}
+        return item
 
 
 def _delay(module: object, name: str, seconds: float) -> None:

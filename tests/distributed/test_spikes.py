@@ -22,7 +22,9 @@ def test_going_back_for_a_spike_equals_having_left_its_data_out(server, corpus, 
     job = server.start(2, tiny_run.flags(corpus, save=told, skip_samples=LEFT_OUT, **RUN), faults=faults)
     assert job.wait() == [0, 0], job.output()
 
-    arguments = tiny_run.flags(corpus, save=went_back, load=went_back, async_save=True, keep_last=3, **RUN, **SPIKES)
+    arguments = tiny_run.flags(
+        corpus, save=went_back, load=went_back, async_save=True, keep_last=3, num_workers=1, **RUN, **SPIKES
+    )
     job = server.start(2, arguments, Death(rank=1, phase="step", call=24), faults)  # 2 updates after it went back
     assert 0 not in job.wait(), job.output()
     assert "SPIKE: 2 losses in a row above" in job.output(0)
