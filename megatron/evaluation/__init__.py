@@ -1,4 +1,4 @@
-"""Scores of trained models: zero-shot tasks through lm-evaluation-harness.
+"""Scores of trained models: zero-shot tasks through lm-evaluation-harness, and perplexity of any text.
 
-Only this package imports ``lm_eval`` (the extra ``[eval]``).
+Only this package imports ``lm_eval`` (the extra ``[eval]``); perplexity needs nothing more than the model does.
 """

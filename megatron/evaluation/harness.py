@@ -5,18 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import lm_eval
-import torch
 from lm_eval.tasks import TaskManager
 
 from megatron.checkpoint.folder import hash_file
 from megatron.evaluation.lm import MegatronLM
-from megatron.evaluation.processes import join, load_share
+from megatron.evaluation.processes import DTYPES, join, load_share
 from megatron.evaluation.report import write
 from megatron.evaluation.request_log import RequestLog
 from megatron.evaluation.tasks import build_tasks
 from megatron.inference.load import find_checkpoint, load_tokenizer
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclasses.dataclass(frozen=True)

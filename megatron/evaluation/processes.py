@@ -17,6 +17,7 @@ from megatron.parallel.launch import Launch
 from megatron.parallel.sharding import global_shape, place, shards_of
 
 T = TypeVar("T")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclasses.dataclass(frozen=True)

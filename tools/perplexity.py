@@ -1,0 +1,98 @@
+#!/usr/bin/env python3
+"""Perplexity of a trained model on any text. ``--help`` lists the flags."""
+
+import argparse
+import itertools
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout that is not installed
+
+TOKENIZER_FILES = ("vocab_file", "merge_file", "tokenizer_model")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The flags."""
+    parser = argparse.ArgumentParser(
+        description="Perplexity of a text: per token, per word, and bits per byte. Each token is scored once, in a "
+        "window that slides over its document; docs/evaluation.md has the definition.",
+        epilog="example: torchrun --nproc-per-node 8 tools/perplexity.py --load checkpoints/350M --input valid.jsonl",
+    )
+    add = parser.add_argument
+    add("--load", required=True, metavar="DIR", help="Folder of checkpoints (the latest is taken), or one of them.")
+    text = parser.add_mutually_exclusive_group(required=True)
+    text.add_argument("--input", nargs="+", metavar="FILE", help="Files, folders or patterns: .jsonl, .txt, .parquet.")
+    text.add_argument("--data-path", metavar="PREFIX", help="A tokenized dataset, PREFIX.bin and PREFIX.idx.")
+    add("--json-key", default="text", metavar="KEY", help="Field of --input's lines (default: text).")
+    add("--max-documents", type=int, metavar="N", help="Only the first N documents.")
+    add("--max-length", type=int, metavar="N", help="Tokens of a window (default: the model's positions).")
+    add("--stride", type=int, metavar="N", help="Tokens by which a window moves on (default: half a window).")
+    add("--batch-size", type=int, default=8, metavar="N", help="Windows of one forward pass (default: 8).")
+    add("--expert-parallel", type=int, default=1, metavar="N", help="Processes that share the experts (default: 1).")
+    add("--device", metavar="NAME", help="cpu or cuda (default: cuda where there is a GPU).")
+    add("--dtype", choices=("fp32", "bf16", "fp16"), help="Default: fp32 on a CPU, that of the training run on a GPU.")
+    add("--output", metavar="FILE", help="Write the figures there, as JSON.")
+    for flag in TOKENIZER_FILES:
+        add("--" + flag.replace("_", "-"), metavar="FILE", help="The tokenizer's, if it moved since training.")
+    args = parser.parse_args(argv)
+    for flag in ("max_documents", "max_length", "stride", "batch_size", "expert_parallel"):
+        if getattr(args, flag) is not None and getattr(args, flag) < 1:
+            parser.error(f"--{flag.replace('_', '-')} is {getattr(args, flag)}; expected at least 1")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status: 0; 1 when checkpoint, tokenizer or text do not do; 2 for unusable flags."""
+    args = parse_args(argv)  # before the heavy imports: --help and a wrong flag answer at once
+    from megatron.checkpoint import CheckpointError
+    from megatron.parallel.initialize import shut_down
+
+    try:
+        _measure(args)
+    except (ValueError, OSError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        shut_down()
+    return 0
+
+
+def _measure(args: argparse.Namespace) -> None:
+    from megatron.evaluation.perplexity import documents_of_dataset, documents_of_files, measure, to_json
+    from megatron.evaluation.processes import DTYPES, join, load_share
+    from megatron.inference.load import find_checkpoint, load_tokenizer
+
+    source = find_checkpoint(args.load)
+    tokenizer = load_tokenizer(source, **{name: getattr(args, name) for name in TOKENIZER_FILES})
+    if args.input:
+        documents = documents_of_files(args.input, args.json_key, tokenizer)
+    else:
+        documents = documents_of_dataset(args.data_path, tokenizer)
+    first = next(documents, None)  # a file that is not there is told before anything is loaded
+    if first is None:
+        raise ValueError("there is no document in the text")
+    documents = itertools.islice(itertools.chain([first], documents), args.max_documents)
+    processes, device = join(args.device, args.expert_parallel)
+    dtype = args.dtype or ("fp32" if device.type == "cpu" else source.config.optimizer.precision)
+    model = load_share(source, processes, device, DTYPES[dtype])
+    longest = args.max_length or model.config.position_rows
+    stride = args.stride or max(1, longest // 2)
+    found = measure(
+        model, documents, tokenizer.eod, stride=stride, longest=longest, batch_size=args.batch_size, processes=processes
+    )
+    if processes.rank > 0:
+        return
+    text = to_json(found, checkpoint=str(source.path), dtype=dtype, max_length=longest, stride=stride)
+    if args.output:
+        temporary = Path(args.output).with_name(f".{Path(args.output).name}.tmp")
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, args.output)  # whole or not at all
+    print(text, end="")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
