@@ -25,7 +25,7 @@ PRELOADED = (
 # phase -> the module and the attribute there of the function that it is in
 PHASES = {
     "joined": ("megatron.training.pretrain", "initialize"),
-    "load": ("megatron.training.pretrain", "load"),
+    "load": ("megatron.training.resume", "load"),
     "step": ("megatron.training.trainer", "Trainer._next"),
     "validate": ("megatron.training.trainer", "evaluate"),
     "write": ("megatron.checkpoint.storage", "write_safetensors"),
