@@ -28,7 +28,7 @@ def test_weights_alone_are_trained_further(corpus, tmp_path):
     assert Path(save / "latest").is_file()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive  # tests/checkpoint/formats/test_upcycle.py compares the losses too
 def test_an_upcycled_model_trains_on_from_the_dense_ones_loss(corpus, tmp_path):
     """Dense for 4 updates, then 4 experts on two processes, with the dense run's moments."""
     still = {"hidden_dropout": 0, "attention_dropout": 0, "exit_tokens": 4 * 16 * tiny_run.SEQ}

@@ -140,7 +140,9 @@ print(json.dumps(sorted(name for name in sys.modules if name.startswith("megatro
 """
 
 
-@pytest.mark.parametrize("exported", ["dense", "top2_residual"], indirect=True)
+@pytest.mark.parametrize(
+    "exported", [pytest.param("dense", marks=pytest.mark.exhaustive), "top2_residual"], indirect=True
+)
 def test_plain_transformers_generates_our_text(exported, tmp_path):
     """In a process that cannot see this package: the same text with and without caches, batched, recomputed."""
     saved, folder = exported
