@@ -16,14 +16,15 @@ def losses(folder, kind: str) -> dict[int, float]:
     return {record["tokens"]: record["loss"] for record in tiny_run.records(folder, kind)}
 
 
-def test_going_back_for_a_spike_equals_having_left_its_data_out(server, corpus, tmp_path):
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.exhaustive)])
+def test_going_back_for_a_spike_equals_having_left_its_data_out(server, corpus, tmp_path, workers):
     told, went_back = tmp_path / "told", tmp_path / "went back"
     faults = {rank: NOISE for rank in range(2)}
     job = server.start(2, tiny_run.flags(corpus, save=told, skip_samples=LEFT_OUT, **RUN), faults=faults)
     assert job.wait() == [0, 0], job.output()
 
     arguments = tiny_run.flags(
-        corpus, save=went_back, load=went_back, async_save=True, keep_last=3, num_workers=1, **RUN, **SPIKES
+        corpus, save=went_back, load=went_back, async_save=True, keep_last=3, num_workers=workers, **RUN, **SPIKES
     )
     job = server.start(2, arguments, Death(rank=1, phase="step", call=24), faults)  # 2 updates after it went back
     assert 0 not in job.wait(), job.output()
