@@ -216,6 +216,7 @@ write_hostfile() { # SAVE/hostfile, of the job's nodes
 
 run_in_job() { # COMMAND...: runs it, unless the run is finished; requeues the job if it was stopped and should go on
     local status=0 reason
+    if [[ " ${flags[*]} " == *" --preflight-only "* ]]; then exec "$@"; fi # trains nothing
     if [[ -s "$SAVE/ended.json" ]] && "$PYTHON" "$root/tools/run_finished.py" "${flags[@]}" 2>/dev/null; then return; fi
     # emptied, and not removed: over NFS this node might not see for a while that another one has made the file anew
     mkdir -p "$SAVE" && : >"$SAVE/ended.json"
