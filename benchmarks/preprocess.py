@@ -3,28 +3,29 @@
     python -m benchmarks.preprocess --text corpus.jsonl.zst --vocab-file gpt2-vocab.json \\
         --merge-file gpt2-merges.txt --documents 40000 --megatron-lm CHECKOUT --json preprocess.json
 
-"library" is Hugging Face's tokenizers on the same documents, already in memory, with a thread for each core; nothing
-is read, converted or written while the clock runs. The tools read the same JSON lines from a plain file and write
-.bin/.idx, with a worker for each core; every process that they start stays on these cores. "start-up" is what a tool
-takes for one document, and is not counted in rates. Tokens per CPU second are what matters for a large corpus on all
-cores of a machine, and depend little on what else the machine does: the cores' busy time in all processes counts.
+"tokenizers" (Hugging Face's) and "tiktoken" are the bare libraries in batches of documents that are in memory already,
+with a thread for each core; nothing is read, converted or written while the clock runs. The tools read the same JSON
+lines from a plain file and write .bin/.idx, with a worker for each core; every process that they start stays on these
+cores. "start-up" is what a tool takes for one document, and is not counted in rates. All take turns, --repeats times,
+and the best time of each counts. Tokens per CPU second depend little on what else the machine does: the cores' busy
+time in all processes counts.
 
-Every .bin/.idx must hold the library's tokens, document by document, or the tool is not timed. Megatron-LM's
-tools/preprocess_data.py runs from a checkout (its own requirements must be installed) with the same vocabulary through
-its HuggingFaceTokenizer; why it cannot run is printed in one line.
+tiktoken and every .bin/.idx must hold the tokens of tokenizers, document by document, or the tool is not in the table.
+Megatron-LM's tools/preprocess_data.py runs from a checkout (its own requirements must be installed) with the same
+vocabulary through its HuggingFaceTokenizer; why it cannot run is printed in one line.
 """
 
 import argparse
 import contextlib
 import dataclasses
 import functools
+import importlib.util
 import itertools
 import json
 import multiprocessing
 import os
 import resource
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -36,17 +37,21 @@ from typing import NamedTuple
 import numpy as np
 
 from benchmarks.output import make_parser, markdown, number, one_line, write_json
-from megatron.data.jsonl import read_batches
+from megatron.config import DataConfig
+from megatron.data.inputs import spans_of
+from megatron.data.reading import read_batches
+from megatron.data.tiktoken_backend import from_gpt2_files
 
 ROOT = Path(__file__).resolve().parent.parent
 END = "<|endoftext|>"
+MEGATRON = "Megatron-LM"
 BATCH = 100  # documents in a call of the library, which then is fastest
 DTYPES = {4: np.int32, 8: np.uint16}  # codes of the .idx format
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One line of the table."""
+    """One line of the table. The last three are speeds as shares of others' on as many cores; None if not measured."""
 
     tool: str
     cores: int
@@ -55,9 +60,10 @@ class Row:
     cpu_seconds: float  # busy time of all cores, start-up not counted
     tokens_per_second: float  # start-up not counted
     tokens_per_second_per_core: float
-    of_library: float  # speed as a share of the library's on as many cores
     tokens_per_cpu_second: float
-    of_library_per_cpu_second: float
+    of_tokenizers: float | None = None
+    of_tiktoken: float | None = None
+    of_megatron: float | None = None
 
 
 class Times(NamedTuple):
@@ -69,7 +75,8 @@ class Times(NamedTuple):
 
 def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = make_parser(__doc__, device=False, repeats=(3, "Timed runs of each tool"))
+    parser = make_parser(__doc__, device=False)
+    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="Timed runs; the best counts (default: 3).")
     parser.add_argument(
         "--text", required=True, metavar="FILE", help='JSON lines with a field "text": plain, .gz, .zst.'
     )
@@ -109,47 +116,65 @@ def measure(args: argparse.Namespace, folder: Path) -> tuple[list[Row], int, int
     text, one = folder / "text.jsonl", folder / "one.jsonl"
     documents = take(args.text, args.documents, text)
     take(args.text, 1, one)
-    tools: dict[str, Callable[[Path, Path, int], list[str]]] = {"ours": functools.partial(our_command, args)}
+    commands: dict[str, Callable[[Path, Path, int], list[str]]] = {"ours": functools.partial(our_command, args)}
     if args.megatron_lm:
-        tools["Megatron-LM"] = functools.partial(megatron_command, args, tokenizer_folder(args, folder))
+        commands[MEGATRON] = functools.partial(megatron_command, args, tokenizer_folder(args, folder))
+    libraries = ["tokenizers"] + (["tiktoken"] if importlib.util.find_spec("tiktoken") else [])
     rows: list[Row] = []
+    tokens = 0
     for cores in args.cores:
-        times = [run_library(args, text, folder / "library.npz", cores) for _ in range(args.repeats)]
-        expected = np.load(folder / "library.npz")
-        tokens = int(expected["lengths"].sum())
-        library = make_row("library", cores, tokens, times, Times(0.0, 0.0), None)
-        rows.append(library)
-        for name, command in tools.items():
-            try:
-                startups = [run_tool(command, one, folder / "one", cores)[0] for _ in range(args.repeats)]
-                startup = Times(*map(statistics.median, zip(*startups, strict=True)))
-                times = []
-                for _ in range(args.repeats):
-                    took, prefix = run_tool(command, text, folder / "out", cores)
+        times: dict[str, list[Times]] = {name: [] for name in (*libraries, *commands)}
+        startups: dict[str, list[Times]] = {name: [] for name in commands}
+        for _ in range(args.repeats):
+            for name in libraries:
+                times[name].append(run_library(args, name, text, folder / f"{name}.npz", cores))
+            expected = np.load(folder / "tokenizers.npz")
+            if "tiktoken" in libraries:
+                found = np.load(folder / "tiktoken.npz")
+                assert np.array_equal(found["tokens"], expected["tokens"]), (
+                    "tiktoken makes other tokens than tokenizers"
+                )
+            for name in list(startups):
+                try:
+                    startups[name].append(run_tool(commands[name], one, folder / "one", cores)[0])
+                    took, prefix = run_tool(commands[name], text, folder / "out", cores)
                     check(prefix, expected["tokens"], expected["lengths"])
-                    times.append(took)
-                rows.append(make_row(name, cores, tokens, times, startup, library))
-            except Exception as error:
-                if name == "ours":
-                    raise
-                print(f"{name} on {cores} cores is left out: {one_line(error)}", flush=True)
+                    times[name].append(took)
+                except Exception as error:
+                    if name == "ours":
+                        raise
+                    print(f"{name} on {cores} cores is left out: {one_line(error)}", flush=True)
+                    del startups[name], times[name]
+        tokens = int(expected["lengths"].sum())
+        rows += compared([make_row(name, cores, tokens, times[name], startups.get(name, [])) for name in times])
     return rows, tokens, documents
 
 
-def make_row(name: str, cores: int, tokens: int, times: list[Times], startup: Times, library: Row | None) -> Row:
-    """The medians of runs, beside the library's."""
-    seconds = statistics.median(took.wall for took in times)
-    busy = statistics.median(took.cpu for took in times) - startup.cpu
-    if seconds <= startup.wall or busy <= 0:
-        raise ValueError(f"{seconds:.1f} s, of which start-up {startup.wall:.1f} s: take a longer text")
-    rate, cpu_rate = tokens / (seconds - startup.wall), tokens / busy
-    shares = (rate / library.tokens_per_second, cpu_rate / library.tokens_per_cpu_second) if library else (1.0, 1.0)
-    return Row(name, cores, seconds, startup.wall, busy, rate, rate / cores, shares[0], cpu_rate, shares[1])
+def make_row(name: str, cores: int, tokens: int, times: list[Times], startups: list[Times]) -> Row:
+    """The best of runs."""
+    best = Times(*map(min, zip(*times, strict=True)))
+    startup = Times(*map(min, zip(*startups, strict=True))) if startups else Times(0.0, 0.0)
+    busy = best.cpu - startup.cpu
+    if best.wall <= startup.wall or busy <= 0:
+        raise ValueError(f"{best.wall:.1f} s, of which start-up {startup.wall:.1f} s: take a longer text")
+    rate = tokens / (best.wall - startup.wall)
+    return Row(name, cores, best.wall, startup.wall, busy, rate, rate / cores, tokens / busy)
+
+
+def compared(rows: list[Row]) -> list[Row]:
+    """The same with shares of each other's speed."""
+    rates = {row.tool: row.tokens_per_second for row in rows}
+
+    def share(row: Row, other: str) -> float | None:
+        return row.tokens_per_second / rates[other] if other in rates else None
+
+    names = {"of_tokenizers": "tokenizers", "of_tiktoken": "tiktoken", "of_megatron": MEGATRON}
+    return [dataclasses.replace(row, **{field: share(row, name) for field, name in names.items()}) for row in rows]
 
 
 def take(source: str, count: int | None, file: Path) -> int:
     """Write the first ``count`` documents that are not empty as plain JSON lines; returns how many there were."""
-    lines = (line for batch in read_batches([source]) for line in batch.lines)
+    lines = (line for batch in read_batches(spans_of([source])) for line in batch.records)
     texts = filter(None, (json.loads(line)["text"] for line in lines if line.strip()))
     number = 0
     with file.open("w", encoding="utf-8") as out:
@@ -173,11 +198,11 @@ def on_cores(count: int) -> Iterator[None]:
             os.sched_setaffinity(0, before)
 
 
-def run_library(args: argparse.Namespace, text: Path, out: Path, cores: int) -> Times:
-    """Times of the bare library, in a process of its own; tokens and lengths of documents go to ``out``."""
+def run_library(args: argparse.Namespace, name: str, text: Path, out: Path, cores: int) -> Times:
+    """Times of a bare library, in a process of its own; tokens and lengths of documents go to ``out``."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe(duplex=False)
-    arguments = (there, str(args.vocab_file), str(args.merge_file), text, out, cores)
+    arguments = (there, name, str(args.vocab_file), str(args.merge_file), text, out, cores)
     with on_cores(cores):
         process = context.Process(target=_library, args=arguments)
         process.start()
@@ -190,25 +215,35 @@ def run_library(args: argparse.Namespace, text: Path, out: Path, cores: int) -> 
         process.join()
 
 
-def _library(pipe, vocab_file: str, merge_file: str, text: Path, out: Path, cores: int) -> None:
+def _library(pipe, name: str, vocab_file: str, merge_file: str, text: Path, out: Path, cores: int) -> None:
     os.environ |= {"RAYON_NUM_THREADS": str(cores), "TOKENIZERS_PARALLELISM": "true"}
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    tokenizer = Tokenizer(models.BPE.from_file(vocab_file, merge_file))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    end = [tokenizer.token_to_id(END)]
+    encode, end = {"tokenizers": _tokenizers, "tiktoken": _tiktoken}[name](vocab_file, merge_file, cores)
     documents = [json.loads(line)["text"] for line in text.open(encoding="utf-8")]
     wall, cpu, tokens, lengths = 0.0, 0.0, [], []
     for first in range(0, len(documents), BATCH):
         batch = documents[first : first + BATCH]
         begin, busy = time.perf_counter(), time.process_time()
-        encodings = tokenizer.encode_batch_fast(batch, add_special_tokens=False)
+        encodings = encode(batch)
         wall, cpu = wall + time.perf_counter() - begin, cpu + time.process_time() - busy
-        ids = [encoding.ids + end for encoding in encodings]
+        ids = [(found if isinstance(found, list) else found.ids) + end for found in encodings]
         lengths += map(len, ids)
         tokens.append(np.fromiter(itertools.chain.from_iterable(ids), dtype=np.int32))
     np.savez(out, tokens=np.concatenate(tokens), lengths=np.array(lengths, dtype=np.int32))
     pipe.send(Times(wall, cpu))
+
+
+def _tokenizers(vocab_file: str, merge_file: str, cores: int) -> tuple[Callable, list[int]]:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.BPE.from_file(vocab_file, merge_file))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    encode = functools.partial(tokenizer.encode_batch_fast, add_special_tokens=False)
+    return encode, [tokenizer.token_to_id(END)]
+
+
+def _tiktoken(vocab_file: str, merge_file: str, cores: int) -> tuple[Callable, list[int]]:
+    encoding = from_gpt2_files(vocab_file, merge_file)
+    return functools.partial(encoding.encode_ordinary_batch, num_threads=cores), [encoding.eot_token]
 
 
 def our_command(args: argparse.Namespace, text: Path, out: Path, cores: int) -> list[str]:
@@ -225,12 +260,12 @@ def megatron_command(args: argparse.Namespace, tokenizer: Path, text: Path, out:
     return [str(args.megatron_lm.resolve() / "tools" / "preprocess_data.py"), *words]
 
 
-def tokenizer_folder(args: argparse.Namespace, folder: Path) -> Path:
+def tokenizer_folder(files: DataConfig | argparse.Namespace, folder: Path) -> Path:
     """The vocabulary as a folder that Hugging Face's AutoTokenizer loads."""
     made = folder / "tokenizer"
     made.mkdir()
-    shutil.copy(args.vocab_file, made / "vocab.json")
-    shutil.copy(args.merge_file, made / "merges.txt")
+    shutil.copy(files.vocab_file, made / "vocab.json")
+    shutil.copy(files.merge_file, made / "merges.txt")
     config = {"tokenizer_class": "GPT2TokenizerFast", **dict.fromkeys(("bos_token", "eos_token", "unk_token"), END)}
     (made / "tokenizer_config.json").write_text(json.dumps(config))
     return made
@@ -285,13 +320,19 @@ def table(rows: list[Row]) -> str:
     """Markdown."""
 
     def cells(row: Row) -> list[str]:
-        rates = [number(value, 0) for value in (row.tokens_per_second, row.tokens_per_second_per_core)]
         times = [number(value, 1) for value in (row.seconds, row.startup_seconds)]
-        cpu = [number(row.tokens_per_cpu_second, 0), number(row.of_library_per_cpu_second, 2)]
-        return [row.tool, str(row.cores), *times, *rates, number(row.of_library, 2), *cpu]
+        rates = (row.tokens_per_second, row.tokens_per_second_per_core, row.tokens_per_cpu_second)
+        shares = (row.of_tokenizers, row.of_tiktoken, row.of_megatron)
+        return [
+            row.tool,
+            str(row.cores),
+            *times,
+            *(number(value, 0) for value in rates),
+            *(number(value, 2) for value in shares),
+        ]
 
-    columns = "<tool | cores | seconds | start-up s | tokens/s | tokens/s per core | of the library"
-    columns += " | tokens per CPU second | of the library"
+    columns = "<tool | cores | seconds | start-up s | tokens/s | tokens/s per core | tokens per CPU second"
+    columns += " | of tokenizers | of tiktoken | of Megatron-LM"
     return markdown(columns, [cells(row) for row in rows])
 
 

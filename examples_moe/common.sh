@@ -19,10 +19,10 @@ Everything can be changed from the environment:
 
   variable         what it is                                                     default
   DATA_PATH        PREFIX of a dataset, or a blend: "0.7 PREFIX1 0.3 PREFIX2"     none: it has to be given
-  TOKENIZER_TYPE   GPT2BPETokenizer, SentencePieceTokenizer or HFTokenizer        GPT2BPETokenizer
+  TOKENIZER_TYPE   of pretrain_gpt_moe.py --tokenizer-type                        GPT2BPETokenizer
   VOCAB_FILE       GPT2BPETokenizer: vocab.json                                   gpt2-vocab.json
   MERGE_FILE       GPT2BPETokenizer: merges.txt                                   gpt2-merges.txt
-  TOKENIZER_MODEL  the others: the .model or tokenizer.json file                  none
+  TOKENIZER_MODEL  the others, but for ByteTokenizer: their file                  none
   SAVE             folder of the checkpoints and of metrics.jsonl                 checkpoints/RUN_NAME
   LOAD             folder to go on from                                           SAVE
   RUN_NAME         name in logs and plots                                         the script's, 350M_MoE128
@@ -37,11 +37,15 @@ Everything can be changed from the environment:
   LAUNCHER         srun (one task a GPU), torchrun or deepspeed (one a node)      srun in a SLURM job, else torchrun
   SRUN_ARGS        more flags of srun, such as --output=%x-%j-%N.log              none
   REQUEUE          0: a SLURM job does not put itself back into the queue         1
+  CONTAINER_IMAGE  image for srun --container-image (pyxis): a .sqsh file or      none: no container
+                   REGISTRY#IMAGE:TAG
+  CONTAINER_MOUNTS more folders for the container, SRC:DST,SRC:DST; this          none
+                   checkout and the working directory are there
   NODE_RANK, MASTER_ADDR, MASTER_PORT
                    several nodes without SLURM: this node's number, the first     0, none, 29500
                    node's name, a free port there
-  PYTHON           the interpreter                                                .venv/bin/python of this checkout, else
-                                                                                  python3
+  PYTHON           the interpreter; with CONTAINER_IMAGE the one in the image     .venv/bin/python of this checkout, else
+                                                                                  python3; in an image python3
   DRY_RUN          1: print the plan and the command; command: the command alone  none
   GPU              the plan's kind of GPU (tools/plan_run.py --help lists them)   A100
   PLAN_ARGS        more flags of tools/plan_run.py, such as --price-per-gpu-hour  none
@@ -93,13 +97,19 @@ find_sizes() { # sets NNODES and GPUS_PER_NODE
     done
 }
 
-find_python() {
+find_python() { # sets PYTHON, for this machine, and interpreter, for the trainer
+    interpreter=
+    if [[ -n "${CONTAINER_IMAGE:-}" ]]; then
+        interpreter=${PYTHON:-python3}
+        PYTHON=
+    fi
     if [[ -z "${PYTHON:-}" ]]; then
         PYTHON=python3
         if [[ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" && -x "$root/.venv/bin/python" ]]; then
             PYTHON="$root/.venv/bin/python"
         fi
     fi
+    : "${interpreter:=$PYTHON}"
     export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 }
 
@@ -122,7 +132,7 @@ find_data() { # sets the array data
     data=(--data-path "${prefixes[@]}" --tokenizer-type "$TOKENIZER_TYPE")
     if [[ "$TOKENIZER_TYPE" == GPT2BPETokenizer ]]; then
         data+=(--vocab-file "${VOCAB_FILE:-gpt2-vocab.json}" --merge-file "${MERGE_FILE:-gpt2-merges.txt}")
-    else
+    elif [[ "$TOKENIZER_TYPE" != ByteTokenizer ]]; then
         data+=(--tokenizer-model "${TOKENIZER_MODEL:?"$TOKENIZER_TYPE needs its file in TOKENIZER_MODEL"}")
     fi
 }
@@ -141,11 +151,17 @@ find_layout() { # PRESET'S TP PP EP: sets TP, PP, EP; what was published is lowe
 start_with() { # sets the array command, before the trainer's own words
     local -a more=() torchrun srun
     read -r -a more <<<"${SRUN_ARGS:-}"
-    torchrun=("$PYTHON" -m torch.distributed.run --nproc-per-node "$GPUS_PER_NODE")
+    torchrun=("$interpreter" -m torch.distributed.run --nproc-per-node "$GPUS_PER_NODE")
     srun=(srun --nodes "$NNODES" --kill-on-bad-exit=1 --distribution=block)
     # --ntasks: without it the number of the job's tasks wins over --ntasks-per-node
     # --cpus-per-task: since SLURM 22.05 a step does not take this over from its job
     if [[ -n "${SLURM_CPUS_PER_TASK:-}" ]]; then srun+=(--cpus-per-task "$SLURM_CPUS_PER_TASK"); fi
+    if [[ -n "${CONTAINER_IMAGE:-}" ]]; then
+        srun+=(--container-image "$CONTAINER_IMAGE" --container-workdir "$PWD"
+            --container-mounts "$root:$root,$PWD:$PWD${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}")
+    elif [[ -n "${CONTAINER_MOUNTS:-}" ]]; then
+        fail "CONTAINER_MOUNTS is set, and CONTAINER_IMAGE is not"
+    fi
     local in_job=${SLURM_JOB_ID:-} task="$root/examples_moe/slurm/task.sh"
     if [[ -n "${DRY_RUN:-}" && "$NNODES" -gt 1 && -z "${MASTER_ADDR:-}" ]]; then in_job=planned; fi
     local launcher=torchrun first=FIRST_NODE port=${MASTER_PORT:-$((20000 + ${SLURM_JOB_ID:-0} % 20000))}
@@ -157,7 +173,7 @@ start_with() { # sets the array command, before the trainer's own words
         srun)
             [[ -n "$in_job" ]] || fail "LAUNCHER=srun outside a SLURM job; submit with: sbatch $script"
             command=("${srun[@]}" --ntasks $((NNODES * GPUS_PER_NODE)) --ntasks-per-node "$GPUS_PER_NODE"
-                ${more[@]+"${more[@]}"} bash "$task" 0 "$PYTHON")
+                ${more[@]+"${more[@]}"} bash "$task" 0 "$interpreter")
             ;;
         torchrun)
             if [[ -n "$in_job" ]]; then # task.sh passes the signals on, so torchrun is to heed none of them
@@ -167,7 +183,9 @@ start_with() { # sets the array command, before the trainer's own words
                 return
             fi
             torchrun+=(--signals-to-handle "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
-            if ((NNODES > 1)); then
+            if [[ -n "${CONTAINER_IMAGE:-}" ]]; then
+                fail "CONTAINER_IMAGE is for jobs of SLURM; submit with: sbatch $script, or start this script in a container"
+            elif ((NNODES > 1)); then
                 [[ -n "${MASTER_ADDR:-}" && -n "${NODE_RANK:-}" ]] ||
                     fail "NNODES is $NNODES outside a SLURM job; on each node give NODE_RANK, from 0, and MASTER_ADDR"
                 command=("${torchrun[@]}" --nnodes "$NNODES" --node-rank "$NODE_RANK"
@@ -181,7 +199,7 @@ start_with() { # sets the array command, before the trainer's own words
             write_hostfile
             # shellcheck disable=SC2016 # expanded on the node
             command=("${srun[@]}" --ntasks "$NNODES" --ntasks-per-node 1 ${more[@]+"${more[@]}"} bash "$task" 2
-                bash -c 'exec "$0" -m deepspeed.launcher.runner --node_rank "$SLURM_NODEID" "$@"' "$PYTHON"
+                bash -c 'exec "$0" -m deepspeed.launcher.runner --node_rank "$SLURM_NODEID" "$@"' "$interpreter"
                 --hostfile "$SAVE/hostfile" --no_ssh --master_addr "${MASTER_ADDR:-$first}" --master_port "$port")
             ;;
         *) fail "LAUNCHER is '$LAUNCHER'; expected srun, torchrun or deepspeed" ;;
@@ -235,7 +253,7 @@ requeue() { # WHY: once from each checkpoint, or a job whose time is too short w
 }
 
 run() { # PRESET TP PP EP FLAGS...
-    local preset=$1 published=("$2" "$3" "$4") extra=() data=() command=() trainer flags plan
+    local preset=$1 published=("$2" "$3" "$4") extra=() data=() command=() trainer flags plan interpreter
     shift 4
     case "${arguments[0]:-}" in -h | --help) usage && exit 0 ;; esac
     : "${RUN_NAME:=$(basename "$script" .sh | sed 's/^pretrain_gpt_//')}"
@@ -255,7 +273,7 @@ run() { # PRESET TP PP EP FLAGS...
     if [[ -n "${TRAIN_TOKENS:-}" ]]; then flags+=(--train-tokens "$TRAIN_TOKENS"); fi
     if [[ -n "${MICRO_BATCH:-}" ]]; then flags+=(--micro-batch-size "$MICRO_BATCH"); fi
     if [[ -n "${GLOBAL_BATCH:-}" ]]; then flags+=(--global-batch-size "$GLOBAL_BATCH"); fi
-    flags+=("${data[@]}" --run-name "$RUN_NAME" --save "$SAVE" --load "$LOAD")
+    flags+=("${data[@]}" --run-name "$RUN_NAME" --save "$SAVE" --load "$LOAD" --preflight --watchdog-factor 20)
     flags+=(${arguments[@]+"${arguments[@]}"} ${extra[@]+"${extra[@]}"})
 
     start_with

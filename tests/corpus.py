@@ -7,6 +7,7 @@ import os
 import random
 from pathlib import Path
 
+import pytest
 import zstandard
 
 from megatron.config import DataConfig
@@ -69,6 +70,15 @@ def write_jsonl(path: Path, texts: list[str]) -> Path:
     return path
 
 
+def write_parquet(path: Path, columns: dict[str, list], row_group_size: int | None = None) -> Path:
+    """A Parquet file; skips the test where pyarrow is not installed."""
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table(columns), path, row_group_size=row_group_size)
+    return path
+
+
 def shared_data() -> Path | None:
     """Real data where there is some: $MEGATRON_MOE_TEST_DATA, or shared/data beside the repository."""
     given = os.environ.get("MEGATRON_MOE_TEST_DATA")
@@ -97,6 +107,26 @@ def gpt2(folder: Path) -> DataConfig:
     (folder / "vocab.json").write_text(vocab)
     (folder / "merges.txt").write_text(merges)
     return DataConfig(vocab_file=str(folder / "vocab.json"), merge_file=str(folder / "merges.txt"))
+
+
+def byte_level(folder: Path) -> DataConfig:
+    """The tokenizer without files."""
+    return DataConfig(tokenizer_type="ByteTokenizer")
+
+
+def tiktoken(folder: Path) -> DataConfig:
+    """The tokens of :func:`gpt2` as one of tiktoken's encodings; skips the test where tiktoken is not installed."""
+    import base64
+
+    pytest.importorskip("tiktoken")
+    from megatron.data.tiktoken_backend import from_gpt2_files
+
+    data = gpt2(folder)
+    ranks = from_gpt2_files(data.vocab_file, data.merge_file)._mergeable_ranks
+    lines = (f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items())
+    path = folder / "r50k_base.tiktoken"
+    path.write_text("".join(lines))
+    return DataConfig(tokenizer_type="TiktokenTokenizer", tokenizer_model=str(path))
 
 
 @functools.cache

@@ -44,6 +44,7 @@ def save_model(folder: Path, moe: MoEConfig = EXPERTS, shape: ModelConfig = SHAP
         for name, p in model.named_parameters()
     ]
     meta = {
+        "clock": {"seq_length": shape.seq_length, "samples": 24, "steps": 3, "skipped": 0},
         "config": to_dict(config),
         "vocab_size": vocab_size,
         "tokenizer": {"vocab_size": tokenizer.vocab_size, "fingerprint": tokenizer.fingerprint},

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-REQUIREMENT_OF_IMPORT = {"yaml": "pyyaml"}
+REQUIREMENT_OF_IMPORT = {"lm_eval": "lm-eval", "tiktoken_ext": "tiktoken", "yaml": "pyyaml"}
 BOTH = """
 import megatron.config
 import megatron.core.parallel_state

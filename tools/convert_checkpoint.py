@@ -9,6 +9,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a ch
 
 TOKENIZERS = ("GPT2BPETokenizer", "SentencePieceTokenizer", "HFTokenizer")
 FORMATS = ("native", "hf")
+SOURCES = (*FORMATS, "megatron-deepspeed")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -19,12 +20,33 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         epilog="example: tools/convert_checkpoint.py --load checkpoints/350M --to hf --save exported/350M --dtype bf16",
     )
     add = parser.add_argument
-    add("--load", required=True, metavar="DIR", help="The checkpoint: a run's --save folder, or a folder of --from.")
+    given = parser.add_mutually_exclusive_group(required=True)
+    given.add_argument("--load", metavar="DIR", help="The checkpoint: a run's --save folder, or a folder of --from.")
+    given.add_argument("--average", nargs="+", metavar="DIR", help="Several: the mean of their weights is taken.")
     add("--save", required=True, metavar="DIR", help="Where to; a new folder.")
-    add("--from", dest="source", choices=FORMATS, help="Format of --load (default: found out).")
+    add(
+        "--from", dest="source", choices=(*FORMATS, "megatron-deepspeed"), help="Format of --load (default: found out)."
+    )
     add("--to", dest="target", choices=FORMATS, required=True, help="Format of --save.")
     add("--dtype", choices=("fp32", "bf16", "fp16"), help="Number format of the weights (default: as they are).")
+    add("--drop-optimizer", action="store_true", help="Leave the optimizer's state out (always so with --to hf).")
     add("--max-shard-size", default="5GB", metavar="SIZE", help="Largest model file of --to hf (default: 5GB).")
+    layout = parser.add_argument_group(
+        "layout", "Checkpoints know no layout. These check that one can resume the result, and are recorded in it."
+    )
+    layout.add_argument("--tp", type=int, metavar="N", help="Tensor-parallel processes.")
+    layout.add_argument("--pp", type=int, metavar="N", help="Pipeline stages.")
+    layout.add_argument("--ep", type=int, nargs="+", metavar="N", help="Expert-parallel processes (each MoE layer's).")
+    experts = parser.add_argument_group("upcycling", "The other flags of these names are those of training.")
+    experts.add_argument("--upcycle", action="store_true", help="A dense model gets experts, copies of its own layers.")
+    experts.add_argument("--num-experts", type=int, nargs="+", metavar="N")
+    experts.add_argument("--expert-interval", type=int, default=2, metavar="N")
+    experts.add_argument("--topk", type=int, default=1, metavar="N")
+    experts.add_argument("--mlp-type", choices=("standard", "residual"), default="standard")
+    experts.add_argument(
+        "--upcycle-noise", type=float, default=0.0, metavar="X", help="Noise on experts, as a part of the weights' std."
+    )
+    experts.add_argument("--upcycle-seed", type=int, default=0, metavar="N", help="Of the noise and the router.")
     files = parser.add_argument_group(
         "tokenizer", "Where its files are, if they moved since training or are not in --load."
     )

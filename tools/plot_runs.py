@@ -1,10 +1,10 @@
-"""Draw the loss curves of runs, and print their results as a table.
+"""Draw the loss curves of runs over the tokens that they were trained on, and print their results as a table.
 
-    python tools/plot_runs.py RUN [RUN ...] --output loss_curves.png --table
+    python tools/plot_runs.py RUN [RUN ...] --output loss_curves.png loss_curves.svg --table
 
-A RUN is a ``metrics.jsonl`` or the folder that holds one (the run's ``--save``). Training loss is the thin line,
-smoothed; validation loss the bold one with marks. What a run logged beyond the point that it was later resumed from
-is left out.
+A RUN is a ``metrics.jsonl``, or the folder that holds one (the run's ``--save``), or TensorBoard's event files that a
+run wrote (``--tensorboard-dir``). Training loss is the thin line, smoothed; validation loss the bold one with marks.
+What a run logged beyond the point that it was later resumed from, or went back to for a spike, is left out.
 """
 
 import argparse
@@ -13,13 +13,29 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#5c5c5c")
+_EVENTS = "events.out.tfevents."  # how names of event files begin
 SMOOTHED_SHARE = 0.02  # each point of the training curve averages this share of the run
 HIDDEN_SHARE = 0.03  # the first fall of the loss, up to this share of the run, does not set the height of the picture
+
+
+EPILOG = """\
+examples:
+  Validation loss over tokens, dense models against models with experts, as in the publication's first figure:
+    python tools/plot_runs.py checkpoints/350M_dense checkpoints/350M_MoE128 checkpoints/1.3B_dense \\
+        --validation-only --output figure1.png figure1.svg
+  Under other names, and the numbers as a table; each run is compared with the first:
+    python tools/plot_runs.py dense=runs/a/metrics.jsonl "128 experts=runs/b" --table --output curves.pdf
+  From TensorBoard's files, while the run goes on:
+    python tools/plot_runs.py tensorboard/350M_MoE128 --output now.png
+
+Runs are comparable where tokenizer and validation data are the same. The log of a killed run may end in half a line,
+which is named, and left out.
+"""
 
 
 class RunError(ValueError):
@@ -51,6 +67,9 @@ class Run:
             self.name = line.get("name") or self.name
             if resumed:
                 self.resumed_at.append(resumed)
+        elif line["kind"] == "spike" and line.get("resumed_at_tokens") is not None:
+            self.forget_after(line["resumed_at_tokens"])
+            self.resumed_at.append(line["resumed_at_tokens"])
         elif line["kind"] in ("train", "valid"):
             tokens, loss = line["tokens"], line["loss"]
             lines = self.train if line["kind"] == "train" else self.valid
@@ -75,18 +94,38 @@ class Run:
         return statistics.median(rates) if rates else None
 
 
-def read_run(path: Path) -> Run:
-    """Read a ``metrics.jsonl``, or the one in a folder.
+def read_run(given: str | Path) -> Run:
+    """Read what a RUN of the command line stands for.
 
     Raises:
-        RunError: there is none, or nothing in it can be drawn.
+        RunError: there is no log, or nothing in it can be drawn.
     """
+    name, _, rest = str(given).rpartition("=")
+    path = Path(rest) if name and not Path(given).exists() else Path(given)
     file = path / "metrics.jsonl" if path.is_dir() else path
-    if not file.is_file():
-        hint = "there is no metrics.jsonl in this folder" if path.is_dir() else "there is no such file"
-        raise RunError(f"{path}: {hint}; give a metrics.jsonl or the --save folder of a run")
+    events = sorted(path.glob(f"{_EVENTS}*")) if path.is_dir() else [path] if path.name.startswith(_EVENTS) else []
+    if not path.exists():
+        raise RunError(f"{path}: there is no such file or folder; give a metrics.jsonl or the --save folder of a run")
+    if not file.is_file() and not events:
+        raise RunError(
+            f"{path}: there is no metrics.jsonl in this folder, and there are no event files of TensorBoard; give the "
+            "--save or --tensorboard-dir folder of a run"
+        )
+    try:
+        run = _read_events(path, events) if events and not (path / "metrics.jsonl").is_file() else _read_lines(file)
+    except OSError as error:
+        raise RunError(f"{path}: cannot be read: {error.strerror}") from None
+    if not run.train and not run.valid:
+        raise RunError(f"{path}: no training or validation line to draw; has the run logged anything yet?")
+    if path != Path(given):
+        run.name = name
+    return run
+
+
+def _read_lines(file: Path) -> Run:
+    """A run from its metrics.jsonl."""
     run = Run(name=(file.parent.name if file.name == "metrics.jsonl" else file.stem))
-    for number, text in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, text in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
         if not text.strip():
             continue
         try:
@@ -98,9 +137,45 @@ def read_run(path: Path) -> Run:
                 f'{file}:{number}: expected {{"kind": "run", "train" or "valid", "tokens": ..., "loss": ...}}, '
                 f"got {text[:80]} ({type(error).__name__}: {error})"
             ) from error
-    if not run.train and not run.valid:
-        raise RunError(f"{file}: no training or validation line to draw; has the run logged anything yet?")
     return run
+
+
+def _read_events(path: Path, files: Sequence[Path]) -> Run:
+    """A run from TensorBoard's event files, the oldest first; their steps are tokens."""
+    run = Run(name=path.name if path.is_dir() else path.parent.name)
+    for file in files:
+        for event in _events(file):
+            for value in event.summary.value:
+                kind, _, key = value.tag.partition("/")
+                if kind not in ("train", "valid") or key not in ("loss", "step", "tokens_per_second"):
+                    continue
+                lines = run.train if kind == "train" else run.valid
+                if lines and lines[-1]["tokens"] == event.step:
+                    lines[-1][key] = value.simple_value
+                    continue
+                if kind == "train" and lines and lines[-1]["tokens"] > event.step:
+                    run.forget_after(event.step - 1)  # the run was resumed before this
+                run.add({"kind": kind, "tokens": event.step, "loss": None, "step": None, key: value.simple_value})
+    return run
+
+
+def _events(file: Path) -> Iterator[Any]:
+    """The events of a file of TensorBoard's, as far as it can be read."""
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.tensorflow_stub.errors import DataLossError, OutOfRangeError
+    from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import PyRecordReader_New
+
+    reader, seen = PyRecordReader_New(str(file)), 0
+    while True:
+        try:
+            reader.GetNext()
+        except OutOfRangeError:
+            return
+        except DataLossError as error:
+            print(f"{file}: the rest is left out from event {seen} on: {error}", file=sys.stderr)
+            return
+        seen += 1
+        yield Event.FromString(reader.record())
 
 
 def _unit(number: float) -> tuple[float, str]:
@@ -169,11 +244,17 @@ def smooth(values: Sequence[float], window: int) -> list[float]:
     return result
 
 
-def draw(runs: Sequence[Run], output: Path, title: str | None = None, x: str = "tokens") -> None:
-    """Write the picture; PNG, SVG or PDF by the name of ``output``.
+def draw(
+    runs: Sequence[Run],
+    outputs: Sequence[Path],
+    title: str | None = None,
+    x: str = "tokens",
+    validation_only: bool = False,
+) -> None:
+    """Write the picture to each of ``outputs``; PNG, SVG or PDF by its name.
 
     Raises:
-        RunError: matplotlib is missing, or it knows no format of that name.
+        RunError: matplotlib is missing, or it knows no format of a name, or a picture cannot be written.
     """
     try:
         import matplotlib
@@ -187,17 +268,19 @@ def draw(runs: Sequence[Run], output: Path, title: str | None = None, x: str = "
     style = {"font.size": 12, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "plot_runs"}
     with matplotlib.rc_context(style):
         figure, axes = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
-        if output.suffix[1:].lower() not in figure.canvas.get_supported_filetypes():
-            raise RunError(f"got --output {output}; expected a name that ends in .png, .svg or .pdf")
+        for output in outputs:
+            if output.suffix[1:].lower() not in figure.canvas.get_supported_filetypes():
+                raise RunError(f"got --output {output}; expected a name that ends in .png, .svg or .pdf")
         visible: list[float] = []
         for index, run in enumerate(runs):
             color = COLORS[index % len(COLORS)]
-            window = max(1, round(SMOOTHED_SHARE * len(run.train)))
-            losses = smooth([line["loss"] for line in run.train], window)
-            places = [line[key] for line in run.train]
+            train = [] if validation_only else run.train
+            window = max(1, round(SMOOTHED_SHARE * len(train)))
+            losses = smooth([line["loss"] for line in train], window)
+            places = [line[key] for line in train]
             axes.plot(places, losses, color=color, linewidth=1, alpha=0.55)
             for resumed in run.resumed_at:
-                before = [i for i, line in enumerate(run.train) if line["tokens"] <= resumed]
+                before = [i for i, line in enumerate(train) if line["tokens"] <= resumed]
                 if before:
                     axes.plot(
                         places[before[-1]], losses[before[-1]],
@@ -211,7 +294,7 @@ def draw(runs: Sequence[Run], output: Path, title: str | None = None, x: str = "
                 color=color, linewidth=2.4, marker="o", markersize=5.5, label=label,
             )  # fmt: skip
             start = HIDDEN_SHARE * run.tokens
-            visible += [loss for line, loss in zip(run.train, losses, strict=True) if line["tokens"] >= start]
+            visible += [loss for line, loss in zip(train, losses, strict=True) if line["tokens"] >= start]
             visible += [line["loss"] for line in run.valid if line["tokens"] >= start]
         visible = [loss for loss in visible if math.isfinite(loss)]
         if visible:
@@ -222,42 +305,70 @@ def draw(runs: Sequence[Run], output: Path, title: str | None = None, x: str = "
         axes.set_xlim(0, 1.02 * right)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / unit:g}{letter if value else ''}"))
         axes.set_xlabel("tokens" if x == "tokens" else "updates")
-        axes.set_ylabel("loss (nats per token)")
+        axes.set_ylabel(f"{'validation ' * validation_only}loss (nats per token)")
         axes.grid(axis="y", color="0.9")
         axes.set_axisbelow(True)
-        parts = "bold: validation, thin: training"
-        if any(run.resumed_at for run in runs):
+        parts = "" if validation_only else "bold: validation, thin: training"
+        if not validation_only and any(run.resumed_at for run in runs):
             parts += ", bar: resumed"
         axes.legend(title=parts, title_fontsize=10, frameon=False, alignment="left")
         if title:
             axes.set_title(title, loc="left", fontsize=14)
-        output.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(output, dpi=150)
+        for output in outputs:
+            try:
+                output.parent.mkdir(parents=True, exist_ok=True)
+                figure.savefig(output, dpi=150)
+            except OSError as error:
+                raise RunError(f"--output {output} cannot be written: {error.strerror}") from None
         pyplot.close(figure)
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "runs", nargs="+", type=Path, metavar="RUN", help="A metrics.jsonl, or a folder that holds one."
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """What to read and what to make of it."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=EPILOG,
     )
-    parser.add_argument("--output", type=Path, metavar="FILE", help="Picture to write: .png, .svg or .pdf.")
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN",
+        help="A metrics.jsonl, a folder that holds one (--save), or event files of TensorBoard or their folder "
+        "(--tensorboard-dir); NAME=RUN gives it another name.",
+    )  # fmt: skip
+    parser.add_argument(
+        "--output", nargs="+", action="extend", type=Path, default=[], metavar="FILE",
+        help="Pictures to write, the format by the ending: .png, .svg or .pdf. Runs stand before it.",
+    )  # fmt: skip
     parser.add_argument("--title", help="Title of the picture.")
     parser.add_argument("--x", choices=("tokens", "steps"), default="tokens", help="The horizontal axis.")
+    parser.add_argument("--validation-only", action="store_true", help="Do not draw the training loss.")
     parser.add_argument("--table", action="store_true", help="Print the results as a table.")
     arguments = parser.parse_args(argv)
-    if arguments.output is None and not arguments.table:
+    if not arguments.output and not arguments.table:
         parser.error("nothing to do: give --output FILE, --table or both")
-    try:
-        runs = [read_run(path) for path in arguments.runs]
-        if arguments.table:
-            print(table(runs))
-        if arguments.output is not None:
-            draw(runs, arguments.output, arguments.title, arguments.x)
-    except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit status. Every run that cannot be read is named."""
+    arguments = parse_args(argv)
+    runs, problems = [], []
+    for given in arguments.runs:
+        try:
+            runs.append(read_run(given))
+        except RunError as error:
+            problems.append(str(error))
+    if not problems:
+        try:
+            if arguments.table:
+                print(table(runs))
+            if arguments.output:
+                draw(runs, arguments.output, arguments.title, arguments.x, arguments.validation_only)
+        except RunError as error:
+            problems.append(str(error))
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    return 1 if problems else 0
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Train a SentencePiece tokenizer on JSON-lines files. ``--help`` lists the flags."""
+"""Train a SentencePiece or byte-level BPE tokenizer on a corpus. ``--help`` lists the flags."""
 
 import argparse
 import sys
@@ -9,19 +9,29 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout that is not installed
 
 from megatron.config.fields import parse_count
+from megatron.data.bpe_training import train_bpe
 from megatron.data.errors import DataError
 from megatron.data.sentencepiece_training import MODEL_TYPES, train
+
+BYTE_BPE = "byte-bpe"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The flags."""
     parser = argparse.ArgumentParser(
-        description="Train a SentencePiece model, OUTPUT.model, that gives back every text as it was."
+        description="Train a SentencePiece model, OUTPUT.model, or a byte-level BPE, OUTPUT-vocab.json and "
+        "OUTPUT-merges.txt, that gives back every text as it was."
     )
-    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help="JSON lines: plain, .gz or .zst.")
-    parser.add_argument("--output", required=True, metavar="PREFIX", help="Path without .model.")
+    parser.add_argument(
+        "--input", nargs="+", required=True, metavar="PATH",
+        help="Files, folders and quoted glob patterns: .jsonl, .txt (each may be .gz or .zst) and .parquet.",
+    )  # fmt: skip
+    parser.add_argument("--output", required=True, metavar="PREFIX", help="Path and beginning of the names.")
     parser.add_argument("--vocab-size", type=parse_count, required=True, metavar="N", help="Number of pieces.")
-    parser.add_argument("--model-type", choices=MODEL_TYPES, default="unigram", help="default: unigram")
+    parser.add_argument(
+        "--model-type", choices=(*MODEL_TYPES, BYTE_BPE), default="unigram",
+        help=f"unigram and bpe are SentencePiece's, {BYTE_BPE} is GPT-2's kind (default: unigram).",
+    )  # fmt: skip
     parser.add_argument("--json-key", default="text", metavar="KEY", help="The field with the text (default: text).")
     parser.add_argument(
         "--sample-bytes", type=parse_count, default=10_000_000, metavar="N",
@@ -39,6 +49,18 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     start = time.monotonic()
     try:
+        if args.model_type == BYTE_BPE:
+            paths = train_bpe(
+                args.input,
+                args.output,
+                args.vocab_size,
+                json_key=args.json_key,
+                sample_bytes=args.sample_bytes,
+                seed=args.seed,
+                overwrite=args.overwrite,
+            )
+            print(f"{' and '.join(paths)}: {args.vocab_size} tokens in {time.monotonic() - start:.1f} s")
+            return 0
         path = train(
             args.input,
             args.output,

@@ -2,6 +2,7 @@
 
 from megatron.config.checkpoint import CheckpointConfig
 from megatron.config.data import DataConfig
+from megatron.config.guard import GuardConfig
 from megatron.config.logging import LoggingConfig
 from megatron.config.model import ModelConfig
 from megatron.config.moe import MoEConfig
@@ -13,6 +14,7 @@ from megatron.config.training import TrainingConfig
 __all__ = [
     "CheckpointConfig",
     "DataConfig",
+    "GuardConfig",
     "LoggingConfig",
     "MoEConfig",
     "ModelConfig",

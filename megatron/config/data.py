@@ -4,7 +4,7 @@ import dataclasses
 
 from megatron.config.fields import option
 
-TOKENIZERS = ("GPT2BPETokenizer", "SentencePieceTokenizer", "HFTokenizer")
+TOKENIZERS = ("GPT2BPETokenizer", "SentencePieceTokenizer", "HFTokenizer", "TiktokenTokenizer", "ByteTokenizer")
 
 
 @dataclasses.dataclass
@@ -16,6 +16,10 @@ class DataConfig:
         metavar="PREFIX",
     )  # fmt: skip
     split: str = option("98,2,0", "Shares of documents for training, validation and test.")
+    skip_samples: tuple[str, ...] = option(
+        (), "Spans FIRST-END of training samples to leave out, numbered from 0 in the order in which a run reads them.",
+        nargs="+", metavar="FIRST-END",
+    )  # fmt: skip
     data_cache_path: str | None = option(
         None, "Folder of the sample-index cache (default: a folder beside the dataset).", metavar="DIR"
     )
@@ -23,6 +27,11 @@ class DataConfig:
     vocab_file: str | None = option(None, "GPT2BPETokenizer: vocab.json.", metavar="FILE")
     merge_file: str | None = option(None, "GPT2BPETokenizer: merges.txt.", metavar="FILE")
     tokenizer_model: str | None = option(
-        None, "SentencePieceTokenizer: the .model file. HFTokenizer: the tokenizer.json file.", metavar="FILE"
-    )
+        None, "SentencePieceTokenizer: the .model file. HFTokenizer: the tokenizer.json file. TiktokenTokenizer: the "
+        "file of ranks under its name, such as cl100k_base.tiktoken.", metavar="FILE",
+    )  # fmt: skip
+    allow_tokenizer_mismatch: bool = option(
+        False, "Read data, and go on from a checkpoint, of another tokenizer by its fingerprint; tokens must still fit "
+        "into the vocabulary.",
+    )  # fmt: skip
     num_workers: int = option(2, "Processes that load data for each rank; 0 loads in the rank itself.")

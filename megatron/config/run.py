@@ -4,6 +4,7 @@ import dataclasses
 
 from megatron.config.checkpoint import CheckpointConfig
 from megatron.config.data import DataConfig
+from megatron.config.guard import GuardConfig
 from megatron.config.logging import LoggingConfig
 from megatron.config.model import ModelConfig
 from megatron.config.moe import MoEConfig, one_for_all_or_each
@@ -24,6 +25,7 @@ class RunConfig:
     training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     logging: LoggingConfig = dataclasses.field(default_factory=LoggingConfig)
+    guard: GuardConfig = dataclasses.field(default_factory=GuardConfig)
 
     def expert_parallel_degree(self, layer: int) -> int:
         """Processes that share the experts of layer number ``layer`` (from 0); 1 for a dense layer."""

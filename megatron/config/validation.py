@@ -13,6 +13,7 @@ from megatron.config.exchange_rules import exchange_problems
 from megatron.config.expert_rules import expert_layer_problems, expert_parallel_problems
 from megatron.config.files import file_problems
 from megatron.config.graph_rules import graph_problems
+from megatron.config.guard_rules import skip_problems, spike_problems
 from megatron.config.options import OPTIONS, Option, flatten
 from megatron.config.pipeline_rules import pipeline_problems
 from megatron.config.run import RunConfig
@@ -28,13 +29,16 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str, str], ...] = (
         make_vocab_size_divisible_by num_experts expert_interval topk moe_expert_parallel_size lr_decay_tokens
         moe_overlap_chunks tensor_model_parallel_size pipeline_model_parallel_size
         loss_scale_window hysteresis train_tokens micro_batch_size global_batch_size rampup_batch_size eval_iters
-        max_skipped_updates exit_tokens log_interval profile_step"""),
+        max_skipped_updates exit_tokens log_interval profile_step spike_updates spike_restarts"""),
     ("at least 0", lambda x: x >= 0, "use 0 or more", """
         min_lr lr_warmup_tokens weight_decay clip_grad loss_scale initial_loss_scale_power moe_loss_coeff
         moe_z_loss_coeff moe_min_capacity check_replicas num_workers eval_interval save_interval keep_last"""),
     ("above 0", lambda x: x > 0, "use a positive number", """
         lr adam_eps init_method_std layernorm_epsilon min_loss_scale moe_train_capacity_factor
-        moe_eval_capacity_factor distributed_timeout_minutes exit_duration_in_mins peak_tflops"""),
+        moe_eval_capacity_factor distributed_timeout_minutes exit_duration_in_mins peak_tflops watchdog_min_seconds
+        spike_sigmas"""),
+    ("above 1", lambda x: x > 1, "use 10 or more", "watchdog_factor"),
+    ("at least 4", lambda x: x >= 4, "use 4 or more", "spike_window"),
     ("at least 0 and below 1", lambda x: 0 <= x < 1, "use a fraction", """
         hidden_dropout attention_dropout adam_beta1 adam_beta2"""),
     ("from 0 to 4294967295", lambda x: 0 <= x < 2**32, "use a seed of 32 bits", "seed"),
@@ -395,6 +399,16 @@ def _split(config: RunConfig, world_size: int) -> Iterator[str]:
             f"--split {split!r} leaves no documents for the validation every --eval-interval {interval} updates; use"
             f" 98,2,0, or --eval-interval 0 to never validate"
         )
+
+
+@_rule("spike_sigmas", "save", "save_interval", "keep_last")
+def _spikes(config: RunConfig, world_size: int) -> Iterator[str]:
+    yield from spike_problems(config)
+
+
+@_rule("skip_samples")
+def _skip_samples(config: RunConfig, world_size: int) -> Iterator[str]:
+    yield from skip_problems(config)
 
 
 @_rule("save", "async_save", "keep_last")

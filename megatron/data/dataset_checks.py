@@ -4,7 +4,6 @@ import dataclasses
 import math
 import os
 import re
-import struct
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,11 @@ import numpy as np
 
 from megatron.data import manifest
 from megatron.data.errors import DataError
+from megatron.data.index_file import read_index
 from megatron.data.tokenizer import Tokenizer
 
 SPLITS = ("train", "valid", "test")
 _SAMPLED_TOKENS = 1 << 20
-_HEAD = struct.Struct("<9sQBQQ")  # of an .idx: magic, version, type of a token, sequences, documents
-_ITEM_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 8: 2}  # bytes of a token by its type: the integers of numpy
 
 
 @dataclasses.dataclass
@@ -72,47 +70,18 @@ def open_problems(prefix: str) -> list[str]:
     if missing:
         return [f"--data-path {prefix}: there is no {' and no '.join(missing)}{_hint(prefix)}"]
     try:
-        expected = _bytes_of_tokens(f"{prefix}.idx")
-    except (ValueError, OSError) as error:
-        return [f"--data-path {prefix}: the .idx is no index of a dataset, or a damaged one: {error}. Preprocess anew"]
-    size = os.path.getsize(f"{prefix}.bin")
-    if size != expected or size == 0:
-        return [
-            f"--data-path {prefix}: the .bin has {size} bytes, but its .idx speaks of {expected} bytes of tokens. "
-            "The two do not belong together or were not copied whole"
-        ]
+        if not len(read_index(prefix).lengths):
+            return [f"--data-path {prefix}: the .bin has 0 bytes, so there is nothing to train on"]
+    except (DataError, OSError) as error:
+        return [f"--data-path {error}"]
     return []
 
 
-def _bytes_of_tokens(path: str) -> int:
-    """Size that the .bin of the index ``path`` must have.
-
-    An index is a head, then for each sequence its length (int32) and for each its place (int64), then for each
-    document its end (int64).
-    """
-    with open(path, "rb") as file:
-        head = file.read(_HEAD.size)
-        if len(head) < _HEAD.size:
-            raise ValueError(f"it has {len(head)} bytes")
-        magic, version, code, sequences, documents = _HEAD.unpack(head)
-        if magic != b"MMIDIDX\0\0" or version != 1 or code not in _ITEM_SIZES:
-            raise ValueError(f"it begins with {head[:18]!r}")
-        expected = _HEAD.size + 12 * sequences + 8 * documents
-        if os.path.getsize(path) != expected:
-            raise ValueError(f"it has {os.path.getsize(path)} bytes, expected {expected}")
-        if not sequences:
-            return 0
-        file.seek(_HEAD.size + 4 * (sequences - 1))
-        (last_length,) = struct.unpack("<i", file.read(4))
-        file.seek(_HEAD.size + 12 * sequences - 8)
-        (last_place,) = struct.unpack("<q", file.read(8))
-    return last_place + last_length * _ITEM_SIZES[code]
-
-
-def token_problems(prefix: str, tokenizer: Tokenizer) -> list[str]:
+def token_problems(prefix: str, tokenizer: Tokenizer, allow_mismatch: bool = False) -> list[str]:
     """Why the tokens of ``prefix`` are not this tokenizer's.
 
-    Goes by the manifest; a dataset without one gets its first million tokens compared with the vocabulary's size.
+    Goes by the manifest. Where there is none, or another tokenizer is allowed, the first million tokens are compared
+    with the vocabulary's size.
     """
     from megatron.data.core_datasets import IndexedDataset
 
@@ -120,7 +89,7 @@ def token_problems(prefix: str, tokenizer: Tokenizer) -> list[str]:
         facts = manifest.read(prefix)
     except DataError as error:
         return [str(error)]
-    if facts is None:
+    if facts is None or (allow_mismatch and facts.tokenizer["fingerprint"] != tokenizer.fingerprint):
         dataset = IndexedDataset(prefix)
         tokens = np.memmap(f"{prefix}.bin", dtype=dataset.index.dtype, mode="r")[:_SAMPLED_TOKENS]
         highest = int(tokens.max())
@@ -142,7 +111,8 @@ def token_problems(prefix: str, tokenizer: Tokenizer) -> list[str]:
     return [
         f"--data-path {prefix}: made with {theirs['kind']} of {theirs['vocab_size']} tokens, fingerprint "
         f"{theirs['fingerprint'][:12]}; this run has {tokenizer.kind} of {tokenizer.vocab_size} tokens, fingerprint "
-        f"{tokenizer.fingerprint[:12]}. Give the tokenizer flags that the data was made with"
+        f"{tokenizer.fingerprint[:12]}. Give the tokenizer flags that the data was made with, or "
+        "--allow-tokenizer-mismatch"
     ]
 
 

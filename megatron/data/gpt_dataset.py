@@ -137,7 +137,7 @@ def _check(
     if not problems and (not distributed or torch.distributed.get_rank() == 0):
         problems += cache_problems(cache)
         for prefix in blend.prefixes:
-            problems += token_problems(prefix, tokenizer)
+            problems += token_problems(prefix, tokenizer, config.data.allow_tokenizer_mismatch)
             problems += _split_problems(prefix, shares, wanted, config, alone=len(blend.prefixes) == 1)
     if distributed:
         found: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]

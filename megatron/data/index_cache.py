@@ -2,15 +2,19 @@
 
 What order the samples of a dataset come in is computed once by rank 0 and kept in .npy files that all ranks map into
 memory. megatron.core writes those files in place and takes whatever lies there; here they are written aside and
-renamed, so a killed run leaves no half-written index, and a damaged one is rebuilt. When such a dataset is sent to a
+renamed, so a killed run leaves no half-written index, and with checksums, so that a
+damaged one is rebuilt. When such a dataset is sent to a
 loader process only the names of the files travel.
 """
 
 import copy
 import dataclasses
+import json
+import logging
 import os
 import shutil
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,9 @@ import torch
 
 from megatron.data.core_datasets import BlendedDataset, BlendedMegatronDatasetBuilder, GPTDataset, GPTDatasetConfig
 from megatron.data.errors import DataError
+from megatron.data.files import crc32
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,18 +96,24 @@ class CachedDatasetBuilder(BlendedMegatronDatasetBuilder):
 
 
 def _through_cache(dataset: Any, build: Callable[[], Any], names: tuple[str, ...], split: str) -> Any:
-    """The result of ``build()``, read from the cache; rank 0 fills that first where it is incomplete or damaged."""
+    """The result of ``build()``, read from the cache; rank 0 fills that first where it is incomplete or damaged.
+
+    megatron.core lets the other ranks come here when rank 0 is done.
+    """
     distributed = torch.distributed.is_initialized()
     config = dataset.config
     folder = Path(config.path_to_cache)
     # The names that megatron.core gives the files of this dataset.
     base = f"{dataset.unique_description_hash}-{type(dataset).__name__}-{split}"
-    if not all(_whole(folder / f"{base}-{name}") for name in names):
-        if distributed and torch.distributed.get_rank() != 0:
+    paths = [folder / f"{base}-{name}" for name in names]
+    if distributed and torch.distributed.get_rank() != 0:
+        if not all(map(_readable, paths)):
             raise DataError(
                 f"rank {torch.distributed.get_rank()} does not find the sample index that rank 0 wrote to {folder}; "
                 "--data-cache-path must be on a file system that all nodes share"
             )
+    elif not _whole(paths, folder / f"{base}-checksums.json"):
+        start = time.monotonic()
         aside = folder / f".{base}.{os.getpid()}"
         dataset.config = copy.copy(config)
         # megatron.core asks for the rank of a process group where it may save a blend
@@ -110,15 +123,29 @@ def _through_cache(dataset: Any, build: Callable[[], Any], names: tuple[str, ...
             built = build()
             if unsaved:
                 return built
-            for name in names:
-                os.replace(aside / f"{base}-{name}", folder / f"{base}-{name}")
+            made = [aside / path.name for path in paths] + [aside / f"{base}-checksums.json"]
+            made[-1].write_text(json.dumps({path.name: crc32(path) for path in made[:-1]}))
+            for path in made:  # the checksums come last: where they are, the rest is
+                with open(path, "rb+") as file:
+                    os.fsync(file.fileno())
+                os.replace(path, folder / path.name)
         finally:
             dataset.config = config
             shutil.rmtree(aside, ignore_errors=True)
+        logger.info("built the sample index %s in %.1f s", folder / base, time.monotonic() - start)
     return build()
 
 
-def _whole(path: Path) -> bool:
+def _whole(paths: Sequence[Path], checksums: Path) -> bool:
+    """Whether all files are there with the content that was written."""
+    try:
+        expected = json.loads(checksums.read_text())
+        return all(_readable(path) and crc32(path) == expected.get(path.name) for path in paths)
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _readable(path: Path) -> bool:
     """Whether ``path`` is there and, if an array, has all its bytes."""
     if not path.is_file():
         return False

@@ -5,6 +5,7 @@ Datasets made by other tools have none; they are read all the same.
 
 import dataclasses
 import json
+import os
 import platform
 from importlib import metadata
 from pathlib import Path
@@ -13,8 +14,9 @@ from typing import Any
 from megatron.data.errors import DataError
 from megatron.data.tokenizer import Tokenizer
 
-FORMAT = 1
-_PACKAGES = ("megatron-core", "numpy", "tokenizers", "sentencepiece")
+FORMAT = 2
+"""2 has checksums; what format 1 lacks reads as empty."""
+_PACKAGES = ("megatron-core", "numpy", "pyarrow", "sentencepiece", "tiktoken", "tokenizers")
 
 
 @dataclasses.dataclass
@@ -31,7 +33,13 @@ class Manifest:
     rejected: int
     """Input lines that were left out because they are broken."""
     inputs: list[dict[str, Any]]
-    """path and bytes (as on disk) of each input file."""
+    """path, bytes (as on disk) and sha256 of each input file, and start and end where only a stretch was read."""
+    shard: dict[str, int] | None = None
+    """index and count, where the dataset is one shard of a corpus."""
+    made_from: list[str] = dataclasses.field(default_factory=list)
+    """Prefixes of the datasets that this one was merged or cut from."""
+    checksums: dict[str, str] = dataclasses.field(default_factory=dict)
+    """SHA-256 of the ``bin`` and the ``idx``."""
     versions: dict[str, str] = dataclasses.field(default_factory=lambda: versions())
     format: int = FORMAT
 
@@ -64,7 +72,10 @@ def path_of(prefix: str) -> Path:
 
 def write(path: Path, manifest: Manifest) -> None:
     """Write ``manifest`` to ``path``."""
-    path.write_text(json.dumps(dataclasses.asdict(manifest), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(json.dumps(dataclasses.asdict(manifest), indent=2, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read(prefix: str) -> Manifest | None:
@@ -77,8 +88,11 @@ def read(prefix: str) -> Manifest | None:
     if not path.exists():
         return None
     try:
-        return Manifest(**json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found.get("format", 1) > FORMAT:
+            raise ValueError(f"its format is {found['format']}, this version knows up to {FORMAT}")
+        return Manifest(**found)
+    except (AttributeError, ValueError, TypeError) as error:
         raise DataError(
             f"{path} is no manifest of tools/preprocess_data.py: {error}. "
             "Move it away if it belongs to something else, or preprocess anew with --overwrite"

@@ -1,47 +1,32 @@
-"""JSON lines -> tokens -> Megatron's .bin/.idx.
+"""A corpus -> tokens -> Megatron's .bin/.idx.
 
-This process reads lines and writes tokens; worker processes parse and tokenize. What travels between them are batches
-of raw lines one way and arrays of tokens the other, never single documents. Batches are written in the order in which
-they were read, so the files do not depend on the number of workers.
+This process reads records and writes tokens; workers parse and tokenize (:mod:`megatron.data.encoding`). Every few
+seconds what was written is brought to the disk and noted in a journal, so that the same command goes on from there
+after a kill. Final names appear when all is complete and verified.
 """
 
-import collections
-import contextlib
 import dataclasses
-import json
-import multiprocessing
+import hashlib
 import os
-import signal
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-
-import numpy as np
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from megatron.config import DataConfig
+from megatron.data import indexed_writer, manifest, rejects
+from megatron.data.encoding import EncodedBatch, make_encoder
 from megatron.data.errors import DataError
 from megatron.data.indexed_writer import IndexedWriter, check_free
-from megatron.data.jsonl import LineBatch, check_inputs, document_texts, read_batches
-from megatron.data.manifest import Manifest, describe_tokenizer
-from megatron.data.processes import end_with_parent
+from megatron.data.inputs import STANDARD_INPUT, Checksums, Span, find_inputs, spans_of
+from megatron.data.journal import Journal
+from megatron.data.processes import in_order
 from megatron.data.progress import Progress
+from megatron.data.reading import TEXT_DOCUMENTS, Batch, Position, read_batches
+from megatron.data.rejects import Rejects
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
 
-_QUEUED_PER_WORKER = 4
-_EXAMPLES = 3
-
-
-@dataclasses.dataclass
-class EncodedBatch:
-    """What became of one :class:`LineBatch`."""
-
-    tokens: list[bytes]
-    """Per JSON key, the tokens of all documents one after another."""
-    lengths: list[np.ndarray]
-    """Per JSON key, int32 tokens of each document."""
-    text_bytes: int
-    rejected: list[tuple[int, str, str]]
-    """Line number, reason and the line itself."""
+JOURNAL_SECONDS = 10.0
 
 
 @dataclasses.dataclass
@@ -55,37 +40,6 @@ class Summary:
     rejected_file: str | None = None
 
 
-class LineEncoder:
-    """Turns batches of JSON lines into tokens."""
-
-    def __init__(self, tokenizer: Tokenizer, keys: Sequence[str], append_eod: bool) -> None:
-        self._tokenizer, self._keys = tokenizer, tuple(keys)
-        self._end = [tokenizer.eod] if append_eod else []
-        self._dtype = IndexedWriter.dtype_for(tokenizer.vocab_size)
-
-    def __call__(self, batch: LineBatch) -> EncodedBatch:
-        rejected = []
-        documents: list[list[str]] = []
-        for number, line in enumerate(batch.lines, start=batch.first):
-            try:
-                texts = document_texts(line, self._keys, first_line=number == 1)
-            except DataError as error:
-                rejected.append((number, str(error), line.decode("utf-8", "backslashreplace").rstrip("\r\n")))
-                continue
-            if texts is not None:
-                documents.append(texts)
-        tokens, lengths = [], []
-        for texts in zip(*documents, strict=True) if documents else [()] * len(self._keys):
-            ids = [sequence + self._end if sequence else sequence for sequence in self._encode(list(texts))]
-            lengths.append(np.fromiter(map(len, ids), dtype=np.int32, count=len(ids)))
-            tokens.append(b"".join(np.array(sequence, dtype=self._dtype).tobytes() for sequence in ids))
-        text_bytes = sum(len(text.encode()) for texts in documents for text in texts)
-        return EncodedBatch(tokens, lengths, text_bytes, rejected)
-
-    def _encode(self, texts: list[str]) -> list[list[int]]:
-        return self._tokenizer.encode_batch(texts) if texts else []
-
-
 def preprocess(
     inputs: Sequence[str],
     output_prefix: str,
@@ -93,189 +47,199 @@ def preprocess(
     *,
     json_keys: Sequence[str] = ("text",),
     append_eod: bool = False,
+    text_documents: str = "file",
     workers: int = 1,
     max_rejected: float = 0.001,
+    num_shards: int = 1,
+    shard_index: int = 0,
     overwrite: bool = False,
     log_interval: int = 10_000,
 ) -> Summary:
-    """Tokenize JSON-lines files into one dataset for each key, ``OUTPUT_PREFIX_KEY_document``.
+    """Tokenize a corpus into one dataset for each key, ``OUTPUT_PREFIX_KEY_document``.
+
+    A run that did not finish is gone on with by the same arguments. ``workers``, ``max_rejected``, ``overwrite`` and
+    ``log_interval`` may change.
 
     Args:
-        inputs: JSON-lines files, plain, .gz or .zst.
+        inputs: files, glob patterns, folders, or ``-`` for JSON lines from standard input; see
+            :func:`megatron.data.inputs.find_inputs`.
         output_prefix: path and beginning of the name of what is written.
         data: the tokenizer's flags.
-        json_keys: fields of a line to take; each makes its own dataset.
+        json_keys: fields of a record to take; each makes its own dataset.
         append_eod: whether an end-of-document token follows each document that is not empty.
+        text_documents: whether each ``file`` or each ``line`` of a .txt file is a document.
         workers: tokenizing processes; 0 tokenizes in this one.
-        max_rejected: largest share of broken lines that is tolerated. They are listed in OUTPUT_PREFIX.rejected.jsonl.
-        overwrite: whether existing output may be replaced.
+        max_rejected: largest share of broken records that is tolerated. They are listed in
+            OUTPUT_PREFIX.rejected.jsonl.
+        num_shards: make one of so many shards, under ``OUTPUT_PREFIX-00002-of-00016``; merged, they are the dataset
+            that one run makes.
+        shard_index: which one, from 0.
+        overwrite: whether existing output may be replaced, and another run's unfinished work dropped.
         log_interval: documents between two lines of progress where there is no terminal.
 
     Raises:
-        DataError: inputs, flags, output or too many lines are wrong. Nothing then stands under the final names.
+        DataError: inputs, flags, output or too many records are wrong. Nothing then stands under the final names.
     """
-    total_bytes = check_inputs(inputs)
-    prefixes = [f"{output_prefix}_{key}_document" for key in json_keys]
     if len(set(json_keys)) < len(json_keys):
         raise DataError(f"--json-keys {' '.join(json_keys)}: a key is given more than once")
+    if text_documents not in TEXT_DOCUMENTS:
+        raise DataError(f"--text-documents {text_documents}: expected one of {', '.join(TEXT_DOCUMENTS)}")
+    paths = find_inputs(inputs)
+    spans = spans_of(paths, num_shards, shard_index, by_line=text_documents == "line")
+    stamps = _stamps(paths)
+    if num_shards > 1:
+        output_prefix = f"{output_prefix}-{shard_index:05d}-of-{num_shards:05d}"
+    prefixes = [f"{output_prefix}_{key}_document" for key in json_keys]
+    tokenizer = build_tokenizer(data)
+    identity = {
+        "inputs": stamps,
+        "shard": [shard_index, num_shards],
+        "json_keys": list(json_keys),
+        "append_eod": append_eod,
+        "text_documents": text_documents,
+        "tokenizer": manifest.describe_tokenizer(tokenizer),
+        "versions": manifest.versions(),
+    }
+    journal = Journal(output_prefix, identity, overwrite)
+    total_bytes = sum(span.end - span.start for span in spans)
+    listed = Rejects(output_prefix, max_rejected, total_bytes)
+    if journal.last and "verified" in journal.last:  # nothing but the names is missing
+        return _publish(journal, output_prefix, prefixes)
     if not overwrite:
         for prefix in prefixes:
             check_free(prefix)
-    tokenizer = build_tokenizer(data)
-    rejects = _Rejects(f"{output_prefix}.rejected.jsonl", max_rejected, total_bytes)
-    with contextlib.ExitStack() as on_failure:
-        writers = []
-        for prefix in prefixes:
-            writers.append(IndexedWriter(prefix, IndexedWriter.dtype_for(tokenizer.vocab_size), overwrite))
-            on_failure.callback(writers[-1].discard)
-        rejects.open()
-        on_failure.callback(rejects.close)
-
-        encoder = LineEncoder(tokenizer, json_keys, append_eod)
+    with _Run(journal, listed, prefixes, tokenizer, overwrite) as run:
         with (
-            _mapping(encoder, data, json_keys, append_eod, workers) as encode,
+            in_order(make_encoder, (data, tuple(json_keys), append_eod), workers) as encode,
             Progress(total_bytes, log_interval) as bar,
         ):
-            for batch, encoded in encode(read_batches(inputs)):
-                for writer, tokens, lengths in zip(writers, encoded.tokens, encoded.lengths, strict=True):
-                    writer.add(tokens, lengths)
-                rejects.add(batch, encoded.rejected)
-                bar.update(batch.consumed, len(encoded.lengths[0]), encoded.text_bytes, rejects.count)
-        rejects.close()
-        rejects.check()
-        for key, writer in zip(json_keys, writers, strict=True):
-            if writer.tokens == 0:
-                raise DataError(f"--input: not one token under the key {key!r} in {len(inputs)} file(s)")
-            writer.finish(_manifest(tokenizer, key, append_eod, writer, rejects.count, inputs))
-        for writer in writers:
-            writer.publish()
-        on_failure.pop_all()
-    return Summary(
-        prefixes,
-        writers[0].documents,
-        sum(writer.tokens for writer in writers),
-        rejects.count,
-        rejects.path if rejects.count else None,
-    )
+            batches = encode(read_batches(spans, json_keys, text_documents=text_documents, start=run.position))
+            digests = _write(run, batches, bar, spans)
+        if _stamps(paths) != stamps:
+            raise DataError("--input: a file was changed while it was read; run again when nobody writes to it")
+        for key, writer in zip(json_keys, run.writers, strict=True):
+            if writer.tokens == 0 and num_shards == 1:
+                raise DataError(f"--input: not one token under the key {key!r} in {len(paths)} file(s)")
+            writer.finish(
+                manifest.Manifest(
+                    tokenizer=manifest.describe_tokenizer(tokenizer),
+                    json_key=key,
+                    append_eod=append_eod,
+                    dtype=writer.dtype.name,
+                    documents=writer.documents,
+                    tokens=writer.tokens,
+                    rejected=listed.count,
+                    inputs=_describe(spans, digests),
+                    shard={"index": shard_index, "count": num_shards} if num_shards > 1 else None,
+                )
+            )
+        run.verified()
+        return _publish(journal, output_prefix, prefixes)
 
 
-def _manifest(
-    tokenizer: Tokenizer, key: str, append_eod: bool, writer: IndexedWriter, rejected: int, inputs: Sequence[str]
-) -> Manifest:
-    return Manifest(
-        tokenizer=describe_tokenizer(tokenizer),
-        json_key=key,
-        append_eod=append_eod,
-        dtype=np.dtype(writer.dtype).name,
-        documents=writer.documents,
-        tokens=writer.tokens,
-        rejected=rejected,
-        inputs=[{"path": path, "bytes": os.path.getsize(path)} for path in inputs],
-    )
-
-
-class _Rejects:
-    """Broken lines: written down, counted, and too many are an error."""
-
-    def __init__(self, path: str, largest_share: float, total_bytes: int) -> None:
-        if not 0 <= largest_share <= 1:
-            raise DataError(f"--max-rejected {largest_share}: expected a share between 0 and 1, such as 0.001")
-        self.path, self.count = path, 0
-        self._share, self._total_bytes = largest_share, total_bytes
-        self._lines = 0
-        self._examples: list[str] = []
-
-    def open(self) -> None:
-        os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
-        self._file = open(self.path, "w", encoding="utf-8")  # noqa: SIM115 - closed by close()
-
-    def close(self) -> None:
-        """Close the list; remove it where nothing was rejected."""
-        self._file.close()
-        if self.count == 0 and os.path.exists(self.path):
-            os.remove(self.path)
-
-    def add(self, batch: LineBatch, rejected: list[tuple[int, str, str]]) -> None:
-        """Note a batch's broken lines. Raises DataError once the limit is sure to be broken.
-
-        Sure means: twice as many as the limit allows in as many lines as all files will have, going by the bytes read.
-        """
-        self._lines += len(batch.lines)
-        for number, reason, line in rejected:
-            record = {"file": batch.path, "line": number, "reason": reason, "text": line}
-            self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
-            self.count += 1
-            if len(self._examples) < _EXAMPLES:
-                self._examples.append(f"{batch.path}, line {number}: {reason}")
-        all_lines = self._lines * self._total_bytes / max(batch.consumed, 1)
-        if self.count > 100 and self.count > 2 * self._share * all_lines:
-            self._file.flush()
-            self._fail(f"already {self.count} of the first {self._lines} lines are broken")
-
-    def check(self) -> None:
-        """Raise DataError where more lines are broken than allowed."""
-        if self.count > self._share * self._lines:
-            self._fail(f"{self.count} of {self._lines} lines are broken")
-
-    def _fail(self, what: str) -> None:
-        raise DataError(
-            f"{what}, more than --max-rejected {self._share:g} allows. Nothing was published; they are listed in "
-            f"{self.path}. The first:\n  "
-            + "\n  ".join(self._examples)
-            + '\nExpected one object a line, such as {"text": "..."}. Mend the input, name the right --json-keys, '
-            "or raise --max-rejected to do without those lines"
-        )
-
-
-# ---------------------------------------------------------------------------------------------------- worker processes
-
-_Results = Iterator[tuple[LineBatch, EncodedBatch]]
-_process_encoder: LineEncoder | None = None  # of a worker process, made once by _start_worker
-
-
-@contextlib.contextmanager
-def _mapping(
-    encoder: LineEncoder, data: DataConfig, keys: Sequence[str], append_eod: bool, workers: int
-) -> Iterator[Callable[[Iterator[LineBatch]], _Results]]:
-    """A function that encodes batches in order, here or in ``workers`` processes."""
-    if workers < 0:
-        raise DataError(f"--workers {workers}: expected 0 (tokenize in this process) or more")
-    if workers == 0:
-        yield lambda batches: ((batch, encoder(batch)) for batch in batches)
-        return
-    # Fresh processes: forking one in which libraries have started threads can deadlock.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (data, tuple(keys), append_eod))
+def _write(
+    run: "_Run", batches: Iterator[tuple[Batch, EncodedBatch]], bar: Progress, spans: Sequence[Span]
+) -> list[str]:
+    """Write all batches; returns the SHA-256 of each span."""
+    piped = hashlib.sha256()
+    checksums = Checksums(spans)
     try:
-        yield lambda batches: _ordered(pool, batches, workers * _QUEUED_PER_WORKER)
-    except BrokenProcessPool as error:
-        raise DataError(
-            "a tokenizing process died; most often the system ended it for lack of memory. Try fewer --workers"
-        ) from error
+        for batch, encoded in batches:
+            run.add(batch, encoded)
+            if batch.span.path == STANDARD_INPUT:
+                piped.update(b"".join(batch.records))
+            bar.update(batch.consumed, len(encoded.lengths[0]), encoded.text_bytes, run.rejects.count)
+        run.rejects.check()
+        found = checksums.result()
     finally:
-        pool.shutdown(cancel_futures=True)
+        checksums.cancel()
+    return [piped.hexdigest()] if any(span.path == STANDARD_INPUT for span in spans) else found
 
 
-def _ordered(pool: ProcessPoolExecutor, batches: Iterator[LineBatch], most: int) -> _Results:
-    """Results in the order of ``batches``, with at most ``most`` under way so that memory stays flat."""
-    waiting: collections.deque[tuple[LineBatch, Future[EncodedBatch]]] = collections.deque()
-    for batch in batches:
-        waiting.append((batch, pool.submit(_encode, batch)))
-        if len(waiting) >= most:
-            first, future = waiting.popleft()
-            yield first, future.result()
-    for batch, future in waiting:
-        yield batch, future.result()
+class _Run:
+    """The files under construction, and the journal that goes with them."""
+
+    def __init__(
+        self, journal: Journal, listed: Rejects, prefixes: Sequence[str], tokenizer: Tokenizer, overwrite: bool
+    ) -> None:
+        self._journal, self.rejects = journal, listed
+        self._point: dict[str, Any] = journal.last or {}
+        self.position = Position(**self._point.get("position", {}))
+        self.writers: list[IndexedWriter] = []
+        self._due = time.monotonic() + JOURNAL_SECONDS
+        done = self._point.get("writers", [{}] * len(prefixes))
+        dtype = IndexedWriter.dtype_for(tokenizer.vocab_size)
+        try:
+            for prefix, progress in zip(prefixes, done, strict=True):
+                at = indexed_writer.Progress(**progress)
+                self.writers.append(IndexedWriter(prefix, dtype, overwrite, at))
+            if journal.last is None:
+                journal.remove()  # another run's, to be overwritten
+            listed.open(self._point.get("rejects"))
+        except BaseException:
+            self._end(keep=journal.last is not None)
+            raise
+        if self._point:
+            print(f"going on after {self.writers[0].documents:,} documents of an earlier run", file=sys.stderr)
+
+    def __enter__(self) -> "_Run":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        self.rejects.close()
+        keep = self._journal.last is not None
+        self._end(keep)
+        if keep and error:
+            print(f"what was done is kept ({self._journal.path}): the same command goes on", file=sys.stderr)
+
+    def add(self, batch: Batch, encoded: EncodedBatch) -> None:
+        """Write what became of a batch, and note it in the journal when it is time."""
+        for writer, tokens, lengths in zip(self.writers, encoded.tokens, encoded.lengths, strict=True):
+            writer.add(tokens, lengths)
+        self.rejects.add(batch, encoded.rejected)
+        if time.monotonic() >= self._due and batch.span.path != STANDARD_INPUT:
+            self._save({"position": dataclasses.asdict(batch.end)})
+            self._due = time.monotonic() + JOURNAL_SECONDS
+
+    def verified(self) -> None:
+        """Note that nothing but the final names is missing."""
+        self._save({"verified": True})
+
+    def _save(self, point: dict[str, Any]) -> None:
+        state = {"writers": [dataclasses.asdict(writer.sync()) for writer in self.writers]}
+        self._journal.save(point | state | {"rejects": self.rejects.sync()})
+
+    def _end(self, keep: bool) -> None:
+        for writer in self.writers:
+            if keep:
+                writer.close()
+            else:
+                writer.discard()
 
 
-def _start_worker(data: DataConfig, keys: Sequence[str], append_eod: bool) -> None:
-    global _process_encoder
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent ends us
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core a worker
-    end_with_parent()
-    _process_encoder = LineEncoder(build_tokenizer(data), keys, append_eod)
+def _publish(journal: Journal, output_prefix: str, prefixes: Sequence[str]) -> Summary:
+    """Give everything its final name, where an interrupted run did not."""
+    point = journal.last
+    assert point is not None  # saved by _Run.verified
+    for prefix in prefixes:
+        indexed_writer.publish(prefix)
+    rejected = point["rejects"]["count"]
+    rejected_file = rejects.publish(output_prefix, rejected)
+    journal.remove()
+    tokens = sum(writer["tokens"] for writer in point["writers"])
+    return Summary(list(prefixes), point["writers"][0]["documents"], tokens, rejected, rejected_file)
 
 
-def _encode(batch: LineBatch) -> EncodedBatch:
-    assert _process_encoder is not None  # set by _start_worker
-    return _process_encoder(batch)
+def _stamps(paths: Sequence[str]) -> list[list[Any]]:
+    """Path, bytes and time of the last change of each file."""
+    stats = [(path, os.stat(path)) for path in paths if path != STANDARD_INPUT]
+    return [[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats]
+
+
+def _describe(spans: Sequence[Span], digests: Sequence[str]) -> list[dict[str, Any]]:
+    """The manifest's section about the inputs."""
+    return [
+        {"path": span.path, "bytes": span.size, "sha256": digest}
+        | ({} if span.whole else {"start": span.start, "end": span.end})
+        for span, digest in zip(spans, digests, strict=True)
+    ]

@@ -13,14 +13,15 @@ class Progress:
     Args:
         total_bytes: size of all input as it lies on disk.
         log_interval: documents between two lines where standard error is no terminal; 0 prints none.
+        unit: of ``total_bytes``, where it is something else.
     """
 
-    def __init__(self, total_bytes: int, log_interval: int) -> None:
+    def __init__(self, total_bytes: int, log_interval: int, unit: str = "B") -> None:
         self._total, self._interval = max(total_bytes, 1), log_interval
         self._documents, self._text_bytes, self._logged, self._consumed = 0, 0, 0, 0
         self._start = time.monotonic()
         self._bar = tqdm(
-            total=total_bytes, unit="B", unit_scale=True, dynamic_ncols=True, disable=not sys.stderr.isatty()
+            total=total_bytes, unit=unit, unit_scale=True, dynamic_ncols=True, disable=not sys.stderr.isatty()
         )
 
     def __enter__(self) -> "Progress":

@@ -5,15 +5,14 @@ decoding gives back what was encoded, line ends and runs of spaces included.
 """
 
 import contextlib
-import heapq
 import io
 import os
-import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatron.data.errors import DataError
-from megatron.data.jsonl import check_inputs, document_texts, read_batches
+from megatron.data.files import write_whole
+from megatron.data.text_sample import sample_texts
 
 MODEL_TYPES = ("unigram", "bpe")
 _LONGEST_LINE = 1000
@@ -36,7 +35,7 @@ def train(
     """Train ``OUTPUT_PREFIX.model``; the same arguments give the same file.
 
     Args:
-        inputs: JSON-lines files, plain, .gz or .zst.
+        inputs: files, glob patterns and folders; see :func:`megatron.data.inputs.find_inputs`.
         output_prefix: path without ``.model``.
         vocab_size: number of pieces; 258 of them are bytes, ``<unk>`` and the end of document ``</s>``.
         model_type: one of ``MODEL_TYPES``.
@@ -55,13 +54,10 @@ def train(
     """
     import sentencepiece
 
-    check_inputs(inputs)
     path = Path(f"{output_prefix}.model")
     if path.exists() and not overwrite:
         raise DataError(f"{path} exists already; give --overwrite or another --output")
-    sample = _sample(inputs, json_key, sample_bytes, seed)
-    if not sample:
-        raise DataError(f"--input: no document has text under the key {json_key!r}; name the right --json-key")
+    sample = sample_texts(inputs, json_key, sample_bytes, seed)
     model = io.BytesIO()
     with contextlib.nullcontext() if verbose else _silenced():
         try:
@@ -84,43 +80,8 @@ def train(
             )
         except (RuntimeError, OSError) as error:
             raise DataError(f"SentencePiece cannot train --vocab-size {vocab_size} on this text: {error}") from error
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(f"{path}.incomplete")
-    try:
-        with open(unfinished, "wb") as file:
-            file.write(model.getvalue())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    write_whole({path: model.getvalue()})
     return str(path)
-
-
-def _sample(inputs: Sequence[str], key: str, most_bytes: int, seed: int) -> list[str]:
-    """A uniform choice of documents of ``most_bytes`` or somewhat less, read in one pass and in their order.
-
-    Every document draws a random number; those with the smallest stay.
-    """
-    draw = random.Random(seed)
-    kept: list[tuple[float, int, str]] = []  # a heap whose top has the largest draw
-    size = 0
-    for number, text in enumerate(_texts(inputs, key)):
-        heapq.heappush(kept, (-draw.random(), number, text))
-        size += len(text.encode())
-        while size > most_bytes and len(kept) > 1:
-            size -= len(heapq.heappop(kept)[2].encode())
-    return [text for _, _, text in sorted(kept, key=lambda entry: entry[1])]
-
-
-def _texts(inputs: Sequence[str], key: str) -> Iterator[str]:
-    """Texts that are not empty; broken lines are left to tools/preprocess_data.py to report."""
-    for batch in read_batches(inputs):
-        for number, line in enumerate(batch.lines, start=batch.first):
-            with contextlib.suppress(DataError):
-                texts = document_texts(line, (key,), first_line=number == 1)
-                if texts and texts[0]:
-                    yield texts[0]
 
 
 def _lines(text: str) -> Iterator[str]:

@@ -4,12 +4,18 @@ Text is text: a document that happens to contain ``<|endoftext|>`` or ``</s>`` i
 special token of that name. Only the tools put end-of-document tokens where documents end.
 """
 
+import functools
 import hashlib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from megatron.config import DataConfig
+from megatron.config.data import TOKENIZERS
+from megatron.data import tiktoken_backend
 from megatron.data.errors import DataError
 
 END_OF_DOCUMENT = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")
@@ -35,13 +41,26 @@ class Tokenizer(Protocol):
         """``[encode(text) for text in texts]``, faster."""
         ...
 
+    def encode_arrays(self, texts: list[str]) -> list[np.ndarray]:
+        """The same as arrays of any integer type, faster still where the library has no need of lists."""
+        ...
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ``ids``. Raises ValueError where an id is outside of ``[0, vocab_size)``."""
         ...
 
 
+class _FromLists:
+    """Arrays by way of lists."""
+
+    def encode_arrays(self, texts: list[str]) -> list[np.ndarray]:
+        return [np.array(ids, dtype=np.int32) for ids in self.encode_batch(texts)]  # type: ignore[attr-defined]
+
+
 class GPT2BPETokenizer:
     """GPT-2's byte-level BPE: every text round-trips exactly.
+
+    Hugging Face's tokenizers make the tokens; where tiktoken is installed, it makes the same ones faster.
 
     Args:
         vocab_file: ``vocab.json``, token -> id.
@@ -75,6 +94,21 @@ class GPT2BPETokenizer:
             )
         self.vocab_size = max(vocab.values()) + 1
         self.eod = _end_of_document(vocab, ("<|endoftext|>",), f"--vocab-file {vocab_file}")
+        self._files = (vocab_file, merge_file)
+
+    @functools.cached_property
+    def _fast(self) -> Any | None:
+        return tiktoken_backend.from_gpt2_files(*self._files)
+
+    def encode_arrays(self, texts: list[str]) -> list[np.ndarray]:
+        if self._fast is None:
+            return [np.array(ids, dtype=np.int32) for ids in self.encode_batch(texts)]
+        return [
+            np.array(self.encode(text), dtype=np.int32)
+            if _spaced_out(text)
+            else tiktoken_backend.encode(self._fast, text)
+            for text in texts
+        ]
 
     def encode(self, text: str) -> list[int]:
         return self._backend.encode(text, add_special_tokens=False).ids
@@ -86,7 +120,7 @@ class GPT2BPETokenizer:
         return self._backend.decode(_checked(ids, self.vocab_size), skip_special_tokens=False)
 
 
-class HFTokenizer:
+class HFTokenizer(_FromLists):
     """A Hugging Face ``tokenizer.json``, without the special tokens, truncation and padding it may ask for.
 
     Args:
@@ -123,7 +157,7 @@ class HFTokenizer:
         return self._backend.decode(_checked(ids, self.vocab_size), skip_special_tokens=False)
 
 
-class SentencePieceTokenizer:
+class SentencePieceTokenizer(_FromLists):
     """A SentencePiece ``.model``.
 
     Models of ``tools/train_tokenizer.py`` round-trip every text, but for U+2581 (``▁``), which is how SentencePiece
@@ -164,6 +198,61 @@ class SentencePieceTokenizer:
         return self._backend.decode(_checked(ids, self.vocab_size))
 
 
+class TiktokenTokenizer:
+    """One of tiktoken's encodings, such as cl100k_base: every text round-trips exactly.
+
+    Args:
+        ranks_file: its file, under its name: ``cl100k_base.tiktoken``.
+
+    Raises:
+        DataError: the file is missing or broken, or its name is no encoding's.
+    """
+
+    kind = "TiktokenTokenizer"
+
+    def __init__(self, ranks_file: str) -> None:
+        self._backend = tiktoken_backend.encoding_from_file(ranks_file)
+        self.fingerprint = _fingerprint(f"{self.kind} {self._backend.name}", ranks_file)
+        self.vocab_size, self.eod = self._backend.n_vocab, self._backend.eot_token
+
+    def encode(self, text: str) -> list[int]:
+        return self.encode_arrays([text])[0].tolist()
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return [ids.tolist() for ids in self.encode_arrays(texts)]
+
+    def encode_arrays(self, texts: list[str]) -> list[np.ndarray]:
+        for text in texts:
+            if _spaced_out(text):
+                raise DataError(f"tiktoken cannot encode a run of more than {tiktoken_backend.LONG} white spaces")
+        return [tiktoken_backend.encode(self._backend, text) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._backend.decode(_checked(ids, self.vocab_size))
+
+
+class ByteTokenizer:
+    """The bytes of the text in UTF-8 as ids 0 to 255, and 256 as the end of a document; needs no file."""
+
+    kind = "ByteTokenizer"
+    vocab_size, eod = 257, 256
+    fingerprint = hashlib.sha256(b"ByteTokenizer").hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return [list(text.encode()) for text in texts]
+
+    def encode_arrays(self, texts: list[str]) -> list[np.ndarray]:
+        return [np.frombuffer(text.encode(), dtype=np.uint8) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ``ids``; bytes that are no UTF-8 become U+FFFD, the end of a document ``<|endoftext|>``."""
+        parts = (bytes([id]) if id < self.eod else b"<|endoftext|>" for id in _checked(ids, self.vocab_size))
+        return b"".join(parts).decode("utf-8", "replace")
+
+
 def build_tokenizer(data: DataConfig) -> Tokenizer:
     """The tokenizer that ``data`` describes.
 
@@ -179,14 +268,22 @@ def build_tokenizer(data: DataConfig) -> Tokenizer:
             raise DataError(f"{flag} {path}: there is no such file")
         return path
 
-    if data.tokenizer_type == GPT2BPETokenizer.kind:
+    kind = data.tokenizer_type
+    if kind == GPT2BPETokenizer.kind:
         return GPT2BPETokenizer(file("vocab_file"), file("merge_file"))
-    if data.tokenizer_type == SentencePieceTokenizer.kind:
-        return SentencePieceTokenizer(file("tokenizer_model"))
-    if data.tokenizer_type == HFTokenizer.kind:
-        return HFTokenizer(file("tokenizer_model"))
-    kinds = ", ".join(tokenizer.kind for tokenizer in (GPT2BPETokenizer, SentencePieceTokenizer, HFTokenizer))
-    raise DataError(f"--tokenizer-type {data.tokenizer_type!r} is not known; choose one of {kinds}")
+    if kind == ByteTokenizer.kind:
+        return ByteTokenizer()
+    for made in (SentencePieceTokenizer, HFTokenizer, TiktokenTokenizer):
+        if kind == made.kind:
+            return made(file("tokenizer_model"))
+    raise DataError(f"--tokenizer-type {kind!r} is not known; choose one of {', '.join(TOKENIZERS)}")
+
+
+_SPACES = re.compile(rf"\s{{{tiktoken_backend.LONG}}}")
+
+
+def _spaced_out(text: str) -> bool:
+    return len(text) > tiktoken_backend.LONG and _SPACES.search(text) is not None
 
 
 def _fingerprint(kind: str, *files: str) -> str:

@@ -276,11 +276,11 @@ class Engine:
         return entries
 
     @contextlib.contextmanager
-    def loading(self):
+    def loading(self, moments: bool = True):
         """Yields the tensors to load into; on leaving without an error the loaded weights are taken over.
 
         Weights are read in full (each rank computes with all of its parameters), moments only as far as this rank
-        keeps them.
+        keeps them; without ``moments`` they are set to 0, as at the start of a run.
         """
         entries, weights = [], {}
         for name, parameter, fragment in self._fragments():
@@ -291,6 +291,9 @@ class Engine:
                 continue
             for prefix, flat in ((EXP_AVG, fragment.exp_avg), (EXP_AVG_SQ, fragment.exp_avg_sq)):
                 to_fill = flat.to_fill() if isinstance(flat, Stretch) else flat
+                if not moments:
+                    to_fill.zero_()
+                    continue
                 boxes = self._boxes(name, fragment.start, to_fill)
                 entries.append(ShardedTensor(prefix + name, self._global_shape(name), to_fill.dtype, boxes))
         yield entries
@@ -311,8 +314,9 @@ class Engine:
             state["loss_scaler"] = {k: v for k, v in vars(scaler).items() if isinstance(v, int | float | bool)}
         return state
 
-    def load_scalar_state(self, state: Mapping[str, Any]) -> None:
-        """Take over what :meth:`scalar_state` gave."""
+    def load_scalar_state(self, state: Mapping[str, Any] | None) -> None:
+        """Take over what :meth:`scalar_state` gave; None is the start of a run."""
+        state = {"adam_step": 0} if state is None else state
         for entry in self._adam.state.values():
             entry["step"].fill_(state["adam_step"])
         if self._config.optimizer.precision == "fp16" and "loss_scaler" in state:

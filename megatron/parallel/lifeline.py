@@ -9,6 +9,9 @@ once; and a slow, busy or stopped process, whose connections stand, is never tak
 or cut off, fails TCP's keep-alive after ``SILENCE`` seconds. The monitor tells every rank, whose listening thread
 prints one line and ends the process without any clean-up, since that could wait for the dead rank.
 
+A rank whose watchdog finds that the run stands still asks the monitor, which asks all ranks how far they have come and
+then tells all to end.
+
 The listening thread needs the GIL, which Python code yields in milliseconds and waiting collectives do not hold. A call
 of foreign code that keeps it delays the end until it returns.
 """
@@ -32,11 +35,13 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron.parallel.launch import Launch
+from megatron.parallel.stall import Place, verdict
 
 SILENCE = 30  # s without an answer after which a node counts as gone
 TOGETHER = 0.02  # s in which the processes of a node die together; shorter than the starter takes to end the others
 DOUBT = 0.2  # s in which a failure may turn out to be due to a death
 ENDING = 4  # s after which a process that was told to end is killed if it has not ended
+ANSWERING = 8  # s in which every rank must have said how far it has come, stacks written
 
 _KEY = "lifeline"
 _LONGEST = 65536  # bytes of a message; more is not one of ours
@@ -61,12 +66,12 @@ def lifeline(
     timeout: float,
     advice: Callable[[], str],
     ends_anyway: Callable[[], bool] = lambda: False,
-) -> Iterator[None]:
+) -> Iterator["Line | None"]:
     """End this process when another rank dies or fails, and the others when this one does.
 
     An exception that leaves the block is told to all ranks. If another rank had died or failed before, which is then
     the reason of this exception, the process ends here with the line that names that rank. Otherwise the exception goes
-    on, and the process has ``ENDING`` seconds to end. Nothing is started for a run of one process.
+    on, and the process has ``ENDING`` seconds to end. Nothing is started for a run of one process, which gets None.
 
     Args:
         launch: this process among all.
@@ -76,7 +81,7 @@ def lifeline(
         ends_anyway: whether this process was told to end, as the others then are; their end is no failure to it.
     """
     if launch.world_size == 1:
-        yield
+        yield None
         return
     me = Member(launch.rank, socket.gethostname(), os.getpid())
     monitor = None
@@ -84,17 +89,19 @@ def lifeline(
         monitor = _Monitor(launch.world_size, timeout)
         monitor.start()
         store.set(_KEY, json.dumps(monitor.whereabouts(launch) | {"first": dataclasses.asdict(me)}))
-    line = _Line(me, json.loads(store.get(_KEY)), advice, ends_anyway)
+    line = Line(me, json.loads(store.get(_KEY)), advice, ends_anyway)
     try:
-        yield
+        yield line
     except BaseException as error:
         line.fail(error)
         raise
     line.leave(monitor)
 
 
-class _Line:
-    """A rank's end of its connection."""
+class Line:
+    """A rank's end of its connection. ``on_stall`` is what this rank does and answers when it is asked where it is."""
+
+    on_stall: Callable[[str], Place] | None = None
 
     def __init__(
         self, me: Member, monitor: dict[str, Any], advice: Callable[[], str], ends_anyway: Callable[[], bool]
@@ -116,6 +123,10 @@ class _Line:
         self._send(failed=told[:500])
         self._blamed.wait(ENDING / 2)
 
+    def ask(self, reason: str) -> None:
+        """Have all ranks say how far they have come, and end. Returns at once."""
+        self._send(stalled=reason)
+
     def leave(self, monitor: "_Monitor | None") -> None:
         """Say goodbye. Rank 0 stays until all have."""
         self._left = monitor is None
@@ -133,22 +144,27 @@ class _Line:
             self._socket.sendall(json.dumps(message).encode() + b"\n")
 
     def _listen(self) -> None:
-        """Wait for the only message there is, who died or failed; or for the end of rank 0."""
-        message, lost = b"", f"{self._first} died"
+        """Wait for the last message, why to end, maybe after the question how far this rank is; or for rank 0's end."""
+        peer, lost = _Peer(), f"{self._first} died"
         try:
-            while not message.endswith(b"\n") and (data := self._socket.recv(4096)):
-                message += data
+            while data := self._socket.recv(4096):
+                for news in peer.messages(data):
+                    if "question" in news:
+                        self._answer(news["question"])
+                    elif self._me.rank in news["ranks"]:
+                        return self._blamed.set()
+                    else:
+                        self._end(news["told"], speaks=self._me.rank == 0)
         except OSError as error:
             if not isinstance(error, ConnectionError):
                 lost = f"{self._first} did not answer for {SILENCE} s ({error.strerror})"
-        if message.endswith(b"\n"):
-            news = json.loads(message)
-            if self._me.rank in news["ranks"]:
-                self._blamed.set()
-            else:
-                self._end(news["told"], speaks=self._me.rank == 0)
-        elif not self._left:
+        if not self._left:
             self._end(lost, speaks=self._me.rank == 1)
+
+    def _answer(self, question: str) -> None:
+        signal.alarm(ANSWERING + ENDING)  # the end follows in any case, and the file system may block
+        place = None if self.on_stall is None else dataclasses.asdict(self.on_stall(question))
+        self._send(place=place)
 
     def _end(self, told: str, speaks: bool) -> None:
         if self._ends_anyway():
@@ -180,6 +196,8 @@ class _Monitor(threading.Thread):
         self._gone: set[int] = set()
         self._died: dict[int, str] = {}  # rank -> what happened
         self._failed: dict[int, str] = {}
+        self._stalled: str | None = None  # why a rank thinks so
+        self._places: dict[int, Place | None] = {}  # of those who have answered
         os.register_at_fork(after_in_child=self._close)
 
     def whereabouts(self, launch: Launch) -> dict[str, Any]:
@@ -195,14 +213,23 @@ class _Monitor(threading.Thread):
             if waits and time.monotonic() >= latest:
                 for rank in set(range(self._world_size)) - self._came:
                     self._died[rank] = f"rank {rank} did not come within {self._timeout:g} s"
-            if self._died or self._failed:
+            if self._stalled is not None:
+                self._ask()
+            if self._died or self._failed or self._stalled is not None:
                 self._gather()
                 self._tell()
                 return
 
+    def _ask(self) -> None:
+        """Ask every rank how far it has come, and wait for the answers, or for a death."""
+        self._send({"question": self._stalled})
+        end = time.monotonic() + ANSWERING
+        while len(self._places) < len(self._peers) and not self._died and (rest := end - time.monotonic()) > 0:
+            self._turn(rest)
+
     def _gather(self) -> None:
         """Take in what belongs to the first news: the death that made a rank fail, and deaths at the same time."""
-        end = time.monotonic() + DOUBT
+        end = time.monotonic() + (DOUBT if self._stalled is None else 0)
         while not self._died and (rest := end - time.monotonic()) > 0:
             self._turn(rest)
         end = time.monotonic() + TOGETHER
@@ -256,6 +283,10 @@ class _Monitor(threading.Thread):
                 self._server.close()
         elif "failed" in message:
             self._failed[peer.member.rank] = f"{peer.member} failed: {message['failed']}"
+        elif "stalled" in message:
+            self._stalled = self._stalled or message["stalled"]
+        elif "place" in message:
+            self._places[peer.member.rank] = Place.from_json(message["place"])
         elif "goodbye" in message:
             self._gone.add(peer.member.rank)
 
@@ -266,8 +297,15 @@ class _Monitor(threading.Thread):
         told = list(what.values())
         if len(told) > 8:
             told[8:] = [f"and {len(told) - 8} others"]
-        message = json.dumps({"told": ", ".join(told), "ranks": list(what)}).encode() + b"\n"
-        for connection in reversed(self._by_rank()):  # this process last, since it ends when it is told
+        if not what:
+            members = {peer.member.rank: peer.member for peer in self._peers.values() if peer.member}
+            places = {rank: self._places.get(rank) for rank in members}
+            told = [f"{self._stalled}; {verdict(places, {rank: str(member) for rank, member in members.items()})}"]
+        self._send({"told": ", ".join(told), "ranks": list(what)})
+
+    def _send(self, content: dict[str, Any]) -> None:
+        message = json.dumps(content).encode() + b"\n"
+        for connection in reversed(self._by_rank()):  # this process last, since it may end when it hears
             with contextlib.suppress(OSError):
                 connection.send(message)
 

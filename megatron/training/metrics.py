@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron.engine.engine import LossSums, StepResult
+from megatron.engine.engine import LateNumber, LossSums, StepResult
 
 
 def reduce_sums(sums: LossSums) -> LossSums:
@@ -25,6 +25,14 @@ def mean_losses(sums: LossSums) -> dict[str, float]:
     """Mean LM loss, aux loss and z-loss over the micro-batches of reduced sums."""
     lm, aux, z, count = sums.losses.tolist()
     return {"loss": lm / count, "aux_loss": aux / count, "z_loss": z / count}
+
+
+def mean_loss(sums: LossSums) -> LateNumber:
+    """The mean LM loss over all ranks' micro-batches."""
+    losses = sums.losses.double()  # a copy
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(losses)
+    return LateNumber(losses[0] / losses[3])
 
 
 def expert_balance(sums: LossSums) -> dict[str, list[float]]:
@@ -51,9 +59,10 @@ class StepWindow:
         self._flops_per_token = flops_per_token
         self._peak_tflops = peak_tflops
         self._devices = devices
-        self._clear()
+        self.clear()
 
-    def _clear(self) -> None:
+    def clear(self) -> None:
+        """Forget the updates since the last call of :meth:`take`."""
         self._sums: LossSums | None = None
         self._last: StepResult | None = None
         self._tokens = 0
@@ -98,7 +107,7 @@ class StepWindow:
             "mfu": tflops / self._peak_tflops if self._peak_tflops else None,
             "memory_gb": memory_gb(),
         }
-        self._clear()
+        self.clear()
         return record
 
 

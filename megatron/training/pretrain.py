@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-from megatron.checkpoint import CheckpointError, load
+from megatron.checkpoint import CheckpointError
 from megatron.config import RunConfig
 from megatron.config.flags import to_dict
 from megatron.config.validation import validate
@@ -18,16 +18,19 @@ from megatron.engine.pipeline import build_engine
 from megatron.parallel.determinism import make_deterministic
 from megatron.parallel.initialize import NoDevice, Topology, choose_device, initialize, meet, shut_down
 from megatron.parallel.launch import Launch
-from megatron.parallel.lifeline import lifeline
+from megatron.parallel.lifeline import Line, lifeline
 from megatron.parallel.replicas import ReplicasDiffer
+from megatron.parallel.watchdog import Watchdog
 from megatron.planning.parameters import count_parameters
 from megatron.planning.placement import place
+from megatron.preflight import gather_problems, preflight
 from megatron.training.clock import Clock, total_samples
 from megatron.training.ending import record_end
 from megatron.training.outlook import outlook
 from megatron.training.report import Report
-from megatron.training.resume import check, clock_from, padded_as_before
+from megatron.training.resume import check, clock_from, padded_as_before, restore
 from megatron.training.signals import StopRequest, StopSignals
+from megatron.training.spikes import Detours
 from megatron.training.start import (
     check_graphs,
     check_optimizer,
@@ -35,6 +38,7 @@ from megatron.training.start import (
     check_precision,
     find_checkpoint,
     how_to_go_on,
+    log_folder,
     only_run_in,
 )
 from megatron.training.trainer import Trainer, TrainingDiverged
@@ -47,19 +51,17 @@ def pretrain(config: RunConfig, signals: StopSignals) -> int:
 
     In a run of several processes an error is the end of this one: see :mod:`megatron.parallel.lifeline`.
     """
-    local_rank = 0
+    local_rank, problem = 0, None
+    looks_first = config.guard.preflight or config.guard.preflight_only
     try:
         launch = Launch.from_environment()
         local_rank = launch.local_rank
-        device = choose_device(config.training.device, local_rank)
-        validate(config, launch.world_size)
-        deepspeed_config.build(config, config.parallel.data_parallel_size(launch.world_size))
-        check_outputs(config)
-        check_precision(config, device)
-        check_optimizer(config)
-        check_graphs(config, device)
-        if config.training.deterministic:
-            make_deterministic()
+        try:
+            device = _prepare(config, launch)
+        except (ValueError, OSError, CheckpointError) as error:
+            if not looks_first:
+                raise
+            device, problem = torch.device("cpu"), str(error)  # told with those of the other ranks
         # expert parallelism means nothing to a dense model, so that --num-experts alone tells the two apart
         degrees = config.parallel.moe_expert_parallel_size if config.moe.enabled else (1,)
         parallel = dataclasses.replace(config.parallel, moe_expert_parallel_size=degrees)
@@ -73,23 +75,56 @@ def pretrain(config: RunConfig, signals: StopSignals) -> int:
     try:
         launch, store = meet(launch, parallel.timeout)
         seconds = parallel.timeout.total_seconds()
-        with lifeline(launch, store, seconds, lambda: how_to_go_on(config), lambda: signals.ends_start):
+        with lifeline(launch, store, seconds, lambda: how_to_go_on(config), lambda: signals.ends_start) as line:
+            if looks_first and (problems := gather_problems(launch, store, problem)):
+                if launch.rank == 0:
+                    print("\n".join(f"error on {each}" for each in problems), file=sys.stderr, flush=True)
+                return 1 if config.guard.preflight_only else 2
             topology = initialize(parallel, launch, device, store)
             signals.all_met()
-            with only_run_in(config.checkpoint.save, topology):
-                _run(config, topology, StopRequest(signals, topology, config.checkpoint.exit_duration_in_mins))
+            ready = not looks_first or _looks_ready(config, topology, line)
+            if ready and not config.guard.preflight_only:
+                with only_run_in(config.checkpoint.save, topology):
+                    stop = StopRequest(signals, topology, config.checkpoint.exit_duration_in_mins)
+                    _run(config, topology, stop, line)
             shut_down()
     except (ValueError, OSError, TrainingDiverged, ReplicasDiffer, CheckpointError) as error:
         # the process groups are left as they are: other ranks may be inside a collective
         print(f"error on rank {launch.rank}: {error}", file=sys.stderr, flush=True)
         return 1
-    return 0
+    return 0 if ready else 1
 
 
-def _run(config: RunConfig, topology: Topology, stop: StopRequest) -> None:
+def _prepare(config: RunConfig, launch: Launch) -> torch.device:
+    """Whatever can be found out without the other ranks; the device of this one.
+
+    Raises:
+        ValueError, OSError, CheckpointError: the run cannot start here.
+    """
+    device = choose_device(config.training.device, launch.local_rank)
+    validate(config, launch.world_size)
+    deepspeed_config.build(config, config.parallel.data_parallel_size(launch.world_size))
+    check_outputs(config)
+    check_precision(config, device)
+    check_optimizer(config)
+    check_graphs(config, device)
+    if config.training.deterministic:
+        make_deterministic()
+    return device
+
+
+def _looks_ready(config: RunConfig, topology: Topology, line: Line | None) -> bool:
+    """Check all nodes and print what was found. What is only slow keeps back nobody but ``--preflight-only``."""
+    outcome = preflight(config, topology, line)
+    if topology.is_first:
+        print(outcome.words, flush=True)
+    return not outcome.broken and not (config.guard.preflight_only and outcome.slow)
+
+
+def _run(config: RunConfig, topology: Topology, stop: StopRequest, line: Line | None) -> None:
     tokenizer = build_tokenizer(config.data)
     vocab_size = config.model.padded_vocab_size(tokenizer.vocab_size, topology.tensor_parallel_size)
-    clock, warnings, source = Clock(config.model.seq_length), [], None
+    clock, warnings, source, meta = Clock(config.model.seq_length), [], None, None
     found = find_checkpoint(config, topology)
     if found is not None:
         source, meta = found
@@ -98,6 +133,7 @@ def _run(config: RunConfig, topology: Topology, stop: StopRequest) -> None:
         clock = clock_from(meta)
     if _stops_early(stop, config, topology, clock):
         return
+    detours = Detours.of(config, meta, clock.samples)
     samples = total_samples(config.training, config.model.seq_length, clock.samples)
     valid_samples = (
         config.training.eval_iters * config.training.global_batch_size if config.training.eval_interval else 0
@@ -108,12 +144,12 @@ def _run(config: RunConfig, topology: Topology, stop: StopRequest) -> None:
 
     engine = build_engine(config, topology, vocab_size)
     if found is not None:
-        with engine.loading() as tensors:
-            load(source, tensors, group=topology.control_group)
-        engine.load_scalar_state(meta["optimizer"])
+        restore(engine, source, meta, topology)
 
     name = _name(config)
     report = Report(config.logging, name, config.checkpoint.save, topology.is_first)
+    guard = config.guard
+    watchdog = Watchdog(guard.watchdog_factor, guard.watchdog_min_seconds, log_folder(config), topology, line)
     try:
         train_tokens = samples * config.model.seq_length
         _announce(report, config, topology, tokenizer, clock, vocab_size, train_tokens, name, resumed=found is not None)
@@ -127,9 +163,11 @@ def _run(config: RunConfig, topology: Topology, stop: StopRequest) -> None:
                 print(f"warning: this run differs from the checkpoint's: {warning}", flush=True)
         data = (train_data, valid_data)
         Trainer(
-            config, topology, engine, tokenizer, data, clock, report, stop, vocab_size, resumed_from=found and source
-        ).run()
+            config, topology, engine, tokenizer, data, clock, report, stop, watchdog, vocab_size, detours,
+            resumed_from=found,
+        ).run()  # fmt: skip
     finally:
+        watchdog.close()
         report.close()
 
 

@@ -15,7 +15,7 @@ class Writer(Protocol):
     """Takes one record at a time."""
 
     def write(self, record: dict[str, Any]) -> None:
-        """Write a record; ``record["kind"]`` is run, train, valid, save, not_saved or stop."""
+        """Write a record; ``record["kind"]`` is run, train, valid, save, not_saved, spike or stop."""
 
     def close(self) -> None:
         """Flush and close."""
@@ -100,6 +100,9 @@ class Console:
 
     def _not_saved(self, record: dict[str, Any]) -> str:
         return f"{self._progress(record)} | NOT SAVED: {record['reason']}"
+
+    def _spike(self, record: dict[str, Any]) -> str:
+        return f"{self._progress(record)} | SPIKE: {record['reason']}"
 
     def _stop(self, record: dict[str, Any]) -> str:
         return f"{self._progress(record)} | stopped: {record['reason']}"

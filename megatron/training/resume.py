@@ -2,33 +2,47 @@
 
 import dataclasses
 import platform
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron.checkpoint import CheckpointError
+from megatron.checkpoint import CheckpointError, load
 from megatron.config import RunConfig
 from megatron.config.flags import from_dict, to_dict
 from megatron.config.options import OPTIONS
 from megatron.data.tokenizer import Tokenizer
+from megatron.engine.engine import Engine
+from megatron.parallel.initialize import Topology
 from megatron.training.clock import Clock
+from megatron.training.spikes import Detours, SpikeWatch
 
 # Options that may change at a resume without changing how the run goes on.
 _HARMLESS = {
     *("device", "num_workers", "data_cache_path", "vocab_file", "merge_file", "tokenizer_model", "tokenizer_type"),
+    "allow_tokenizer_mismatch",
     *("eval_interval", "eval_iters", "checkpoint_activations", "max_skipped_updates", "moe_eval_capacity_factor"),
-    *("check_replicas", "compile", "optimizer_cpu_offload", "cuda_graphs", "deterministic"),
+    *("skip_samples", "check_replicas", "compile", "optimizer_cpu_offload", "cuda_graphs", "deterministic"),
     *("ffn_hidden_size", "max_position_embeddings", "num_experts", "expert_interval", "make_vocab_size_divisible_by"),
 }
 _COMPARED = ("model", "moe", "optimizer", "training", "data")
 
 
 def describe(
-    config: RunConfig, clock: Clock, vocab_size: int, tokenizer: Tokenizer, optimizer: dict[str, Any], world_size: int
+    config: RunConfig,
+    clock: Clock,
+    detours: Detours,
+    spikes: SpikeWatch,
+    vocab_size: int,
+    tokenizer: Tokenizer,
+    optimizer: dict[str, Any],
+    world_size: int,
 ) -> dict[str, Any]:
     """The metadata of a checkpoint, JSON-able."""
     return {
         "clock": clock.state(),
+        "detours": detours.state(),
+        "spikes": spikes.state() if config.guard.spike_sigmas is not None else None,
         "config": to_dict(config),
         "vocab_size": vocab_size,
         "tokenizer": {"vocab_size": tokenizer.vocab_size, "fingerprint": tokenizer.fingerprint},
@@ -71,17 +85,21 @@ def check(meta: dict[str, Any], config: RunConfig, vocab_size: int, tokenizer: T
     problems = _describe({flag: (then[flag], now[flag]) for flag in now if then[flag] != now[flag]})
     if meta["vocab_size"] != vocab_size:
         problems.append(f"padded vocabulary: checkpoint {meta['vocab_size']}, this run {vocab_size}")
+    changed = {}
     if meta["tokenizer"]["fingerprint"] != tokenizer.fingerprint:
-        problems.append(
-            f"tokenizer fingerprint: checkpoint {meta['tokenizer']['fingerprint'][:12]}, "
-            f"this run {tokenizer.fingerprint[:12]}"
-        )
+        fingerprints = (meta["tokenizer"]["fingerprint"][:12], tokenizer.fingerprint[:12])
+        if config.data.allow_tokenizer_mismatch:
+            changed["tokenizer fingerprint"] = fingerprints
+        else:
+            problems.append(
+                f"tokenizer fingerprint: checkpoint {fingerprints[0]}, this run {fingerprints[1]} "
+                "(--allow-tokenizer-mismatch goes on all the same)"
+            )
     if problems:
         raise CheckpointError(
             "the checkpoint belongs to another model; start with the flags it was trained with, "
             "or give another --load:\n  " + "\n  ".join(problems)
         )
-    changed = {}
     for section in _COMPARED:
         before, after = vars(getattr(saved, section)), vars(getattr(config, section))
         for name, value in after.items():
@@ -111,3 +129,14 @@ def padded_as_before(meta: dict[str, Any], tensor_parallel_size: int) -> int:
 def clock_from(meta: dict[str, Any]) -> Clock:
     """The clock as it stood when the checkpoint was saved."""
     return Clock(**{field.name: meta["clock"][field.name] for field in dataclasses.fields(Clock)})
+
+
+def restore(engine: Engine, source: Path, meta: dict[str, Any], topology: Topology) -> None:
+    """Load a checkpoint into an engine. Where it holds no optimizer state, Adam starts anew.
+
+    Raises:
+        CheckpointError: it is damaged or does not fit.
+    """
+    with engine.loading(moments=meta.get("optimizer") is not None) as tensors:
+        load(source, tensors, group=topology.control_group)
+    engine.load_scalar_state(meta.get("optimizer"))

@@ -16,6 +16,7 @@ from megatron.checkpoint import latest, read_meta
 from megatron.config import RunConfig
 from megatron.config.errors import ConfigError
 from megatron.parallel.initialize import Topology
+from megatron.training.spikes import Update, checkpoint_before
 
 
 def check_outputs(config: RunConfig) -> None:
@@ -46,6 +47,13 @@ def check_outputs(config: RunConfig) -> None:
             f"--save {save} holds the checkpoints of a run already ({found.name}); "
             f"add --load {save} to continue it, or choose another folder"
         )
+
+
+def log_folder(config: RunConfig) -> Path | None:
+    """Where a run's metrics lie; None if it writes none."""
+    if config.logging.log_file is not None:
+        return Path(config.logging.log_file).parent
+    return None if config.checkpoint.save is None else Path(config.checkpoint.save)
 
 
 def check_precision(config: RunConfig, device: torch.device) -> None:
@@ -95,6 +103,16 @@ def find_checkpoint(config: RunConfig, topology: Topology) -> tuple[Path, dict[s
         if _continues(config):
             return None
         raise ConfigError(f"--load {load}: there is no checkpoint; give the folder of a run, or leave the flag out")
+
+    return _as_first_rank(find, topology)
+
+
+def find_checkpoint_before(config: RunConfig, update: Update, topology: Topology) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint of this run to do ``update`` anew from, and its metadata, as the first rank sees them."""
+
+    def find() -> tuple[Path, dict[str, Any]] | None:
+        source = checkpoint_before(Path(config.checkpoint.save or "."), update)
+        return None if source is None else (source, read_meta(source))
 
     return _as_first_rank(find, topology)
 

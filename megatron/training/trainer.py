@@ -10,19 +10,24 @@ from typing import Any
 
 from megatron.checkpoint import AsyncSaver, CheckpointError, ContactLost, save
 from megatron.config import RunConfig
+from megatron.config.spans import merge
 from megatron.data.gpt_dataset import batches
+from megatron.data.skipping import SkippingSamples
 from megatron.data.tokenizer import Tokenizer
-from megatron.engine.engine import Engine, StepResult
+from megatron.engine.engine import Engine, LateNumber, StepResult
 from megatron.parallel.initialize import Topology
+from megatron.parallel.watchdog import Watchdog
 from megatron.planning.flops import model_flops_per_token, peak_tflops
 from megatron.training.clock import Clock, global_batch_size, last_samples, total_samples
 from megatron.training.ending import record_end
 from megatron.training.evaluation import evaluate
-from megatron.training.metrics import StepWindow
+from megatron.training.metrics import StepWindow, mean_loss
 from megatron.training.profiling import profiled
 from megatron.training.report import Report
-from megatron.training.resume import describe
+from megatron.training.resume import clock_from, describe, restore
 from megatron.training.signals import StopRequest
+from megatron.training.spikes import Detours, Spike, SpikeWatch, Update
+from megatron.training.start import find_checkpoint_before
 
 
 class TrainingDiverged(RuntimeError):
@@ -42,19 +47,26 @@ class Trainer:
         clock: Clock,
         report: Report,
         stop: StopRequest,
+        watchdog: Watchdog,
         vocab_size: int,
-        resumed_from: Path | None = None,
+        detours: Detours,
+        resumed_from: tuple[Path, dict[str, Any]] | None = None,
     ) -> None:
         self.config, self.topology, self.engine, self.clock, self.report = config, topology, engine, clock, report
         self._stop, self._tokenizer, self._vocab_size = stop, tokenizer, vocab_size
+        self._watchdog = watchdog
         self._train_data, self._valid_data = datasets
         self._total = total_samples(config.training, config.model.seq_length, clock.samples)
         self._saver = AsyncSaver(topology.control_group) if config.checkpoint.async_save else None
-        self._last_saved, self._first_step = resumed_from, clock.steps
+        self._detours, self._spikes, self._spike = detours, SpikeWatch(config.guard), None
+        self._last_saved, self._first_step = None, clock.steps
+        if resumed_from is not None:
+            self._last_saved = resumed_from[0]
+            self._spikes.load_state(resumed_from[1].get("spikes"))
         self._saving: Path | None = None  # in the background
         self._not_saved: CheckpointError | None = None  # why the last save failed
         self._skipped_in_a_row = 0
-        self._unwatched: tuple[StepResult, int] | None = None  # an update with its global batch size
+        self._unwatched: tuple[StepResult, Update, LateNumber | None] | None = None  # with its loss, if that is watched
         self._window = StepWindow(
             model_flops_per_token(config.model, config.moe, vocab_size),
             config.logging.peak_tflops or peak_tflops(_device_name(topology), config.optimizer.precision),
@@ -78,47 +90,66 @@ class Trainer:
 
     def _loop(self) -> str:
         limit, seq = self.config.checkpoint.exit_tokens, self.config.model.seq_length
-        end = last_samples(self.config, self.clock.samples)
-        data = self._micro_batches(self._train_data, self.clock.samples, self.config.data.num_workers)
+        data, end = self._training_data(), self._end()
         batch = self.config.training.global_batch_size
         reason = self._stop.agreed() if self.clock.samples < end else None
         while self.clock.samples < end and reason is None:
+            self._watchdog.begin(self.clock.steps + 1, f"update {self.clock.steps + 1}")
             size = global_batch_size(self.config.training, self.clock.samples)
             now = self.clock.samples + size
             with self._profile():
                 result = self.engine.train_step(self._next(data, self._share(size)), now * seq)
             validate = self.clock.crosses(now, self.config.training.eval_interval, batch)
             keep = self.clock.crosses(now, self.config.checkpoint.save_interval, batch)
+            loss = None if self.config.guard.spike_sigmas is None else mean_loss(result.sums)
+            update = Update(self.clock.steps + 1, self.clock.samples, now)
             self.clock.samples = now
             self.clock.steps += 1
             self._watch()  # the update before this one: the device is busy with this one
-            self._unwatched = result, size
+            self._unwatched = result, update, loss
             self._compare_replicas()
             done = now >= end
             log = done or self.clock.steps % self.config.logging.log_interval == 0
             if log or validate or keep:
                 self._watch()
+            if self._spike is not None and self._go_back():
+                data, end = self._training_data(), self._end()
+                continue
             if log:
                 self._log("train", **self._window.take())
             if validate or now >= self._total:
-                self._validate()
+                with self._watchdog.paused():
+                    self._validate()
             reason = None if done else self._stop.agreed()
             if self._saver and not self._saver.busy:
                 self._end_of_saving()
             if keep or done or reason:
                 self._watch()
-                self._save(in_background=not (done or reason))
+                if self._spike is None or not self._go_back():  # which saves
+                    with self._watchdog.paused():
+                        self._save(in_background=not (done or reason))
         if reason is None:
             reason = "all tokens are trained on" if self.clock.samples >= self._total else f"--exit-tokens {limit}"
         self._log("stop", reason=reason)
         return reason
 
-    def _profile(self) -> contextlib.AbstractContextManager:
+    def _end(self) -> int:
+        """The samples after which training ends."""
+        return last_samples(self.config, self.clock.samples)
+
+    @contextlib.contextmanager
+    def _profile(self) -> Iterator[None]:
         """Profiles the update that ``--profile`` asks for, on the first rank."""
         logging, number = self.config.logging, self.clock.steps - self._first_step + 1
-        if logging.profile is None or number != logging.profile_step or not self.topology.is_first:
-            return contextlib.nullcontext()
-        return profiled(Path(logging.profile), f"update {self.clock.steps + 1}", self.topology.device)
+        if logging.profile is None or number != logging.profile_step:
+            yield
+            return
+        title, first = f"update {self.clock.steps + 1}", self.topology.is_first
+        with (
+            self._watchdog.paused(),
+            profiled(Path(logging.profile), title, self.topology.device) if first else contextlib.nullcontext(),
+        ):
+            yield
 
     def _next(self, data: Iterator[dict[str, Any]], count: int) -> list[dict[str, Any]]:
         micro_batches = list(itertools.islice(data, count))
@@ -132,6 +163,10 @@ class Trainer:
         """Micro-batches of this rank in a global batch of ``size`` sequences."""
         return size // (self.config.training.micro_batch_size * self.topology.data_parallel_size)
 
+    def _training_data(self) -> Iterator[dict[str, Any]]:
+        dataset = SkippingSamples(self._train_data, self._detours.skipped, self._total)
+        return self._micro_batches(dataset, self.clock.samples, self.config.data.num_workers)
+
     def _micro_batches(self, dataset: Any, consumed_samples: int, workers: int) -> Iterator[dict[str, Any]]:
         config = dataclasses.replace(self.config, data=dataclasses.replace(self.config.data, num_workers=workers))
         rank, size = self.topology.data_parallel_rank, self.topology.data_parallel_size
@@ -141,8 +176,10 @@ class Trainer:
         """Take in what the last update was, unless that has happened; waits for the device to be through with it."""
         if self._unwatched is None:
             return
-        (result, size), self._unwatched = self._unwatched, None
-        self._window.add(result, size * self.config.model.seq_length)
+        (result, update, loss), self._unwatched = self._unwatched, None
+        self._window.add(result, (update.after - update.before) * self.config.model.seq_length)
+        if loss is not None and not result.scale_fell:
+            self._spike = self._spikes.add(update, float(loss)) or self._spike
         if not result.skipped:
             self._skipped_in_a_row = 0
             return
@@ -159,6 +196,50 @@ class Trainer:
                 f"Last good checkpoint: {self._last_saved or 'none'}. "
                 "Resume from it with a lower --lr or a longer --lr-warmup-tokens, or look at the data of these steps"
             )
+
+    def _go_back(self) -> bool:
+        """Go on from a checkpoint before the spike without its data. False: there is none, or no more."""
+        spike, self._spike = self._spike, None
+        with self._watchdog.paused():
+            self._end_of_saving()
+            found, why_not = None, f"--spike-restarts {self.config.guard.spike_restarts} are used up"
+            if self._detours.restarts < self.config.guard.spike_restarts:
+                found = find_checkpoint_before(self.config, spike.first, self.topology)
+                why_not = f"there is no checkpoint from before update {spike.first.number}"
+            self._tell_spike(spike, found, why_not)
+            if found is None:
+                return False
+            source, meta = found
+            restore(self.engine, source, meta, self.topology)
+            self._detours.skipped = merge([*self._detours.skipped, self._detours.span_of(spike)])
+            self._detours.restarts += 1
+            self.clock = clock_from(meta)
+            self._spikes.load_state(meta.get("spikes"))
+            self._skipped_in_a_row, self._unwatched, self._last_saved = 0, None, source
+            self._total = total_samples(self.config.training, self.config.model.seq_length, self.clock.samples)
+            self._save(in_background=False)  # the checkpoint to go on from is now one that knows of the detour
+            self._window.clear()
+        return True
+
+    def _tell_spike(self, spike: Spike, found: tuple[Path, dict[str, Any]] | None, why_not: str) -> None:
+        seq = self.config.model.seq_length
+        first, end = self._detours.span_of(spike)
+        reason = (
+            f"{self.config.guard.spike_updates} losses in a row above {spike.limit:.4g}, up to {spike.loss:.4g}; the "
+            f"median was {spike.median:.4g}"
+        )
+        resumed = None
+        if found is None:
+            reason += f". Training goes on: {why_not}"
+        else:
+            clock = clock_from(found[1])
+            resumed = clock.tokens
+            reason += (
+                f". Going back to {found[0].name}, {clock.tokens} tokens, without samples {first}-{end} of the data "
+                f"({(end - first) * seq} tokens); restart {self._detours.restarts + 1} of "
+                f"{self.config.guard.spike_restarts}"
+            )
+        self._log("spike", reason=reason, resumed_at_tokens=resumed, samples=[first, end])
 
     def _compare_replicas(self) -> None:
         every = self.config.training.check_replicas
@@ -181,8 +262,9 @@ class Trainer:
         start = time.perf_counter()
         world_size = self.topology.launch.world_size
         meta = describe(
-            self.config, self.clock, self._vocab_size, self._tokenizer, self.engine.scalar_state(), world_size
-        )
+            self.config, self.clock, self._detours, self._spikes, self._vocab_size, self._tokenizer,
+            self.engine.scalar_state(), world_size,
+        )  # fmt: skip
         self._end_of_saving()
         background = self._saver if in_background else None
         with self._told_if_not_saved():

@@ -30,6 +30,7 @@ OTHER_VALUES = {
     "moe_expert_parallel_size": (2, 1, 4),
     "data_path": ("0.3", "web text", "0.7", "code"),
     "rampup_batch_size": (32, 32, 1_953_125),
+    "skip_samples": ("0-16", "96-160"),
     "split": "90,5,5",
     "lr": 1.25e-5,
     "min_lr": 1e-9,

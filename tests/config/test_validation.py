@@ -51,6 +51,7 @@ def problems(values: dict, world_size: int = 4) -> tuple[str, ...]:
         ({"lr": 1, "min_lr": 1}, 4),
         ({"save_interval": 5}, 4),
         ({"async_save": True, "keep_last": 2, "save": "checkpoints"}, 4),
+        ({"spike_sigmas": 6.0, "keep_last": 2, "save": "checkpoints", "skip_samples": ("0-16", "8-24")}, 4),
         ({"min_loss_scale": 2.0**20}, 4),  # only of fp16
         (MOE | {"optimizer_name": "adamw8bit", "pipeline_model_parallel_size": 2}, 4),
         (MOE | {"optimizer_cpu_offload": True, "pipeline_model_parallel_size": 2}, 4),
@@ -334,6 +335,19 @@ def test_valid(values, world_size):
             {"keep_last": 3}, 4,
             "--keep-last must have a folder to save in, and --save is not given; add --save DIR or drop --keep-last",
         ),
+        (
+            {"spike_sigmas": 6.0}, 4,
+            "--spike-sigmas must have checkpoints to go back to; add --save DIR, with --save-interval above 0",
+        ),
+        (
+            {"spike_sigmas": 6.0, "save": "checkpoints", "keep_last": 1}, 4,
+            "--spike-sigmas must have a checkpoint from before the spike, and --keep-last 1 keeps none; use 2 or more",
+        ),
+        (
+            {"skip_samples": ("0-16", "24-8")}, 4,
+            "--skip-samples: got '24-8'; expected FIRST-END with FIRST below END, such as 96-160 for 96 to 159",
+        ),
+        ({"watchdog_factor": 1.0}, 4, "--watchdog-factor 1.0 must be above 1; use 10 or more or leave it out"),
         ({}, 0, "got 0 processes; a run needs at least 1"),
         (
             {"hidden_dropout": 1.0}, 4,

@@ -155,7 +155,11 @@ def test_cache_is_used_and_a_damaged_one_is_rebuilt(config, blended):
     assert torch.equal(everything(build(config, 60, 0, 0)[0]), expected)
     assert {path: path.stat().st_mtime_ns for path in folder.glob("*.npy")} == built
     for path in built:
-        path.write_bytes(path.read_bytes()[:-8])
+        content = path.read_bytes()
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        assert torch.equal(everything(build(config, 60, 0, 0)[0]), expected)
+        assert path.read_bytes() == content
+        path.write_bytes(content[:-8])
         assert torch.equal(everything(build(config, 60, 0, 0)[0]), expected)
         path.write_bytes(b"")
         assert torch.equal(everything(build(config, 60, 0, 0)[0]), expected)
@@ -262,6 +266,9 @@ def test_another_tokenizer_is_refused_by_the_manifest(config, tmp_path):
     other = build_tokenizer(corpus.hugging_face(tmp_path))
     mine = build_tokenizer(config.data)
     refused(config, "GPT2BPETokenizer", mine.fingerprint[:12], other.fingerprint[:12], tokenizer=other)
+    config.data.allow_tokenizer_mismatch = True
+    assert len(build_datasets(config, other, (20, 5, 0))[0]) == 20
+    refused(config, "holds token", "ends at 256", tokenizer=build_tokenizer(DataConfig(tokenizer_type="ByteTokenizer")))
 
 
 def test_without_a_manifest_tokens_are_compared_with_the_vocabulary(config, tmp_path):

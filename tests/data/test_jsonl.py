@@ -1,77 +1,9 @@
-"""Reading JSON lines: any compression, damage is noticed, reasons are clear."""
+"""From a record to texts: strict, and the reasons are clear."""
 
-import gzip
-
-import corpus
 import pytest
-import zstandard
 
 from megatron.data.errors import DataError
-from megatron.data.jsonl import check_inputs, document_texts, read_batches
-
-
-def lines_of(*paths, batch_bytes=1000):
-    return [line for batch in read_batches([str(path) for path in paths], batch_bytes) for line in batch.lines]
-
-
-@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst"])
-def test_lines_and_their_numbers(suffix, tmp_path):
-    texts = corpus.english(60) + corpus.NASTY
-    plain = corpus.write_jsonl(tmp_path / "plain", texts).read_bytes().splitlines(keepends=True)
-    path = corpus.write_jsonl(tmp_path / f"file{suffix}", texts)
-    for batch_bytes in (1, 1000, 10**9):
-        number = 1
-        for batch in read_batches([str(path)], batch_bytes):
-            assert batch.first == number
-            assert batch.lines == plain[number - 1 : number - 1 + len(batch.lines)]
-            assert 0 < batch.consumed <= path.stat().st_size
-            number += len(batch.lines)
-        assert number == len(plain) + 1
-        assert batch.consumed == path.stat().st_size
-
-
-def test_several_files_count_their_own_lines(tmp_path):
-    paths = [corpus.write_jsonl(tmp_path / name, corpus.english(5)) for name in ("a.jsonl", "b.jsonl.gz")]
-    batches = list(read_batches([str(path) for path in paths]))
-    assert [(batch.path, batch.first, len(batch.lines)) for batch in batches] == [
-        (str(paths[0]), 1, 5),
-        (str(paths[1]), 1, 5),
-    ]
-    assert batches[-1].consumed == check_inputs([str(path) for path in paths])
-
-
-@pytest.mark.parametrize("content", [b"", b'{"text": "no line end"}'])
-@pytest.mark.parametrize("compress", [bytes, gzip.compress, zstandard.ZstdCompressor().compress])
-def test_empty_and_unfinished_last_lines(content, compress, tmp_path):
-    suffix = {bytes: "", gzip.compress: ".gz"}.get(compress, ".zst")
-    path = tmp_path / f"file.jsonl{suffix}"
-    path.write_bytes(compress(content))
-    assert lines_of(path) == ([content] if content else [])
-
-
-@pytest.mark.parametrize("suffix", [".gz", ".zst"])
-@pytest.mark.parametrize("damage", ["cut off", "overwritten"])
-def test_damaged_compression_is_an_error(suffix, damage, tmp_path):
-    path = corpus.write_jsonl(tmp_path / f"file.jsonl{suffix}", corpus.english(300))
-    content = bytearray(path.read_bytes())
-    if damage == "cut off":
-        del content[-20:]
-    else:
-        content[100:140] = b"\xff" * 40
-    path.write_bytes(content)
-    with pytest.raises(DataError, match=r"file\.jsonl.*damaged or cut off after line \d+"):
-        lines_of(path)
-
-
-def test_inputs_are_checked_together(tmp_path):
-    good = corpus.write_jsonl(tmp_path / "good.jsonl", ["x"])
-    with pytest.raises(DataError) as error:
-        check_inputs([str(good), str(good), str(tmp_path), "/no/such/file"])
-    for words in ("good.jsonl is given more than once", "is a folder", "/no/such/file: there is no such file"):
-        assert words in str(error.value)
-    with pytest.raises(DataError, match="no file"):
-        check_inputs([])
-    assert check_inputs([str(good)]) == good.stat().st_size
+from megatron.data.jsonl import document_texts, record_texts
 
 
 def test_texts_of_a_line():
@@ -101,3 +33,19 @@ def test_reasons_for_broken_lines(line, reason):
     with pytest.raises(DataError) as error:
         document_texts(line, ["text"])
     assert reason in str(error.value)
+
+
+def test_a_number_that_python_refuses_is_a_reason_too():
+    with pytest.raises(DataError, match="not usable JSON"):
+        document_texts(b'{"text": "a", "n": ' + b"1" * 5000 + b"}", ["text"])
+
+
+def test_texts_of_other_records():
+    assert record_texts(b"\xef\xbb\xbfa\r\n", "line", ["text"], first=True) == ["a"]
+    assert record_texts(b" a \n", "line", ["x", "y"]) == [" a ", " a "]
+    assert record_texts(b"\r\n", "line", ["text"]) is None
+    assert record_texts(b"\xef\xbb\xbfa\r\n\r\n", "whole", ["text"], first=True) == ["a\r\n\r\n"]
+    assert record_texts({"text": "a", "id": "b"}, "row", ["id", "text"]) == ["b", "a"]
+    for record, kind, reason in ((b"\xff", "line", "not UTF-8"), ({"text": None}, "row", "'text' is a JSON null")):
+        with pytest.raises(DataError, match=reason):
+            record_texts(record, kind, ["text"])

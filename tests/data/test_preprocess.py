@@ -1,43 +1,24 @@
 """JSON lines -> .bin/.idx: exactly Megatron's files, whole or not at all, the same for any number of workers."""
 
-import contextlib
+import functools
+import hashlib
 import itertools
 import json
-import os
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import corpus
 import numpy as np
 import pytest
+from preprocessing import everything_named, files, run
 
-from megatron.data import manifest, preprocess
+from megatron.data import manifest, merging, preprocess
 from megatron.data.errors import DataError
 from megatron.data.indexed_writer import IndexedWriter
-from megatron.data.jsonl import read_batches
+from megatron.data.reading import read_batches
 from megatron.data.tokenizer import build_tokenizer
 
 TEXTS = corpus.NASTY + corpus.MARKERS + corpus.english(60) + corpus.random_texts(60, seed=5)
-
-
-def run(folder: Path, texts: list[str] | None, name="out", make=corpus.gpt2, source="in.jsonl", **options):
-    """Preprocess in this process; returns the summary."""
-    path = folder / source
-    if texts is not None:
-        corpus.write_jsonl(path, texts)
-    options = {"workers": 0, "append_eod": True} | options
-    return preprocess.preprocess([str(path)], str(folder / name), make(folder), **options)
-
-
-def files(folder: Path, name="out_text_document") -> dict[str, bytes]:
-    return {suffix: (folder / f"{name}{suffix}").read_bytes() for suffix in (".bin", ".idx", ".json")}
-
-
-def everything_named(folder: Path, start="out") -> list[str]:
-    return sorted(path.name for path in folder.glob(f"*{start}*"))
 
 
 @pytest.mark.parametrize("make", [corpus.gpt2, corpus.sentencepiece, corpus.hugging_face])
@@ -85,7 +66,7 @@ def test_large_vocabularies_take_four_bytes():
 
 
 def test_number_of_workers_batches_and_compression_do_not_matter(tmp_path, monkeypatch):
-    monkeypatch.setattr(preprocess, "read_batches", lambda paths: read_batches(paths, 2000))
+    monkeypatch.setattr(preprocess, "read_batches", functools.partial(read_batches, batch_bytes=2000))
     run(tmp_path, TEXTS)
     expected = files(tmp_path)
     for source, workers in (("in.jsonl.gz", 1), ("in.jsonl.zst", 2)):
@@ -129,7 +110,11 @@ def test_manifest(tmp_path):
         "eod": tokenizer.eod,
     }
     assert (facts.documents, facts.tokens, facts.rejected) == (done.documents, done.tokens, 0)
-    assert facts.inputs == [{"path": str(tmp_path / "in.jsonl"), "bytes": (tmp_path / "in.jsonl").stat().st_size}]
+    content = (tmp_path / "in.jsonl").read_bytes()
+    sha256 = hashlib.sha256(content).hexdigest()
+    assert facts.inputs == [{"path": str(tmp_path / "in.jsonl"), "bytes": len(content), "sha256": sha256}]
+    for name, digest in facts.checksums.items():
+        assert digest == hashlib.sha256(files(tmp_path)[f".{name}"]).hexdigest()
     assert (facts.dtype, facts.append_eod, facts.json_key) == ("uint16", True, "text")
     assert facts.versions["megatron-core"]
 
@@ -162,20 +147,26 @@ def test_too_many_broken_lines_publish_nothing(tmp_path):
     broken_file(tmp_path, 20, [b"{", b"}"])
     with pytest.raises(DataError) as error:
         run(tmp_path, None)
-    for words in ("2 of 22 lines", "--max-rejected 0.001", "in.jsonl, line 3: not JSON", "out.rejected.jsonl"):
+    for words in (
+        "2 of 22 lines",
+        "--max-rejected 0.001",
+        "in.jsonl, line 3: not JSON",
+        "out.incomplete.rejected.jsonl",
+    ):
         assert words in str(error.value)
-    assert everything_named(tmp_path) == ["out.rejected.jsonl"]
+    assert everything_named(tmp_path) == ["out.incomplete.rejected.jsonl"]
     run(tmp_path, corpus.english(3))
-    assert "out.rejected.jsonl" not in everything_named(tmp_path)
+    assert not any("rejected" in name for name in everything_named(tmp_path))
 
 
 def test_a_wrong_key_stops_early(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(preprocess, "read_batches", lambda paths: _counted(read_batches(paths, 2000), seen))
+    small = functools.partial(read_batches, batch_bytes=2000)
+    monkeypatch.setattr(preprocess, "read_batches", lambda *args, **options: _counted(small(*args, **options), seen))
     with pytest.raises(DataError, match=r"(?s)already .* of the first .* no key 'body'"):
         run(tmp_path, corpus.english(2000), json_keys=("body",))
     assert sum(seen) < 300
-    assert everything_named(tmp_path) == ["out.rejected.jsonl"]
+    assert everything_named(tmp_path) == ["out.incomplete.rejected.jsonl"]
 
 
 def test_existing_output_is_kept_unless_overwrite(tmp_path):
@@ -189,49 +180,12 @@ def test_existing_output_is_kept_unless_overwrite(tmp_path):
     assert len(everything_named(tmp_path)) == 3
 
 
-@pytest.mark.parametrize("overwrite", [False, True])
-@pytest.mark.parametrize("at", ["encode", "finalize", "fsync", "replace"])
-def test_a_failure_anywhere_leaves_no_new_index(at, overwrite, tmp_path, monkeypatch):
-    if overwrite:
-        run(tmp_path, corpus.english(5, seed=1))
-    before = {name: (tmp_path / name).read_bytes() for name in everything_named(tmp_path)}
-
-    def fail(*arguments, **keywords):
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        if at == "encode":
-            patch.setattr(preprocess.LineEncoder, "__call__", fail)
-        elif at == "finalize":
-            from megatron.data.core_datasets import IndexedDatasetBuilder
-
-            patch.setattr(IndexedDatasetBuilder, "finalize", fail)
-        else:
-            patch.setattr(os, at, fail)
-        with pytest.raises(OSError, match="No space left"):
-            run(tmp_path, corpus.english(5), overwrite=True)
-    after = {name: (tmp_path / name).read_bytes() for name in everything_named(tmp_path)}
-    if at == "replace":
-        assert not any(name.endswith(".idx") for name in after)
-    else:
-        assert after == before
-    run(tmp_path, corpus.english(5), overwrite=True)
-    assert everything_named(tmp_path) == [f"out_text_document{suffix}" for suffix in (".bin", ".idx", ".json")]
-
-
-def test_two_writers_of_one_dataset(tmp_path):
-    writer = IndexedWriter(str(tmp_path / "out_text_document"), np.uint16)
-    with pytest.raises(DataError, match="another process is writing"):
-        run(tmp_path, corpus.english(5))
-    writer.discard()
-    assert run(tmp_path, corpus.english(5)).documents == 5
-
-
 def test_lost_bytes_are_noticed(tmp_path):
     writer = IndexedWriter(str(tmp_path / "d"), np.uint16)
     writer.add(b"\1\0\2\0", np.array([2]))
-    writer.tokens += 1
-    with pytest.raises(DataError, match="4 bytes, expected 6"):
+    with open(tmp_path / "d.incomplete.bin", "ab") as file:
+        file.write(b"\1\0")
+    with pytest.raises(DataError, match=r"the \.bin has 6 bytes, but its \.idx speaks of 4"):
         writer.finish(manifest.Manifest({}, "text", False, "uint16", 1, 3, 0, []))
 
 
@@ -255,49 +209,55 @@ def test_nothing_but_empty_documents(tmp_path):
     assert everything_named(tmp_path) == []
 
 
-@pytest.mark.slow
-def test_a_killed_run_leaves_nothing_final_and_no_process(tmp_path):
-    """SIGKILL in the middle; the next run needs no cleaning up."""
-    corpus.write_jsonl(tmp_path / "in.jsonl", corpus.english(5_000))
+def test_several_formats_at_once_and_shards(tmp_path):
+    """Any number of shards, merged, is the dataset that one run makes."""
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    texts = corpus.english(60) + corpus.NASTY
+    corpus.write_jsonl(folder / "a.jsonl", texts)
+    corpus.write_jsonl(folder / "b.jsonl.gz", texts[:30])
+    corpus.write_parquet(folder / "c.parquet", {"text": texts[30:]})
+    (folder / "d.txt").write_bytes("\ufeffone document\r\n\r\nas it is\n".encode())
+    (folder / "e.jsonl").write_bytes(
+        b"\xef\xbb\xbf" + (folder / "a.jsonl").read_bytes().replace(b"\n", b"\r\n") + b"{\n"
+    )
     data = corpus.gpt2(tmp_path)
-    tool = [sys.executable, str(corpus.ROOT / "tools" / "preprocess_data.py"), "--input", str(tmp_path / "in.jsonl")]
-    tool += ["--output-prefix", str(tmp_path / "out"), "--workers", "1", "--log-interval", "100"]
-    tool += ["--vocab-file", data.vocab_file, "--merge-file", data.merge_file]
-    process = subprocess.Popen(tool, stderr=subprocess.PIPE, text=True)
-    assert "documents" in process.stderr.readline()
-    workers = [int(pid) for pid in children(process.pid)]
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stderr.close()
-    assert workers
-    assert all(".incomplete." in name for name in everything_named(tmp_path, "document"))
-    deadline = time.monotonic() + 30
-    while any(alive(pid) for pid in workers):
-        assert time.monotonic() < deadline, "worker processes outlive the killed run"
-        time.sleep(0.1)
-    done = run(tmp_path, None)
-    assert done.documents == 5_000
-    assert len(everything_named(tmp_path)) == 3
+    options = {"workers": 0, "append_eod": True, "max_rejected": 0.1}
+    done = preprocess.preprocess([str(folder)], str(tmp_path / "out"), data, **options)
+    expected = [*texts, *texts[:30], *texts[30:], "one document\r\n\r\nas it is\n", *texts]
+    run(tmp_path, expected, name="expected", make=lambda _: data)
+    assert files(tmp_path)[".bin"] == files(tmp_path, "expected_text_document")[".bin"]
+    assert files(tmp_path)[".idx"] == files(tmp_path, "expected_text_document")[".idx"]
+    for count in (2, 5):
+        rejected = 0
+        for index in range(count):
+            shard = preprocess.preprocess(
+                [str(folder)], str(tmp_path / "part"), data, num_shards=count, shard_index=index, **options
+            )
+            rejected += shard.rejected
+            if shard.rejected:
+                (listed,) = map(json.loads, Path(shard.rejected_file).read_text().splitlines())
+                assert (listed["file"], listed["line"]) == (str(folder / "e.jsonl"), len(texts) + 1)
+        assert (done.rejected, rejected) == (1, 1)
+        shards = sorted(str(path)[:-4] for path in tmp_path.glob(f"part-*-of-{count:05d}_text_document.idx"))
+        assert len(shards) == count
+        merging.merge(shards[::-1], str(tmp_path / f"merged{count}"))
+        assert files(tmp_path, f"merged{count}")[".bin"] == files(tmp_path)[".bin"]
+        assert files(tmp_path, f"merged{count}")[".idx"] == files(tmp_path)[".idx"]
 
 
-def children(pid: int) -> list[str]:
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            fields = stat.read_text().rpartition(")")[2].split()
-            if int(fields[1]) == pid:
-                found.append(stat.parent.name)
-    return found
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
+def test_standard_input(tmp_path, monkeypatch):
+    path = corpus.write_jsonl(tmp_path / "in.jsonl", corpus.english(30))
+    run(tmp_path, None)
+    with open(path, "rb") as file:
+        monkeypatch.setattr(sys, "stdin", file)
+        preprocess.preprocess(["-"], str(tmp_path / "piped"), corpus.gpt2(tmp_path), append_eod=True, workers=0)
+    assert files(tmp_path, "piped_text_document")[".bin"] == files(tmp_path)[".bin"]
+    (entry,) = manifest.read(str(tmp_path / "piped_text_document")).inputs
+    assert entry["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _counted(batches, seen):
     for batch in batches:
-        seen.append(len(batch.lines))
+        seen.append(len(batch.records))
         yield batch

@@ -36,16 +36,6 @@ def test_the_model_compresses_and_keeps_line_ends_and_spaces(model_type, tmp_pat
     assert sum(map(len, tokens)) < 0.75 * sum(map(len, texts))
 
 
-def test_sample_is_uniform_of_the_size_asked_and_in_order(tmp_path):
-    texts = [f"{number:05d}" for number in range(10_000)]
-    path = corpus.write_jsonl(tmp_path / "in.jsonl", texts)
-    sample = sentencepiece_training._sample([str(path)], "text", 10_000, seed=3)
-    assert len(sample) == 2000
-    assert sample == sorted(sample)
-    assert 4700 < sum(map(int, sample)) / 2000 < 5300  # the mean of uniform ones has a standard deviation of 58
-    assert sentencepiece_training._sample([str(path)], "text", 10**9, seed=3) == texts
-
-
 def test_long_lines_are_cut_not_left_out():
     text = "é" * 2500 + "\n" + "b"
     lines = list(sentencepiece_training._lines(text))

@@ -9,7 +9,7 @@ from megatron.config import DataConfig
 from megatron.data.errors import DataError
 from megatron.data.tokenizer import build_tokenizer
 
-MAKERS = [corpus.gpt2, corpus.sentencepiece, corpus.hugging_face]
+MAKERS = [corpus.gpt2, corpus.sentencepiece, corpus.hugging_face, corpus.tiktoken, corpus.byte_level]
 
 
 @pytest.mark.parametrize("make", MAKERS)
@@ -27,6 +27,7 @@ def test_batches_equal_single_texts_and_ids_are_in_range(make, tmp_path):
     texts = [*corpus.NASTY, *corpus.MARKERS, *corpus.random_texts(50, seed=2)]
     batch = tokenizer.encode_batch(texts)
     assert batch == [tokenizer.encode(text) for text in texts]
+    assert [ids.tolist() for ids in tokenizer.encode_arrays(texts)] == batch
     assert all(0 <= id < tokenizer.vocab_size for ids in batch for id in ids)
     assert 0 <= tokenizer.eod < tokenizer.vocab_size
 
@@ -71,6 +72,61 @@ def test_real_gpt2_equals_transformers():
     assert (tokenizer.vocab_size, tokenizer.eod) == (50257, 50256)
     assert tokenizer.encode("Hello world") == [15496, 995]
     assert_equal_to_transformers(data, [*corpus.NASTY, *corpus.english(20), *corpus.random_texts(200, seed=4)])
+
+
+def test_both_libraries_make_the_same_gpt2_tokens(tmp_path):
+    """tiktoken is only faster; a run of white space that it cannot get through goes to the other one."""
+    pytest.importorskip("tiktoken")
+    texts = [
+        *corpus.NASTY,
+        *corpus.MARKERS,
+        *corpus.random_texts(300, seed=6),
+        "a" + " \n" * 600_000 + "b",
+        "x" * 10**6,
+    ]
+    made = [corpus.gpt2(tmp_path)]
+    if folder := corpus.shared_data():
+        names = [str(folder / "tokenizer" / name) for name in ("gpt2-vocab.json", "gpt2-merges.txt")]
+        made.append(DataConfig(vocab_file=names[0], merge_file=names[1]))
+    for data in made:
+        tokenizer = build_tokenizer(data)
+        assert tokenizer._fast is not None
+        for text, ids in zip(texts, tokenizer.encode_arrays(texts), strict=True):
+            assert ids.tolist() == tokenizer.encode(text)
+
+
+def test_tiktoken_is_left_alone_where_it_would_make_other_tokens(tmp_path):
+    pytest.importorskip("tiktoken")
+    data = corpus.gpt2(tmp_path)
+    vocab, merges = (
+        json.loads((tmp_path / "vocab.json").read_text()),
+        (tmp_path / "merges.txt").read_text().splitlines(),
+    )
+    (tmp_path / "merges.txt").write_text("\n".join([merges[0], merges[2], merges[1], *merges[3:]]) + "\n")
+    swapped = build_tokenizer(data)
+    assert swapped._fast is None
+    assert [ids.tolist() for ids in swapped.encode_arrays(["ab cd"])] == swapped.encode_batch(["ab cd"])
+    (tmp_path / "merges.txt").write_text("\n".join(merges) + "\n")
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab | {"added": len(vocab)}))
+    assert build_tokenizer(data)._fast is None
+
+
+def test_tiktoken_files(tmp_path):
+    data = corpus.tiktoken(tmp_path)
+    tokenizer, gpt2 = build_tokenizer(data), build_tokenizer(corpus.gpt2(tmp_path))
+    assert tokenizer.eod == 50256
+    assert tokenizer.encode("Hello\n world") == gpt2.encode("Hello\n world")
+    with pytest.raises(DataError, match="run of more than 200000 white spaces"):
+        tokenizer.encode(" " * 300_000)
+    path = tmp_path / "other.tiktoken"
+    path.write_bytes((tmp_path / "r50k_base.tiktoken").read_bytes())
+    with pytest.raises(DataError, match=r"no encoding 'other'.*cl100k_base\.tiktoken"):
+        build_tokenizer(DataConfig(tokenizer_type="TiktokenTokenizer", tokenizer_model=str(path)))
+    (tmp_path / "cl100k_base.tiktoken").write_text("nothing of the kind\n")
+    with pytest.raises(DataError, match=r"is no \.tiktoken file of ranks"):
+        build_tokenizer(
+            DataConfig(tokenizer_type="TiktokenTokenizer", tokenizer_model=str(tmp_path / "cl100k_base.tiktoken"))
+        )
 
 
 @pytest.mark.parametrize("eod", ["<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>"])

@@ -1,9 +1,10 @@
 """Forks trainer processes on demand; see trainers.py, which starts it and talks to it.
 
-On stdin comes one order a line, JSON: environment, arguments, the file for the output, and maybe a death. On stdout
-goes one event a line: ``started PID``, ``joined PID``, ``ended PID STATUS SECONDS`` (monotonic).
+On stdin comes one order a line, JSON: environment, arguments, the file for the output, and maybe a death and faults. On
+stdout goes one event a line: ``started PID``, ``joined PID``, ``ended PID STATUS SECONDS`` (monotonic).
 """
 
+import ctypes
 import functools
 import importlib
 import json
@@ -62,7 +63,14 @@ def _tell(events: int, *words: object) -> None:
     os.write(events, (" ".join(map(str, words)) + "\n").encode())
 
 
-def _child(events: int, environment: dict[str, str], arguments: list[str], output: str, dies: dict | None) -> None:
+def _child(
+    events: int,
+    environment: dict[str, str],
+    arguments: list[str],
+    output: str,
+    dies: dict | None,
+    faults: list[str],
+) -> None:
     status = 1
     try:
         printed = os.open(output, os.O_WRONLY | os.O_APPEND)
@@ -71,8 +79,12 @@ def _child(events: int, environment: dict[str, str], arguments: list[str], outpu
         os.environ.update(environment)
         _on_entry("joined", 1, lambda: _tell(events, "joined", os.getpid()))
         if dies:
-            _on_entry(dies["phase"], dies["call"], lambda: _kill_after(dies["delay"]))
+            _on_entry(dies["phase"], dies["call"], lambda: _befall(dies))
 
+        for fault in faults:
+            import faults as module
+
+            getattr(module, fault.split()[0])(*fault.split()[1:])
         from megatron.config.flags import parse_args
         from megatron.training.pretrain import pretrain
         from megatron.training.signals import StopSignals
@@ -87,6 +99,22 @@ def _child(events: int, environment: dict[str, str], arguments: list[str], outpu
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+def _befall(dies: dict) -> None:
+    if dies["hangs"] == "in C":
+        ctypes.PyDLL(None).sleep(1000)
+    elif dies["hangs"]:
+        _hang()
+    elif dies["sleeps"]:
+        time.sleep(dies["sleeps"])
+    else:
+        _kill_after(dies["delay"])
+
+
+def _hang() -> None:
+    while True:
+        time.sleep(1)
 
 
 def _kill_after(delay: float) -> None:

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import tiny_run
@@ -30,13 +30,16 @@ import tiny_run
 class Death:
     """SIGKILL for ``rank``, ``delay`` s after it enters ``phase`` for the ``call``-th time.
 
-    The phases are the server's PHASES, and ``joined``: all ranks have a lifeline, and start to build groups.
+    The phases are the server's PHASES, and ``joined``: all ranks have a lifeline, and start to build groups. With
+    ``hangs`` it is no death: the rank goes no further, "in Python" or "in C", where it holds the GIL.
     """
 
     rank: int
     phase: str
     call: int = 1
     delay: float = 0.0
+    hangs: str = ""
+    sleeps: float = 0.0  # or it goes on after so many s
 
 
 class Job:
@@ -73,8 +76,23 @@ class Server:
         self.ended: dict[int, tuple[int, float]] = {}  # pid -> status, when (s, monotonic)
         self._started: list[int] = []
 
-    def start(self, ranks: int, arguments: list[str], dies: Death | None = None) -> Job:
-        """Start ``ranks`` processes with these flags."""
+    def start(
+        self,
+        ranks: int,
+        arguments: list[str],
+        dies: Death | None = None,
+        faults: Mapping[int, Sequence[str]] | None = None,
+        one_node_each: bool = False,
+    ) -> Job:
+        """Start ``ranks`` processes with these flags.
+
+        Args:
+            ranks: how many.
+            arguments: flags.
+            dies: what happens to one of them.
+            faults: what is wrong with some ranks' nodes, in words of faults.py.
+            one_node_each: each process takes itself for a node of its own.
+        """
         folder = self._folder / f"job-{self._jobs}"
         folder.mkdir()
         self._jobs += 1
@@ -82,8 +100,10 @@ class Server:
         places = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         for rank in range(ranks):
             (folder / f"output-{rank}").touch()
+            local = {"GROUP_RANK": str(rank), "LOCAL_RANK": "0"} if one_node_each else {"LOCAL_RANK": str(rank)}
             order = {
-                "environment": places | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                "environment": places | {"RANK": str(rank)} | local,
+                "faults": (faults or {}).get(rank, ()),
                 "arguments": arguments,
                 "output": str(folder / f"output-{rank}"),
                 "dies": dataclasses.asdict(dies) if dies and dies.rank == rank and dies.phase != "joined" else None,

@@ -118,7 +118,7 @@ def test_every_variable_is_documented_and_every_documented_one_is_read():
     text = (FOLDER / "common.sh").read_text()
     code = text[text.index("fail() {") :]
     read = {name for name in re.findall(r"\$\{?([A-Z][A-Z_]+)\b", code) if not name.startswith("SLURM_")}
-    read -= {"VIRTUAL_ENV", "CONDA_PREFIX", "PYTHONPATH", "OMP_NUM_THREADS"}
+    read -= {"VIRTUAL_ENV", "CONDA_PREFIX", "PYTHONPATH", "OMP_NUM_THREADS", "PWD"}
     assert read == set(documented())
     page = (ROOT / "docs" / "planning.md").read_text(encoding="utf-8")
     usage = text[text.index("  variable ") : text.index("A dry run outside")]
@@ -160,6 +160,22 @@ def test_everything_can_be_changed_from_the_environment():
     )
     assert (run.checkpoint.save, run.checkpoint.load, run.logging.run_name) == ("here", "there", "mine")
     assert (run.optimizer.lr, training.compile, training.seed) == (1e-3, False, 7)
+
+
+def test_a_container_has_the_checkout_the_working_directory_and_what_is_named(tmp_path):
+    image = {"CONTAINER_IMAGE": "/images/moe.sqsh", "CONTAINER_MOUNTS": "/data:/data:ro", "PYTHON": "/opt/bin/python"}
+    for launcher in ("srun", "torchrun"):
+        starter, _ = parts(command(MOE, cwd=tmp_path, NNODES=2, GPUS_PER_NODE=8, LAUNCHER=launcher, **image))
+        assert starter[0] == "srun"
+        assert starter[starter.index("--container-image") + 1] == "/images/moe.sqsh"
+        assert starter[starter.index("--container-workdir") + 1] == str(tmp_path)
+        mounts = starter[starter.index("--container-mounts") + 1].split(",")
+        assert mounts == [f"{ROOT}:{ROOT}", f"{tmp_path}:{tmp_path}", "/data:/data:ro"]
+        assert "/opt/bin/python" in starter
+        assert sys.executable not in starter
+    done = start(MOE, DRY_RUN=1, **image)
+    assert done.returncode == 0, done.stderr
+    assert "--container-image /images/moe.sqsh" in done.stdout
 
 
 def test_checkpoints_are_continued_where_they_are_saved():
@@ -208,6 +224,8 @@ def test_several_nodes_without_slurm():
         ({"DATA_PATH": "x", "LAUNCHER": "srun"}, "submit with: sbatch"),
         ({"DATA_PATH": "x", "LAUNCHER": "deepspeed"}, "submit with: sbatch"),
         ({"DATA_PATH": "x", "DRY_RUN": "yes"}, "expected 1 or command"),
+        ({"DATA_PATH": "x", "CONTAINER_IMAGE": "x"}, "CONTAINER_IMAGE is for jobs of SLURM"),
+        ({"DATA_PATH": "x", "CONTAINER_MOUNTS": "x"}, "CONTAINER_IMAGE is not"),
         ({"DATA_PATH": "x", "TOKENIZER_TYPE": "HFTokenizer"}, "needs its file in TOKENIZER_MODEL"),
     ],
 )

@@ -78,7 +78,7 @@ def test_other_kinds_of_lines_are_ignored_and_a_loss_of_null_is_drawn_as_a_gap(t
     folder = write(tmp_path / "a", [header("a"), *lines_of(0, 5), skipped, {"kind": "save", "tokens": 6000}])
     run = plot_runs.read_run(folder)
     assert math.isnan(run.train[-1]["loss"])
-    plot_runs.draw([run], tmp_path / "a.svg")
+    plot_runs.draw([run], [tmp_path / "a.svg"])
 
 
 @pytest.mark.parametrize(
@@ -111,6 +111,74 @@ def test_table_compares_with_the_first_run(tmp_path, capsys):
     assert "The validation loss of moe is 0.1250 lower than that of dense, after the same 10.0K tokens." in table
     plot_runs.main([str(moe), str(dense), "--table"])
     assert "dense is 0.1250 higher than that of moe" in capsys.readouterr().out
+
+
+def test_what_was_logged_in_a_spike_that_a_run_went_back_for_is_left_out(tmp_path):
+    spike = {"kind": "spike", "tokens": 12_000, "resumed_at_tokens": 8000}
+    through = {"kind": "spike", "tokens": 15_000, "resumed_at_tokens": None}
+    lines = [header("a"), *lines_of(0, 12, offset=9.0), spike, *lines_of(8, 15), through, *lines_of(15, 16)]
+    run = plot_runs.read_run(write(tmp_path / "a", lines))
+    assert [line["loss"] > 9 for line in run.train] == [True] * 8 + [False] * 8
+    assert run.resumed_at == [8000]
+
+
+def test_event_files_say_what_the_log_says(tmp_path, capsys):
+    from megatron.config import LoggingConfig
+    from megatron.training.report import Report
+
+    for part, (start, end) in enumerate(((0, 13), (8, 15))):  # resumed at 8000
+        config = LoggingConfig(
+            tensorboard_dir=str(tmp_path / "board"), log_file=str(tmp_path / "log" / "metrics.jsonl")
+        )
+        report = Report(config, "moe", None, True)
+        resumed = {"name": "moe", "resumed_at_tokens": 1000 * start or None, "parameters": 1, "active_parameters": 1}
+        rest = {"world_size": 1, "device": "cpu", "precision": "fp32", "expert_parallel": [1]}
+        rest |= {"tensor_parallel": 1, "pipeline_parallel": 1, "config": {}}
+        report.write("run", step=start, tokens=1000 * start, train_tokens=15_000, **resumed, **rest)
+        for line in lines_of(start, end, offset=0.5 * part):
+            more = {"grad_norm": 1.0, "lr": 1.0, "tflops_per_device": 1.0, "mfu": None, "memory_gb": 1.0, "skipped": 0}
+            report.write(train_tokens=15_000, **line, **(more if line["kind"] == "train" else {}))
+        report.close()
+    logged = plot_runs.read_run(tmp_path / "log")
+    for place in (tmp_path / "board", next((tmp_path / "board").glob("events*"))):
+        run = plot_runs.read_run(place)
+        assert run.name == "board"
+    run = plot_runs.read_run(tmp_path / "board")
+    for kind in ("train", "valid"):
+        ours, theirs = getattr(run, kind), getattr(logged, kind)
+        assert [line["tokens"] for line in ours] == [line["tokens"] for line in theirs]
+        assert [line["step"] for line in ours] == [line["step"] for line in theirs]
+        assert [line["loss"] for line in ours] == pytest.approx([line["loss"] for line in theirs])
+    assert run.tokens_per_second == logged.tokens_per_second
+    last = sorted((tmp_path / "board").glob("events*"))[-1]
+    content = last.read_bytes()
+    last.write_bytes(content[:700] + b"garbage" + content[707:])
+    capsys.readouterr()
+    assert plot_runs.main([str(tmp_path / "board"), "--table"]) == 0
+    assert f"{last}: the rest is left out from event " in capsys.readouterr().err
+
+
+def test_every_run_that_cannot_be_read_is_named(tmp_path, capsys):
+    good = write(tmp_path / "good", [header("good"), *lines_of(0, 5)])
+    (tmp_path / "noise.jsonl").write_bytes(bytes(range(256)) * 4)
+    (tmp_path / "empty").mkdir()
+    names = [str(tmp_path / name) for name in ("noise.jsonl", "empty", "missing")]
+    assert plot_runs.main([str(good), *names, "--output", str(tmp_path / "a.png")]) == 1
+    said = capsys.readouterr().err
+    assert all(f"error: {name}: " in said for name in names)
+    assert not (tmp_path / "a.png").exists()
+
+
+def test_several_pictures_of_the_validation_alone_under_given_names(tmp_path):
+    run = write(tmp_path / "a", [header("dense"), *lines_of(0, 60)])
+    pictures = [tmp_path / "figure.svg", tmp_path / "figure.png"]
+    words = [f"one = two={run}", "--validation-only", "--output", *map(str, pictures)]
+    assert plot_runs.main(words) == 0
+    text = pictures[0].read_text()
+    assert "<!-- one = two  (" in text
+    assert "validation loss (nats per token)" in text
+    assert "training" not in text
+    assert pictures[1].read_bytes().startswith(b"\x89PNG")
 
 
 def test_smooth_is_a_centred_mean_of_finite_values():

@@ -37,6 +37,17 @@ def test_train(tmp_path):
     assert build_tokenizer(data).fingerprint == tokenizer.fingerprint
 
 
+def test_byte_level(tmp_path):
+    corpus.write_jsonl(tmp_path / "in.jsonl", corpus.english(300))
+    done = start(tmp_path, "--input", "in.jsonl", "--output", "own", "--vocab-size", "400", "--model-type", "byte-bpe")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("own-vocab.json and own-merges.txt: 400 tokens")
+    assert done.stderr == ""
+    files = (str(tmp_path / name) for name in ("own-vocab.json", "own-merges.txt"))
+    data = DataConfig(**dict(zip(("vocab_file", "merge_file"), files, strict=True)))
+    assert build_tokenizer(data).vocab_size == 400
+
+
 def test_errors(tmp_path):
     corpus.write_jsonl(tmp_path / "in.jsonl", ["a few words"])
     done = start(tmp_path, "--input", "in.jsonl", "--output", "model", "--vocab-size", "5K")

@@ -6,14 +6,19 @@ from pathlib import Path
 
 import torch
 
-from megatron.checkpoint.formats.contents import MODEL, Contents, without_optimizer
+from megatron.checkpoint.formats.changes import average, cast, for_layout
+from megatron.checkpoint.formats.contents import MOMENTS, Contents, without_optimizer
 from megatron.checkpoint.formats.hf import is_hf, read_hf, write_hf
 from megatron.checkpoint.formats.hf_tokenizer import FILES, files_of
+from megatron.checkpoint.formats.megatron_deepspeed import is_megatron_deepspeed, read_megatron_deepspeed
 from megatron.checkpoint.formats.native import read_native, write_native
 from megatron.checkpoint.formats.shards import parse_size
+from megatron.checkpoint.formats.upcycle import upcycle
+from megatron.config import MoEConfig
 from megatron.data.tokenizer import Tokenizer
 from megatron.inference.load import Source, load_tokenizer
 
+MEGATRON_DEEPSPEED = "megatron-deepspeed"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -21,11 +26,23 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class Conversion:
     """What to do; the fields are the flags of tools/convert_checkpoint.py."""
 
-    load: str
+    load: str | None
     save: str
     target: str
     source: str | None = None
+    average: list[str] | None = None
     dtype: str | None = None
+    drop_optimizer: bool = False
+    tp: int | None = None
+    pp: int | None = None
+    ep: list[int] | None = None
+    upcycle: bool = False
+    upcycle_noise: float = 0.0
+    upcycle_seed: int = 0
+    num_experts: list[int] | None = None
+    expert_interval: int = 2
+    topk: int = 1
+    mlp_type: str = "standard"
     max_shard_size: str = "5GB"
     tokenizer_type: str | None = None
     vocab_file: str | None = None
@@ -47,16 +64,13 @@ def convert(job: Conversion) -> Iterator[str]:
     """
     shard = parse_size(job.max_shard_size)
     contents = read(job)
-    dropped = []
-    if job.target == "hf" and contents.has_optimizer:
-        dropped = [name for name in contents.tensors if not name.startswith(MODEL)]
-        contents = without_optimizer(contents)
-    if job.dtype is not None:
-        contents = cast(contents, DTYPES[job.dtype])
+    changed = change(contents, job)
+    dropped = len([name for name in contents.tensors if name.startswith(MOMENTS)]) if not changed.has_optimizer else 0
+    contents = changed
     total = sum(lazy.bytes for lazy in contents.tensors.values())
     yield f"{contents.where}: {len(contents.tensors)} tensors, {total / 1e9:.3f} GB"
     if dropped:
-        yield f"left out: the optimizer's state, {len(dropped)} tensors"
+        yield f"left out: the optimizer's state, {dropped} tensors"
     if job.target == "hf":
         tokenizer, files = tokenizer_of(contents, job.tokenizer_options)
         written = write_hf(contents, job.save, tokenizer, files, shard)
@@ -66,20 +80,47 @@ def convert(job: Conversion) -> Iterator[str]:
 
 
 def read(job: Conversion) -> Contents:
-    """What ``job.load`` holds."""
-    source = job.source or ("hf" if is_hf(job.load) else "native")
-    if source == "hf":
-        return read_hf(job.load, job.tokenizer_options)
-    return read_native(job.load)
+    """What ``job.load`` holds, or the average of ``job.average``."""
+    if job.average is None:
+        return _read_one(job, job.load)
+    if len(job.average) < 2:
+        raise ValueError(f"--average {' '.join(job.average)}: give two checkpoints or more")
+    return average([_read_one(job, folder) for folder in job.average])
 
 
-def cast(contents: Contents, dtype: torch.dtype) -> Contents:
-    """The weights in another number format; an optimizer's state stays as it is."""
-    tensors = {
-        name: lazy.map(lambda tensor: tensor.to(dtype), dtype) if name.startswith(MODEL) else lazy
-        for name, lazy in contents.tensors.items()
-    }
-    return dataclasses.replace(contents, tensors=tensors)
+def _read_one(job: Conversion, folder: str) -> Contents:
+    source = job.source or _format_of(folder)
+    if source == "native":
+        return read_native(folder)
+    return {"hf": read_hf, MEGATRON_DEEPSPEED: read_megatron_deepspeed}[source](folder, job.tokenizer_options)
+
+
+def _format_of(folder: str) -> str:
+    if is_hf(folder):
+        return "hf"
+    return MEGATRON_DEEPSPEED if is_megatron_deepspeed(folder) else "native"
+
+
+def change(contents: Contents, job: Conversion) -> Contents:
+    """What is to be written."""
+    if contents.has_optimizer and (job.drop_optimizer or job.target == "hf"):
+        contents = without_optimizer(contents)
+    if job.upcycle:
+        moe = MoEConfig(
+            num_experts=tuple(job.num_experts or (1,)),
+            expert_interval=job.expert_interval,
+            topk=job.topk,
+            mlp_type=job.mlp_type,
+        )
+        contents = upcycle(contents, moe, job.upcycle_noise, job.upcycle_seed)
+    elif job.num_experts is not None:
+        raise ValueError("--num-experts: a checkpoint's number of experts is changed with --upcycle only; add it")
+    if any(size is not None for size in (job.tp, job.pp, job.ep)):
+        if job.target == "hf":
+            raise ValueError("--tp, --pp and --ep have no meaning for --to hf, whose files know no layout; drop them")
+        sizes = (1 if size is None else size for size in (job.tp, job.pp))
+        contents = for_layout(contents, *sizes, job.ep or [1])
+    return contents if job.dtype is None else cast(contents, DTYPES[job.dtype])
 
 
 def tokenizer_of(contents: Contents, moved: dict[str, str]) -> tuple[Tokenizer, dict[str, str]]:

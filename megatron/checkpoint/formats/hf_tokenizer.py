@@ -5,6 +5,7 @@ The ids are the same for every text. So ``split_special_tokens`` is set: as in t
 """
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,8 @@ from megatron.config import DataConfig
 from megatron.data.tokenizer import GPT2BPETokenizer, HFTokenizer, SentencePieceTokenizer, Tokenizer, build_tokenizer
 
 FILES = ("vocab_file", "merge_file", "tokenizer_model")
+_SPACE = "\u2581"  # how SentencePiece writes a space
+_PROBES = ("", " ", "  two  spaces ", "line\nline\r\n\ttab", "<0x41></s><unk>", "Zażółć 你好 🙂", "don't 3.14 re-do")
 _ORIGINAL = "original_tokenizer.json"
 
 
@@ -46,7 +49,8 @@ def write_tokenizer(tokenizer: Tokenizer, files: Mapping[str, str], folder: Path
         backend.no_truncation()
         backend.no_padding()
     else:
-        raise CheckpointError(f"a {tokenizer.kind} cannot be exported")
+        backend = _sentencepiece(files["tokenizer_model"], tokenizer)
+        copies = {"tokenizer_model": "tokenizer.model"}
     for field, name in copies.items():
         shutil.copyfile(files[field], folder / name)
     backend.save(str(folder / "tokenizer.json"))
@@ -72,6 +76,61 @@ def _gpt2(files: Mapping[str, str]) -> Any:
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(["<|endoftext|>"])
     return backend
+
+
+def _sentencepiece(file: str, tokenizer: Tokenizer) -> Any:
+    """A unigram model that keeps text as it is, as tools/train_tokenizer.py makes them, in the tokenizers library."""
+    from sentencepiece import sentencepiece_model_pb2
+    from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
+    from tokenizers import Tokenizer as Backend
+
+    model = sentencepiece_model_pb2.ModelProto.FromString(Path(file).read_bytes())
+    trained, normal = model.trainer_spec, model.normalizer_spec
+    fits = {
+        "a unigram model": trained.model_type == trained.UNIGRAM,
+        "with bytes for unknown letters": trained.byte_fallback,
+        "without normalisation": normal.name == "identity" and not normal.precompiled_charsmap,
+        "without a space before the text": not normal.add_dummy_prefix,
+        "that keeps all spaces": not normal.remove_extra_whitespaces and normal.escape_whitespaces,
+        "without pieces of the user's own": not trained.user_defined_symbols,
+    }
+    if lacking := [what for what, is_so in fits.items() if not is_so]:
+        raise CheckpointError(
+            f"--tokenizer-model {file} cannot be exported with the same ids: it would have to be {', '.join(lacking)}; "
+            "models of tools/train_tokenizer.py with --model-type unigram can"
+        )
+    vocabulary = [(piece.piece, piece.score) for piece in model.pieces]
+    backend = Backend(models.Unigram(vocabulary, unk_id=trained.unk_id, byte_fallback=True))
+    backend.normalizer = normalizers.Replace(" ", _SPACE)
+    special = [piece.piece for piece in model.pieces if piece.type in (piece.CONTROL, piece.UNKNOWN)]
+    normal = [piece.piece for piece in model.pieces if piece.type == piece.NORMAL]
+    splits = [_never_whole(text, "", normal) for text in special] + [_never_whole("<0x", "[0-9A-F]{2}>", normal)]
+    if None in splits:
+        raise CheckpointError(
+            f"--tokenizer-model {file} cannot be exported: its pieces overlap the names of special ones"
+        )
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(split), "merged_with_previous") for split in splits]
+    )
+    backend.decoder = decoders.Sequence([decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
+    backend.add_special_tokens([vocabulary[tokenizer.eod][0]])
+    for text in (*_PROBES, *(piece.replace(_SPACE, " ") for piece, _ in vocabulary)):
+        backend.encode_special_tokens = True
+        if backend.encode(text, add_special_tokens=False).ids != tokenizer.encode(text):
+            raise CheckpointError(f"--tokenizer-model {file} cannot be exported: {text!r} would get other ids")
+    return backend
+
+
+def _never_whole(start: str, rest: str, normal: list[str]) -> str | None:
+    """A pattern after whose matches text is cut, so that the name of a special piece is not taken for the piece.
+
+    SentencePiece never does that; the tokenizers library would. The cut is between two letters that no normal piece
+    has in a row, so that it changes nothing else. None where there are no such letters.
+    """
+    for at in range(1, len(start)):
+        if not any(start[at - 1 : at + 1] in piece for piece in normal):
+            return f"{re.escape(start[:at])}(?={re.escape(start[at:])}{rest})"
+    return None
 
 
 def _adds_tokens(backend: Any) -> bool:

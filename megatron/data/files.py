@@ -1,0 +1,47 @@
+"""Checksums of files, and writing them whole or not at all."""
+
+import hashlib
+import os
+import threading
+import zlib
+from pathlib import Path
+
+_PIECE = 1 << 22
+
+
+def sha256(path: str | Path, start: int = 0, end: int | None = None, stop: threading.Event | None = None) -> str:
+    """Hexadecimal SHA-256 of the bytes ``[start, end)`` of a file; early, and wrong, once ``stop`` is set."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        file.seek(start)
+        left = (os.path.getsize(path) if end is None else end) - start
+        while left > 0 and not (stop and stop.is_set()) and (data := file.read(min(left, _PIECE))):
+            digest.update(data)
+            left -= len(data)
+    return digest.hexdigest()
+
+
+def crc32(path: str | Path) -> int:
+    """CRC-32 of a file."""
+    found = 0
+    with open(path, "rb") as file:
+        while data := file.read(_PIECE):
+            found = zlib.crc32(data, found)
+    return found
+
+
+def write_whole(contents: dict[Path, bytes]) -> None:
+    """Write files so that each appears complete or not at all, the folders they are in included."""
+    unfinished = {path: path.with_name(path.name + ".incomplete") for path in contents}
+    try:
+        for path, content in contents.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(unfinished[path], "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        for path in contents:
+            os.replace(unfinished[path], path)
+    finally:
+        for path in unfinished.values():
+            path.unlink(missing_ok=True)

@@ -1,0 +1,167 @@
+"""Which files a corpus consists of, and which stretch of them a shard takes."""
+
+import dataclasses
+import glob
+import os
+import threading
+from collections.abc import Sequence
+
+from megatron.data.errors import DataError
+from megatron.data.files import sha256
+
+STANDARD_INPUT = "-"
+COMPRESSIONS = (".gz", ".zst")
+FORMATS = (".jsonl", ".ndjson", ".json", ".txt", ".parquet")
+
+
+@dataclasses.dataclass(frozen=True)
+class Span:
+    """The records of one file whose first byte lies in ``[start, end)``, in bytes as the file lies on disk."""
+
+    path: str
+    start: int
+    end: int
+    size: int
+    """Of the whole file; 0 for standard input."""
+
+    @property
+    def whole(self) -> bool:
+        return self.start == 0 and self.end == self.size
+
+
+def format_of(path: str) -> str:
+    """``.txt``, ``.parquet`` or, for everything else, ``.jsonl``, going by the name without .gz or .zst."""
+    for suffix in COMPRESSIONS:
+        path = path.removesuffix(suffix)
+    return next((suffix for suffix in (".txt", ".parquet") if path.endswith(suffix)), ".jsonl")
+
+
+def find_inputs(words: Sequence[str]) -> list[str]:
+    """The files that ``words`` name, each a file, a glob pattern, a folder or ``-``.
+
+    Patterns and folders give their files in the order of their names, so that a corpus is the same on every machine. Of
+    a folder and those below it files with a known suffix count, hidden ones not.
+
+    Raises:
+        DataError: names every word that leads to no readable file, and every file that is there twice.
+    """
+    paths: list[str] = []
+    problems: list[str] = []
+    for word in words:
+        if word == STANDARD_INPUT or os.path.isfile(word):
+            found = [word]
+        elif os.path.isdir(word):
+            found = _below(word)
+            if not found:
+                problems.append(f"{word} is a folder without any file that ends in {', '.join(FORMATS)} (.gz, .zst)")
+        elif glob.has_magic(word):
+            found = sorted(path for path in glob.glob(word, recursive=True) if os.path.isfile(path))
+            if not found:
+                problems.append(f"{word}: no file fits this pattern")
+        else:
+            found = []
+            problems.append(f"{word}: there is no such file")
+        problems += [f"{path}: no permission to read it" for path in found if not _readable(path)]
+        paths += found
+    places = [os.path.realpath(path) for path in paths]
+    problems += (
+        [
+            f"{path} is given more than once"
+            for path in sorted({path for path, place in zip(paths, places, strict=True) if places.count(place) > 1})
+        ]
+        if len(set(places)) < len(places)
+        else []
+    )
+    if STANDARD_INPUT in paths and len(paths) > 1:
+        problems.append("- (standard input) stands beside files; give it alone")
+    if not words:
+        problems.append("no file is given")
+    if problems:
+        raise DataError("--input: " + "; ".join(problems))
+    return paths
+
+
+def spans_of(paths: Sequence[str], num_shards: int = 1, shard_index: int = 0, by_line: bool = True) -> list[Span]:
+    """What shard ``shard_index`` of ``num_shards`` reads: about a ``num_shards``-th of all bytes, in one stretch.
+
+    Plain files of lines are cut where a line ends. A file that is compressed or not of lines belongs as a whole to the
+    shard in which it begins. The shards' records, one shard after another, are all records in their order.
+
+    Args:
+        paths: as :func:`find_inputs` gives them.
+        num_shards: shards of the corpus.
+        shard_index: from 0.
+        by_line: whether each line of a .txt file is a record.
+
+    Raises:
+        DataError: there is no such shard.
+    """
+    if num_shards < 1 or not 0 <= shard_index < num_shards:
+        raise DataError(f"--shard-index {shard_index} of --num-shards {num_shards}: expected 0 to {num_shards - 1}")
+    if STANDARD_INPUT in paths:
+        if num_shards > 1:
+            raise DataError("--input -: standard input cannot be cut into --num-shards; give files")
+        return [Span(STANDARD_INPUT, 0, 0, 0)]
+    sizes = [os.path.getsize(path) for path in paths]
+    low, high = (sum(sizes) * index // num_shards for index in (shard_index, shard_index + 1))
+    spans, before = [], 0
+    for path, size in zip(paths, sizes, strict=True):
+        start, end = max(low - before, 0), min(high - before, size)
+        if not _divisible(path, by_line):
+            start, end = (0, size) if low <= before < high else (0, 0)
+        if start < end or (size == 0 and num_shards == 1):
+            spans.append(Span(path, start, end, size))
+        before += size
+    return spans
+
+
+class Checksums:
+    """SHA-256 of each span's bytes, computed by a thread while others work."""
+
+    def __init__(self, spans: Sequence[Span]) -> None:
+        self._spans = [span for span in spans if span.path != STANDARD_INPUT]
+        self._found: list[str] = []
+        self._error: OSError | None = None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread.start()
+
+    def result(self) -> list[str]:
+        """Wait for all of them. Raises OSError where a file cannot be read."""
+        self._thread.join()
+        if self._error:
+            raise self._error
+        return self._found
+
+    def cancel(self) -> None:
+        """Stop working; there is no result."""
+        self._stop.set()
+        self._thread.join()
+
+    def _work(self) -> None:
+        try:
+            for span in self._spans:
+                self._found.append(sha256(span.path, span.start, span.end, self._stop))
+        except OSError as error:
+            self._error = error
+
+
+def _below(folder: str) -> list[str]:
+    found = []
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            plain = name.removesuffix(".gz").removesuffix(".zst")
+            if plain.endswith(FORMATS) and not name.startswith("."):
+                found.append(os.path.join(parent, name))
+    return sorted(found)
+
+
+def _readable(path: str) -> bool:
+    return path == STANDARD_INPUT or os.access(path, os.R_OK)
+
+
+def _divisible(path: str, by_line: bool) -> bool:
+    if path.endswith(COMPRESSIONS):
+        return False
+    return format_of(path) == ".jsonl" or (format_of(path) == ".txt" and by_line)

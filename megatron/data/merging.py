@@ -1,0 +1,176 @@
+"""Several datasets into one, and one into several: whole .bin/.idx each, verified, with a manifest."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from megatron.data import manifest
+from megatron.data.dataset_checks import SPLITS, parse_split
+from megatron.data.errors import DataError
+from megatron.data.index_file import CHUNK, Index, read_index
+from megatron.data.indexed_writer import IndexedWriter
+from megatron.data.progress import Progress
+
+
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    prefix: str
+    index: Index
+    facts: manifest.Manifest | None
+
+
+def merge(prefixes: Sequence[str], output: str, *, overwrite: bool = False) -> IndexedWriter:
+    """Write all documents of ``prefixes``, one dataset after another, as the dataset ``output``.
+
+    Shards of one corpus are put into their order, whatever the order of ``prefixes``; all of them must be there.
+
+    Returns:
+        The writer, for its counts.
+
+    Raises:
+        DataError: a dataset is missing or damaged, the tokenizers or types of tokens differ, or a shard is missing.
+    """
+    if len(prefixes) < 2:
+        raise DataError(f"{len(prefixes)} dataset(s) to merge; give two or more prefixes, or a pattern for them")
+    if twice := sorted({prefix for prefix in prefixes if prefixes.count(prefix) > 1}):
+        raise DataError(f"{', '.join(twice)} would be merged more than once")
+    sources = _ordered([_open(prefix) for prefix in prefixes])
+    _check_alike(sources)
+    facts = _merged_facts(sources)
+    return _write(output, sources, [(0, source.index.documents) for source in sources], facts, overwrite)
+
+
+def split(prefix: str, output: str, shares: str, *, overwrite: bool = False) -> list[IndexedWriter]:
+    """Cut ``prefix`` into ``OUTPUT_train``, ``OUTPUT_valid`` and ``OUTPUT_test``, where training with --split cuts.
+
+    Args:
+        prefix: the dataset.
+        output: beginning of the names.
+        shares: as of --split, such as ``98,1,1``; a share of 0 makes no dataset.
+        overwrite: whether existing datasets may be replaced.
+
+    Raises:
+        DataError: the dataset is missing or damaged, or a share leaves no document.
+    """
+    source = _open(prefix)
+    written, start = [], 0.0
+    cuts = []
+    for name, share in zip(SPLITS, parse_split(shares), strict=True):
+        first, last = (round(bound * float(source.index.documents)) for bound in (start, start + share))
+        start += share
+        if share and first == last:
+            raise DataError(f"--split {shares} leaves no document for {name}: {prefix} has {source.index.documents}")
+        if share:
+            cuts.append((name, first, last))
+    for name, first, last in cuts:
+        facts = None
+        if source.facts:
+            facts = dataclasses.replace(source.facts, made_from=[f"{prefix}[{first}:{last}]"], shard=None)
+        written.append(_write(f"{output}_{name}", [source], [(first, last)], facts, overwrite))
+    return written
+
+
+def _open(prefix: str) -> _Source:
+    return _Source(prefix, read_index(prefix), manifest.read(prefix))
+
+
+def _ordered(sources: list[_Source]) -> list[_Source]:
+    """Shards of one corpus in their order; anything else as it is."""
+    shards = [source.facts.shard for source in sources if source.facts and source.facts.shard]
+    if len(shards) < len(sources) or len({shard["count"] for shard in shards}) > 1:
+        return sources
+    count = shards[0]["count"]
+    if missing := sorted(set(range(count)) - {shard["index"] for shard in shards}):
+        raise DataError(f"these are {len(sources)} of {count} shards; missing: {', '.join(map(str, missing))}")
+    if len(sources) > count:
+        raise DataError(f"{len(sources)} datasets say that they are one of {count} shards: they are not of one corpus")
+    return sorted(sources, key=lambda source: source.facts.shard["index"])  # type: ignore[union-attr, index]
+
+
+def _check_alike(sources: list[_Source]) -> None:
+    problems = []
+    first = sources[0]
+    for source in sources[1:]:
+        if source.index.dtype != first.index.dtype:
+            problems.append(
+                f"{source.prefix} has tokens of type {source.index.dtype}, {first.prefix} {first.index.dtype}"
+            )
+    known = [source for source in sources if source.facts]
+    for source in known[1:]:
+        ours, theirs = (entry.facts.tokenizer for entry in (known[0], source))  # type: ignore[union-attr]
+        if ours["fingerprint"] != theirs["fingerprint"]:
+            problems.append(
+                f"{source.prefix} was made with {theirs['kind']} {theirs['fingerprint'][:12]}, {known[0].prefix} with "
+                f"{ours['kind']} {ours['fingerprint'][:12]}"
+            )
+        if known[0].facts.append_eod != source.facts.append_eod:  # type: ignore[union-attr]
+            problems.append(f"only one of {known[0].prefix} and {source.prefix} was made with --append-eod")
+    if problems:
+        raise DataError("these datasets do not go together:\n  " + "\n  ".join(problems))
+
+
+def _merged_facts(sources: list[_Source]) -> manifest.Manifest | None:
+    """None where a dataset has no manifest: what is not known of a part is not known of the whole."""
+    facts = [source.facts for source in sources if source.facts]
+    if len(facts) < len(sources):
+        return None
+    keys = dict.fromkeys(part.json_key for part in facts)
+    return dataclasses.replace(
+        facts[0],
+        json_key=", ".join(keys),
+        rejected=sum(part.rejected for part in facts),
+        inputs=[entry for part in facts for entry in part.inputs],
+        shard=None,
+        made_from=[source.prefix for source in sources],
+    )
+
+
+def _write(
+    output: str,
+    sources: Sequence[_Source],
+    ranges: Sequence[tuple[int, int]],
+    facts: manifest.Manifest | None,
+    overwrite: bool,
+) -> IndexedWriter:
+    writer = IndexedWriter(output, sources[0].index.dtype.type, overwrite)
+    total = sum(last - first for first, last in ranges)
+    try:
+        with Progress(total, 0, unit="docs") as bar:
+            for source, (first, last) in zip(sources, ranges, strict=True):
+                for tokens, lengths, ends in _pieces(source, first, last):
+                    writer.add_sequences(tokens, lengths, ends)
+                    bar.update(writer.documents, len(ends), len(tokens), 0)
+        if facts:
+            facts = dataclasses.replace(
+                facts, documents=writer.documents, tokens=writer.tokens, dtype=writer.dtype.name,
+                versions=manifest.versions(), checksums={}, format=manifest.FORMAT,
+            )  # fmt: skip
+        writer.finish(facts)
+    except BaseException:
+        writer.discard()
+        raise
+    writer.publish()
+    return writer
+
+
+def _pieces(source: _Source, first: int, last: int) -> Iterator[tuple[bytes, np.ndarray, np.ndarray]]:
+    """Tokens, lengths of sequences and ends of documents ``[first, last)``, some at a time."""
+    index = source.index
+    with open(f"{source.prefix}.bin", "rb") as file:
+        while first < last:
+            ends = np.array(index.ends[first : min(first + CHUNK // 16, last) + 1])
+            lengths = np.array(index.lengths[ends[0] : ends[-1]])
+            sums = np.cumsum(lengths, dtype=np.int64)
+            # as many documents as hold no more than CHUNK tokens, but at least one
+            tokens_before = np.concatenate([[0], sums])[ends - ends[0]]
+            count = max(int(np.searchsorted(tokens_before, CHUNK, side="right")) - 1, 1)
+            sequences = int(ends[count] - ends[0])
+            size = int(tokens_before[count]) * index.dtype.itemsize
+            if sequences:
+                file.seek(int(index.places[ends[0]]))
+            data = file.read(size)
+            if len(data) != size:
+                raise DataError(f"{source.prefix}.bin ended early: it was changed while it was read")
+            yield data, lengths[:sequences], ends[1 : count + 1] - ends[0]
+            first += count

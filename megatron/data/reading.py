@@ -1,0 +1,230 @@
+"""Records of a corpus, in batches: lines of JSON or text, whole text files, rows of Parquet files.
+
+Files of lines may be compressed (.gz, .zst). No file is ever held as a whole, but a text file that is one document.
+"""
+
+import dataclasses
+import gzip
+import io
+import sys
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import Any, BinaryIO
+
+import zstandard
+
+from megatron.data.errors import DataError
+from megatron.data.inputs import STANDARD_INPUT, Span, format_of
+
+BATCH_BYTES = 1 << 18
+TEXT_DOCUMENTS = ("file", "line")
+_ROWS = 256
+_CHUNK = 1 << 20
+_COMPRESSED_CHUNK = 1 << 17
+JSON, LINE, WHOLE, ROW = "json", "line", "whole", "row"
+
+
+@dataclasses.dataclass(frozen=True)
+class Position:
+    """Where reading goes on: after so many records of a span, and so many bytes of what they are when unpacked."""
+
+    span: int = 0
+    records: int = 0
+    offset: int = 0
+
+
+@dataclasses.dataclass
+class Batch:
+    """Some consecutive records of one span."""
+
+    span: Span
+    kind: str
+    """What a record is: ``JSON`` or ``LINE`` (a line with its end), ``WHOLE`` (a file), ``ROW`` (values by key)."""
+    first: int
+    """Number of the first record, from 1 at the span's beginning."""
+    records: list[Any]
+    consumed: int
+    """Bytes read so far of all spans, as they lie on disk; for progress."""
+    end: Position
+    """Where the next batch begins."""
+
+
+def read_batches(
+    spans: Sequence[Span],
+    keys: Sequence[str] = ("text",),
+    *,
+    text_documents: str = "file",
+    start: Position | None = None,
+    batch_bytes: int = BATCH_BYTES,
+) -> Iterator[Batch]:
+    """The records of all spans in order, in batches of about ``batch_bytes``.
+
+    Args:
+        spans: what to read.
+        keys: columns of Parquet files.
+        text_documents: whether each ``file`` or each ``line`` of a .txt file is a document.
+        start: where to go on.
+        batch_bytes: unpacked bytes of a batch, a longer record excepted.
+
+    Raises:
+        DataError: a file is damaged or ends too early, or a Parquet file lacks a column.
+    """
+    start = start or Position()
+    before = sum(span.end - span.start for span in spans[: start.span])
+    for index, span in enumerate(spans[start.span :], start=start.span):
+        begin = start if index == start.span else Position(index)
+        kind = {".txt": LINE if text_documents == "line" else WHOLE, ".parquet": ROW}.get(format_of(span.path), JSON)
+        read = {WHOLE: _read_whole, ROW: _read_rows}.get(kind, _read_lines)
+        number = begin.records
+        for records, offset, consumed in read(span, keys, begin.offset, batch_bytes):
+            end = Position(index, number + len(records), offset)
+            yield Batch(span, kind, number + 1, records, before + consumed, end)
+            number += len(records)
+        before += span.end - span.start
+
+
+def lines_before(span: Span) -> int:
+    """Number of lines of the file that end before the span's first one begins."""
+    count, left = 0, 0
+    if span.start > 0:
+        with open(span.path, "rb") as file:
+            left = span.start - 1
+            while left > 0 and (data := file.read(min(left, _CHUNK))):
+                count += data.count(b"\n")
+                left -= len(data)
+            count += file.readline().endswith(b"\n")
+    return count
+
+
+# What the readers yield: records, unpacked bytes (or rows) of the span up to their end, bytes on disk up to there.
+_Read = Iterator[tuple[list[Any], int, int]]
+
+
+def _read_lines(span: Span, keys: Sequence[str], offset: int, batch_bytes: int) -> _Read:
+    standard_input = span.path == STANDARD_INPUT
+    with open(sys.stdin.fileno() if standard_input else span.path, "rb", closefd=not standard_input) as raw:
+        if span.start > 0:
+            raw.seek(span.start - 1)
+            raw.readline()  # belongs to the span before; one byte of it, if that is where a line ends
+        origin = 0 if standard_input else raw.tell()
+        length = None if span.whole else span.end - origin
+        lines: list[bytes] = []
+        size, count = 0, 0
+        try:
+            file = _decompressed(span.path, raw)
+            if offset:
+                _skip(file, raw, offset)
+            for line in file:
+                if length is not None and offset + size >= length:
+                    break
+                lines.append(line)
+                size += len(line)
+                if size >= batch_bytes:
+                    offset += size
+                    count += len(lines)
+                    yield lines, offset, offset if file is raw else raw.tell()
+                    lines, size = [], 0
+        except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
+            raise DataError(
+                f"{span.path}: the compressed data is damaged or cut off after line {count + len(lines)} of what was "
+                f"read: {error}. Copy or compress the file anew"
+            ) from error
+    if lines:
+        yield lines, offset + size, span.end - span.start
+
+
+def _skip(file: BinaryIO, raw: BinaryIO, size: int) -> None:
+    if file is raw:
+        raw.seek(size, io.SEEK_CUR)
+        return
+    while size > 0 and (data := file.read(min(size, _CHUNK))):
+        size -= len(data)
+    if size:
+        raise EOFError("it is shorter than it was")
+
+
+def _read_whole(span: Span, keys: Sequence[str], offset: int, batch_bytes: int) -> _Read:
+    if offset:
+        return
+    with open(span.path, "rb") as raw:
+        try:
+            data = _decompressed(span.path, raw).read()
+        except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
+            raise DataError(f"{span.path}: the compressed data is damaged or cut off: {error}") from error
+    yield [data], max(len(data), 1), span.size
+
+
+def _read_rows(span: Span, keys: Sequence[str], offset: int, batch_bytes: int) -> _Read:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise DataError(f'{span.path}: reading Parquet needs pyarrow; pip install "megatron-moe[data]"') from error
+    try:
+        file = parquet.ParquetFile(span.path)
+        names = file.schema_arrow.names
+        if missing := [key for key in keys if key not in names]:
+            raise DataError(f"{span.path} has no column {', '.join(missing)}; its columns: {', '.join(names)}")
+        rows, sizes = file.metadata.num_rows, [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
+        group, skip = 0, offset  # whole groups that are done need not be read again
+        while group < len(sizes) and skip >= sizes[group]:
+            skip -= sizes[group]
+            group += 1
+        done, groups = offset, list(range(group, len(sizes)))
+        for table in file.iter_batches(batch_size=_ROWS, row_groups=groups, columns=list(keys)):
+            if skip >= len(table):
+                skip -= len(table)
+                continue
+            columns = [table.column(key).slice(skip).to_pylist() for key in keys]
+            skip = 0
+            records = [dict(zip(keys, values, strict=True)) for values in zip(*columns, strict=True)]
+            done += len(records)
+            yield records, done, span.size * done // max(rows, 1)
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+        raise DataError(f"{span.path} is no Parquet file, or a damaged one: {error}") from error
+
+
+def _decompressed(path: str, raw: BinaryIO) -> BinaryIO:
+    if path.endswith(".gz"):
+        return io.BufferedReader(gzip.GzipFile(fileobj=raw), _CHUNK)  # type: ignore[return-value]
+    if path.endswith(".zst"):
+        return io.BufferedReader(_ZstdReader(raw), _CHUNK)
+    return raw
+
+
+class _ZstdReader(io.RawIOBase):
+    """Bytes of one or more zstd frames. Unlike zstandard's own reader it notices when the last frame is cut off."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        self._raw = raw
+        self._new_frame = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj
+        self._frame = self._new_frame()
+        self._started = False
+        self._compressed = b""
+        self._ready = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        while not self._ready and self._advance():
+            pass
+        size = min(len(buffer), len(self._ready))
+        buffer[:size] = self._ready[:size]
+        self._ready = self._ready[size:]
+        return size
+
+    def _advance(self) -> bool:
+        """Decompress one more piece. Returns False at the end of the file."""
+        compressed = self._compressed or self._raw.read(_COMPRESSED_CHUNK)
+        if not compressed:
+            if self._started:
+                raise EOFError("the file ends within a zstd frame")
+            return False
+        self._ready = memoryview(self._frame.decompress(compressed))
+        self._started = not self._frame.eof
+        self._compressed = b""
+        if self._frame.eof:
+            self._compressed = self._frame.unused_data
+            self._frame = self._new_frame()
+        return True

@@ -1,0 +1,78 @@
+"""A zero-shot evaluation from a checkpoint to files."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+import torch
+from lm_eval.tasks import TaskManager
+
+from megatron.checkpoint.folder import hash_file
+from megatron.evaluation.lm import MegatronLM
+from megatron.evaluation.processes import join, load_share
+from megatron.evaluation.report import write
+from megatron.evaluation.request_log import RequestLog
+from megatron.evaluation.tasks import build_tasks
+from megatron.inference.load import find_checkpoint, load_tokenizer
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What to evaluate, on what, and where the results go; the flags of tools/evaluate.py."""
+
+    load: str
+    output: str
+    tasks: tuple[str, ...]
+    data_dir: str | None = None
+    limit: int | None = None
+    batch_size: int = 8
+    max_gen_toks: int | None = None
+    device: str | None = None
+    dtype: str | None = None
+    expert_parallel: int = 1
+    name: str | None = None
+    log_samples: bool = False
+    tokenizer_files: dict[str, str | None] = dataclasses.field(default_factory=dict)
+
+
+def evaluate(wanted: Evaluation) -> str | None:
+    """Run it, or go on with it; returns the Markdown table, on process 0.
+
+    Nothing is written before checkpoint, tokenizer, tasks and data are known to be good.
+
+    Raises:
+        ValueError, OSError, CheckpointError: something that is missing, damaged or does not fit; it is named.
+    """
+    source = find_checkpoint(wanted.load)
+    tokenizer = load_tokenizer(source, **wanted.tokenizer_files)
+    tasks = build_tasks(wanted.tasks, Path(wanted.data_dir) if wanted.data_dir else None)
+    processes, device = join(wanted.device, wanted.expert_parallel)
+    dtype = wanted.dtype or ("fp32" if device.type == "cpu" else source.config.optimizer.precision)
+    model = load_share(source, processes, device, DTYPES[dtype])
+    log = None
+    if processes.rank == 0:
+        about = {
+            "checkpoint": source.path.name,
+            "contents": {file.name: hash_file(file) for file in sorted(source.path.glob("*.json"))},
+            "tokenizer": tokenizer.fingerprint,
+            "dtype": dtype,
+        }
+        log = RequestLog(Path(wanted.output) / "requests.jsonl", about)
+    lm = MegatronLM(model, tokenizer, wanted.batch_size, processes, log)
+    results: dict[str, Any] | None = lm_eval.simple_evaluate(
+        lm,
+        tasks=tasks,
+        task_manager=TaskManager(include_defaults=False),  # the tasks are made; its index takes seconds
+        batch_size=wanted.batch_size,
+        limit=wanted.limit,
+        log_samples=wanted.log_samples,
+        bootstrap_iters=1000 if processes.rank == 0 else 0,
+        gen_kwargs={"max_gen_toks": wanted.max_gen_toks} if wanted.max_gen_toks else None,
+    )
+    if processes.rank != 0:
+        return None
+    results["config"] |= {"checkpoint": str(source.path), "dtype": dtype, "data_dir": wanted.data_dir}
+    return write(Path(wanted.output), wanted.name or source.path.parent.name, results)

@@ -1,0 +1,69 @@
+"""Which files a corpus consists of."""
+
+import hashlib
+import os
+
+import corpus
+import pytest
+
+from megatron.data.errors import DataError
+from megatron.data.inputs import Checksums, find_inputs, format_of, spans_of
+
+
+def test_files_patterns_and_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in (
+        "b/2.jsonl.gz",
+        "b/1.txt",
+        "b/.hidden.jsonl",
+        "b/c/0.parquet",
+        "b/notes.md",
+        "x2.jsonl",
+        "x1.jsonl",
+        "odd",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    assert find_inputs(["odd", "x*.jsonl", "b"]) == [
+        "odd", "x1.jsonl", "x2.jsonl", "b/1.txt", "b/2.jsonl.gz", "b/c/0.parquet",
+    ]  # fmt: skip
+    assert find_inputs(["b/**/*.parquet"]) == ["b/c/0.parquet"]
+    assert find_inputs(["-"]) == ["-"]
+    formats = [format_of(name) for name in ("a.txt.zst", "a.parquet", "a.jsonl.gz", "a")]
+    assert formats == [".txt", ".parquet", ".jsonl", ".jsonl"]
+
+
+def test_everything_wrong_is_told_at_once(tmp_path):
+    good = corpus.write_jsonl(tmp_path / "good.jsonl", ["x"])
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link.jsonl").symlink_to(good)
+    words = [str(good), str(tmp_path / "link.jsonl"), str(tmp_path / "empty"), "/no/such/file", "/no/such/*", "-"]
+    with pytest.raises(DataError) as error:
+        find_inputs(words)
+    for part in (
+        "good.jsonl is given more than once", "is a folder without any file", "/no/such/file: there is no such file",
+        "/no/such/*: no file fits", "stands beside files",
+    ):  # fmt: skip
+        assert part in str(error.value)
+    with pytest.raises(DataError, match="no file is given"):
+        find_inputs([])
+
+
+def test_shards_that_cannot_be(tmp_path):
+    path = str(corpus.write_jsonl(tmp_path / "a.jsonl", ["x"]))
+    for count, index in ((0, 0), (2, 2), (2, -1)):
+        with pytest.raises(DataError, match=f"--shard-index {index} of --num-shards {count}"):
+            spans_of([path], count, index)
+    with pytest.raises(DataError, match="standard input cannot be cut"):
+        spans_of(["-"], 2, 0)
+
+
+def test_checksums(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(os.urandom(100_000))
+    spans = [span for index in range(2) for span in spans_of([str(path)], 2, index)]
+    data = path.read_bytes()
+    assert Checksums(spans).result() == [hashlib.sha256(part).hexdigest() for part in (data[:50_000], data[50_000:])]
+    path.unlink()
+    with pytest.raises(FileNotFoundError):
+        Checksums(spans).result()

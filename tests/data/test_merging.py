@@ -1,0 +1,119 @@
+"""Datasets into one and one into several: the documents stay the same, and what does not go together is refused."""
+
+import json
+from pathlib import Path
+
+import corpus
+import numpy as np
+import pytest
+
+from megatron.data import manifest, merging
+from megatron.data.errors import DataError
+from megatron.data.merging import merge, split
+from megatron.data.preprocess import preprocess
+
+
+def make(folder: Path, name: str, texts: list[str], data=None, **options) -> str:
+    path = corpus.write_jsonl(folder / f"{name}.jsonl", texts)
+    options = {"append_eod": True, "workers": 0} | options
+    return preprocess([str(path)], str(folder / name), data or corpus.gpt2(folder), **options).prefixes[0]
+
+
+def content(prefix: str) -> list[bytes]:
+    return [Path(f"{prefix}{suffix}").read_bytes() for suffix in (".bin", ".idx")]
+
+
+def test_merging_is_preprocessing_of_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(merging, "CHUNK", 64)  # many pieces, documents longer than one
+    texts = [corpus.english(30), ["", *corpus.NASTY, ""], ["x"]]
+    parts = [make(tmp_path, f"part{number}", part) for number, part in enumerate(texts)]
+    whole = make(tmp_path, "whole", [text for part in texts for text in part])
+    writer = merge(parts, str(tmp_path / "merged"))
+    assert content(str(tmp_path / "merged")) == content(whole)
+    facts, expected = manifest.read(str(tmp_path / "merged")), manifest.read(whole)
+    assert (writer.documents, writer.tokens) == (facts.documents, facts.tokens) == (expected.documents, expected.tokens)
+    assert facts.checksums == expected.checksums
+    assert facts.made_from == parts
+    assert [Path(entry["path"]).name for entry in facts.inputs] == ["part0.jsonl", "part1.jsonl", "part2.jsonl"]
+
+
+def test_datasets_of_other_tools_keep_their_sequences(tmp_path):
+    import torch
+
+    from megatron.data.core_datasets import IndexedDatasetBuilder
+
+    def build(name: str, *documents: list[int]) -> str:
+        builder = IndexedDatasetBuilder(str(tmp_path / f"{name}.bin"), dtype=np.int32)
+        for lengths in documents:
+            builder.add_document(torch.arange(sum(lengths)), lengths)
+        builder.finalize(str(tmp_path / f"{name}.idx"))
+        return str(tmp_path / name)
+
+    first, second = [[3, 2], [], [4]], [[], [1, 1, 1], [7]]
+    parts, whole = [build("a", *first), build("b", *second)], build("whole", *first, *second)
+    merge(parts, str(tmp_path / "merged"))
+    assert content(str(tmp_path / "merged")) == content(whole)
+    assert not (tmp_path / "merged.json").exists()
+
+
+def test_splits_are_those_of_training(tmp_path):
+    from megatron.data.dataset_checks import parse_split, split_tokens
+
+    prefix = make(tmp_path, "whole", corpus.english(101))
+    written = split(prefix, str(tmp_path / "cut"), "90,7,3")
+    assert [Path(writer.prefix).name for writer in written] == ["cut_train", "cut_valid", "cut_test"]
+    assert [(w.documents, w.tokens) for w in written] == split_tokens(prefix, parse_split("90,7,3"))
+    merge([writer.prefix for writer in written], str(tmp_path / "back"))
+    assert content(str(tmp_path / "back")) == content(prefix)
+    assert len(split(prefix, str(tmp_path / "two"), "9,0,1")) == 2
+    with pytest.raises(DataError, match="leaves no document for test"):
+        split(prefix, str(tmp_path / "none"), "99,1,0.0001")
+    assert not list(tmp_path.glob("none*"))
+
+
+def test_what_does_not_go_together(tmp_path):
+    texts = corpus.english(5)
+    mine = make(tmp_path, "mine", texts)
+    (tmp_path / "sp").mkdir()
+    other = make(tmp_path, "other", texts, corpus.sentencepiece(tmp_path / "sp"))
+    ends = make(tmp_path, "ends", texts, append_eod=False)
+    wide = str(tmp_path / "wide")
+    np.zeros(3, np.int32).tofile(f"{wide}.bin")
+    from megatron.data.index_file import write_index
+
+    with open(f"{wide}.idx", "wb") as file:
+        write_index(file, np.dtype(np.int32), np.array([3]).astype(np.int32), np.array([1]))
+    for prefixes, words in (
+        ([mine, other], r"SentencePieceTokenizer \w{12}, .*mine_text_document with GPT2BPETokenizer"),
+        ([mine, ends], "only one of .* was made with --append-eod"),
+        ([mine, wide], "has tokens of type int32, .* uint16"),
+        ([mine], "two or more"),
+        ([mine, mine], "more than once"),
+        ([mine, "/no/such"], r"there is no /no/such\.idx"),
+    ):
+        with pytest.raises(DataError, match=words):
+            merge(prefixes, str(tmp_path / "out"))
+    assert not list(tmp_path.glob("out*"))
+    with pytest.raises(DataError, match="--overwrite"):
+        merge([mine, make(tmp_path, "again", texts)], other)
+
+
+def test_all_shards_must_be_there(tmp_path):
+    texts = corpus.english(40)
+    shards = [make(tmp_path, "s", texts, num_shards=3, shard_index=index) for index in range(3)]
+    with pytest.raises(DataError, match="2 of 3 shards; missing: 1"):
+        merge([shards[2], shards[0]], str(tmp_path / "out"))
+    facts = json.loads(Path(f"{shards[0]}.json").read_text())
+    for suffix in (".bin", ".idx"):
+        Path(f"{tmp_path}/copy{suffix}").write_bytes(Path(f"{shards[0]}{suffix}").read_bytes())
+    Path(f"{tmp_path}/copy.json").write_text(json.dumps(facts))
+    with pytest.raises(DataError, match="not of one corpus"):
+        merge([*shards, str(tmp_path / "copy")], str(tmp_path / "out"))
+
+
+def test_a_disk_that_fills_leaves_nothing(tmp_path, monkeypatch):
+    parts = [make(tmp_path, name, corpus.english(5)) for name in ("a", "b")]
+    monkeypatch.setattr("os.fsync", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space left"):
+        merge(parts, str(tmp_path / "out"))
+    assert not list(tmp_path.glob("out*"))

@@ -1,0 +1,162 @@
+"""Our scores against lm-eval's own ``hf`` backend on the exported model, task by task."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import lm_eval
+import pytest
+import saved_model
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from megatron.checkpoint.formats.convert import Conversion, convert
+from megatron.config import ModelConfig, MoEConfig
+from megatron.evaluation.harness import Evaluation, evaluate
+from megatron.evaluation.tasks import LOCAL, build_tasks
+
+TOOL = Path(__file__).parents[2] / "tools" / "evaluate.py"
+SHAPE = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, seq_length=64, init_method_std=0.2)
+NEW = 12
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    return saved_model.save_model(tmp_path_factory.mktemp("run"), MoEConfig(), SHAPE)
+
+
+def write_data(folder: Path) -> Path:
+    """Two samples of each task."""
+    options = [["w1 w2", "w3", "w4 w5", "w6"], ["w9", "w8", "w7", "w1"]]
+    lines = {
+        "lambada_test_openai.jsonl": [{"text": "w1 w2 w3 w4"}, {"text": "w7 " * 90 + "w8"}],  # longer than the model
+        "piqa_valid.jsonl": [{"goal": "w1", "sol1": "w2 w3", "sol2": "w4"}, {"goal": "w5", "sol1": "w6", "sol2": "w7"}],
+        "boolq_val.jsonl": [
+            {"query": f"Passage: w{n} w2\nQuestion: w3 w4?", "choices": ["no", "yes"], "gold": n} for n in (0, 1)
+        ],
+        "race_test_high.jsonl": [
+            {"article": "w1 w2", "questions": ["w3  _  .", "w4 ?"], "answers": ["B", "C"], "options": options},
+            {"article": "w5", "questions": ["w6 ?"], "answers": ["A"], "options": options[:1]},
+        ],
+        "triviaqa_dev.jsonl": [{"question": "w1 w2", "answers": ["w3", "w4"]}, {"question": "w5", "answers": ["w6"]}],
+        "webqs_test.jsonl": [{"question": "w1", "answers": ["w3", "w2"]}, {"question": "w5 w6", "answers": ["w7 w8"]}],
+    }
+    folder.mkdir()
+    for name, docs in lines.items():
+        (folder / name).write_text("".join(json.dumps(doc) + "\n" for doc in docs))
+    (folder / "piqa_valid-labels.lst").write_text("0\n1\n")
+    return folder
+
+
+def comparable(results: dict) -> dict:
+    """Per-sample answers and metrics by task."""
+    samples = {
+        (task, sample["doc_id"]): sample["resps"] for task, found in results["samples"].items() for sample in found
+    }
+    metrics = {
+        (task, key): value
+        for task, found in results["results"].items()
+        for key, value in found.items()
+        if isinstance(value, float) and "stderr" not in key
+    }
+    return {"samples": samples, "metrics": metrics}
+
+
+def assert_same(ours: dict, theirs: dict) -> None:
+    mine, expected = comparable(ours), comparable(theirs)
+    assert mine["samples"].keys() == expected["samples"].keys()
+    for where, answers in expected["samples"].items():
+        for (got,), (want,) in zip(mine["samples"][where], answers, strict=True):
+            if isinstance(want, str):
+                assert got == want, where
+            else:
+                assert float(got[0]) == pytest.approx(float(want[0]), abs=1e-4), where
+                assert str(got[1]) == str(want[1]), where
+    assert mine["metrics"] == pytest.approx(expected["metrics"], rel=1e-4)
+
+
+@pytest.fixture(scope="module", params=[MoEConfig(), saved_model.EXPERTS], ids=["dense", "moe"])
+def case(request, tmp_path_factory):
+    """A saved model, data, and the results of lm-eval's backend on the exported model."""
+    folder = tmp_path_factory.mktemp("run")
+    saved = saved_model.save_model(folder, request.param, SHAPE)
+    data = write_data(folder / "data")
+    list(convert(Conversion(str(saved.folder), str(folder / "hf"), "hf")))
+    model = AutoModelForCausalLM.from_pretrained(folder / "hf", trust_remote_code=True).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder / "hf")
+    theirs = lm_eval.simple_evaluate(
+        HFLM(pretrained=model, tokenizer=tokenizer, batch_size=3, max_length=64, device="cpu"),
+        tasks=build_tasks(list(LOCAL), data),
+        gen_kwargs={"max_gen_toks": NEW},
+        bootstrap_iters=0,
+        task_manager=TaskManager(include_defaults=False),
+    )
+    return saved, data, theirs
+
+
+def test_scores_are_those_of_lm_evals_own_backend(case, tmp_path):
+    saved, data, theirs = case
+    wanted = Evaluation(
+        str(saved.folder), str(tmp_path), tuple(LOCAL), str(data),
+        batch_size=3, max_gen_toks=NEW, device="cpu", log_samples=True, name="tiny",
+    )  # fmt: skip
+    table = evaluate(wanted)
+    ours = json.loads((tmp_path / "results.json").read_text())
+    assert_same(ours, theirs)
+    assert "| 350M+MoE-128 (published) | 0.6270 | 0.7459 | 0.6046 | 0.3560 | 0.1658 | 0.0517 |" in table
+    assert (tmp_path / "results.csv").read_text().startswith("model,task,metric,value,stderr\ntiny,lambada_openai,")
+    log = tmp_path / "requests.jsonl"
+    complete = log.read_bytes()
+    log.write_bytes(complete[: len(complete) * 2 // 3])  # as a killed run leaves it
+    kept = log.read_bytes().rpartition(b"\n")[0]
+    evaluate(wanted)
+    again = json.loads((tmp_path / "results.json").read_text())
+    assert comparable(again) == comparable(ours)
+    assert log.read_bytes().startswith(kept)
+    assert {*log.read_bytes().splitlines()} == {*complete.splitlines()}
+
+
+@pytest.mark.distributed
+@pytest.mark.exhaustive  # starting two processes takes long
+def test_two_processes_share_the_experts(case, tmp_path):
+    saved, data, theirs = case
+    degree = "2" if saved.config.moe.enabled else "1"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", str(TOOL)]
+    flags = {
+        "--load": saved.folder, "--output": tmp_path, "--tasks": ",".join(LOCAL), "--data-dir": data,
+        "--batch-size": 3, "--max-gen-toks": NEW, "--device": "cpu", "--expert-parallel": degree,
+    }  # fmt: skip
+    words = [str(word) for pair in flags.items() for word in pair]
+    done = subprocess.run([*command, *words, "--log-samples"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert_same(json.loads((tmp_path / "results.json").read_text()), theirs)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tasks": ("nonsense",)}, "no form for the task nonsense"),
+        ({"data_dir": "/nowhere"}, "/nowhere holds no piqa_valid.jsonl"),
+        ({"load": "/nowhere"}, "/nowhere does not exist"),
+        ({"max_gen_toks": 64, "tasks": ("triviaqa",)}, "leave no room for a prompt"),
+        ({"tokenizer_files": {"tokenizer_model": "/nowhere"}}, "/nowhere"),
+    ],
+    ids=str,
+)
+def test_errors(saved, tmp_path, change, message):
+    from megatron.checkpoint import CheckpointError
+
+    data = write_data(tmp_path / "data")
+    flags = {"load": str(saved.folder), "tasks": ("piqa",), "data_dir": str(data), "device": "cpu"} | change
+    with pytest.raises((ValueError, CheckpointError), match=message):
+        evaluate(Evaluation(output=str(tmp_path / "out"), **flags))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_line_is_named(tmp_path):
+    data = write_data(tmp_path / "data")
+    (data / "boolq_val.jsonl").write_text('{"query": "no question"}\n')
+    with pytest.raises(ValueError, match=r"boolq_val\.jsonl, line 1, is no line of boolq"):
+        build_tasks(["boolq"], data)

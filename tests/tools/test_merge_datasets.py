@@ -1,0 +1,47 @@
+"""The command line of tools/merge_datasets.py."""
+
+import corpus
+import pytest
+from test_docs import tool as load
+
+from megatron.data.preprocess import preprocess
+
+
+def tool(name: str):
+    return load(f"tools/{name}.py")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Datasets a and b, in the working folder."""
+    data = corpus.gpt2(tmp_path)
+    for name in ("a", "b"):
+        path = corpus.write_jsonl(tmp_path / f"{name}.jsonl", corpus.english(20, seed=ord(name)))
+        preprocess([str(path)], str(tmp_path / name), data, append_eod=True, workers=0)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_merge_and_split(folder, capsys):
+    merge_datasets = tool("merge_datasets")
+    assert merge_datasets.main(["--input", "?_text_document", "--output-prefix", "all"]) == 0
+    assert capsys.readouterr().out.startswith("all: 40 documents")
+    assert merge_datasets.main(["--input", "all.bin", "--output-prefix", "cut", "--split", "3,1"]) == 0
+    assert [line.split(" documents")[0] for line in capsys.readouterr().out.splitlines()] == [
+        "cut_train: 30",
+        "cut_valid: 10",
+    ]
+
+
+def test_errors(folder, capsys):
+    merge_datasets = tool("merge_datasets")
+    for words, said in (
+        (["--input", "no*", "--output-prefix", "all"], "no dataset fits this pattern"),
+        (
+            ["--input", "a_text_document", "b_text_document", "--output-prefix", "all", "--split", "1"],
+            "one dataset, got 2",
+        ),
+        (["--input", "a_text_document", "b_text_document", "--output-prefix", "a_text_document"], "--overwrite"),
+    ):
+        assert merge_datasets.main(words) == 1
+        assert said in capsys.readouterr().err

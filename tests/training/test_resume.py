@@ -1,0 +1,23 @@
+"""What a run may go on from: a checkpoint of another tokenizer only if that is asked for."""
+
+import pytest
+from corpus import byte_level, gpt2
+
+from megatron.checkpoint import CheckpointError
+from megatron.config import RunConfig
+from megatron.config.flags import to_dict
+from megatron.data.tokenizer import build_tokenizer
+from megatron.training.resume import check
+
+
+def test_another_tokenizer_is_refused_unless_allowed(tmp_path):
+    config, mine, other = RunConfig(), build_tokenizer(gpt2(tmp_path)), build_tokenizer(byte_level(tmp_path))
+    identity = {"vocab_size": mine.vocab_size, "fingerprint": mine.fingerprint}
+    meta = {"config": to_dict(config), "vocab_size": 1024, "tokenizer": identity}
+    assert check(meta, config, 1024, mine) == []
+    with pytest.raises(CheckpointError, match=r"tokenizer fingerprint: checkpoint .*--allow-tokenizer-mismatch"):
+        check(meta, config, 1024, other)
+    config.data.allow_tokenizer_mismatch = True
+    (warning,) = check(meta, config, 1024, other)
+    assert mine.fingerprint[:12] in warning
+    assert other.fingerprint[:12] in warning

@@ -1,0 +1,95 @@
+"""When losses are a spike, what is left out, and where the run goes on."""
+
+import json
+import math
+import time
+
+import pytest
+
+from megatron.checkpoint.folder import begin, commit
+from megatron.config import GuardConfig, RunConfig
+from megatron.config.data import DataConfig
+from megatron.training.spikes import Detours, Spike, SpikeWatch, Update, checkpoint_before
+
+CONFIG = GuardConfig(spike_sigmas=5.0, spike_updates=3, spike_window=8)
+USUAL = [2.0, 2.1, 1.9, 2.05, 1.95, 2.0, 2.1, 1.9]  # median 2, median distance 0.075: the limit is 2 + 5 * 0.1112
+
+
+def update(number: int) -> Update:
+    return Update(number, 16 * (number - 1), 16 * number)
+
+
+def feed(watch: SpikeWatch, losses: list[float], first: int = 1) -> list[Spike]:
+    found = (watch.add(update(number), loss) for number, loss in enumerate(losses, start=first))
+    return [spike for spike in found if spike is not None]
+
+
+def test_so_many_high_losses_in_a_row_are_a_spike_of_as_many_updates_before_too():
+    (spike,) = feed(SpikeWatch(CONFIG), [*USUAL, 3.0, 4.0, math.nan])
+    assert (spike.first, spike.last) == (update(6), update(11))
+    assert spike.median == 2.0
+    assert spike.limit == pytest.approx(2 + 5 * 1.4826 * 0.075)
+
+
+@pytest.mark.parametrize(
+    "losses",
+    [
+        [*USUAL, 3.0, 4.0, 2.0, 3.0, 4.0],  # not in a row
+        [*USUAL, 2.5, 2.5, 2.5, 2.5],  # below the limit
+        [*USUAL[:7], 9.0, 9.0, 9.0],  # the window was not full
+        [*USUAL, 0.1, 0.1, 0.1, 0.1],  # low
+    ],
+)
+def test_no_spike(losses):
+    assert feed(SpikeWatch(CONFIG), losses) == []
+
+
+def test_after_a_spike_that_was_trained_through_its_losses_are_the_usual_ones():
+    assert len(feed(SpikeWatch(CONFIG), USUAL + [4.0] * 30)) < 4
+
+
+def test_a_saved_watch_goes_on_as_it_would_have():
+    losses = [*USUAL, 2.2, 3.0, 4.0, math.nan, 2.0]
+    for at in range(len(losses)):
+        watch = SpikeWatch(CONFIG)
+        before = feed(watch, losses[:at])
+        again = SpikeWatch(CONFIG)
+        again.load_state(json.loads(json.dumps(watch.state())))
+        found = before + feed(again, losses[at:], first=at + 1)
+        assert [(spike.first, spike.last) for spike in found] == [(update(7), update(12))], at
+
+
+def spike(first: int, last: int) -> Spike:
+    return Spike(update(first), update(last), 9.0, 2.0, 2.5)
+
+
+def test_spans_are_of_the_data_and_not_of_what_was_trained_on():
+    detours = Detours([(16, 32), (64, 96)])
+    assert detours.span_of(spike(1, 1)) == (0, 16)
+    assert detours.span_of(spike(2, 3)) == (32, 64)  # trained samples 16 to 47 are samples 32 to 63 of the data
+    assert detours.span_of(spike(3, 5)) == (48, 128)
+
+
+def config(*spans: str) -> RunConfig:
+    return RunConfig(data=DataConfig(skip_samples=spans))
+
+
+def test_a_resumed_run_leaves_out_what_it_did_and_what_is_new_and_still_to_come():
+    meta = {"detours": {"skipped": [[16, 32]], "restarts": 2}}
+    assert Detours.of(config(), None, 0) == Detours([], 0)
+    assert Detours.of(config(), {}, 64) == Detours([], 0), "a checkpoint from before there were any"
+    assert Detours.of(config(), meta, 64) == Detours([(16, 32)], 2)
+    assert Detours.of(config("16-32", "80-96"), meta, 64) == Detours([(16, 32), (80, 96)], 2)
+    with pytest.raises(ValueError, match="read its data up to sample 80"):
+        Detours.of(config("79-96"), meta, 64)
+
+
+def test_the_run_goes_back_to_the_checkpoint_of_the_run_as_it_is(tmp_path):
+    for step in (4, 8, 12, 8, 9):  # 12 was saved in a spike, and the run went back to 8
+        begin(tmp_path, step)
+        commit(tmp_path, step, {})
+        time.sleep(0.002)
+    assert checkpoint_before(tmp_path, update(13)).name == "step_00000009"
+    assert checkpoint_before(tmp_path, update(9)).name == "step_00000008"
+    assert checkpoint_before(tmp_path, update(5)).name == "step_00000004"
+    assert checkpoint_before(tmp_path, update(4)) is None
