@@ -294,8 +294,8 @@ def test_sbatch_runs_a_copy_that_finds_the_rest(slurm, tmp_path):
     assert run.parallel.moe_expert_parallel_size == (8,)
 
 
-def test_srun_can_start_torchrun(slurm):
-    done = start(MOE, path=slurm, LAUNCHER="torchrun", **JOB)
+def test_srun_can_start_torchrun(slurm, tmp_path):
+    done = start(MOE, path=slurm, cwd=tmp_path, LAUNCHER="torchrun", **JOB)
     starter, _ = parts(shlex.split(done.stdout))
     assert starter[starter.index("--ntasks") + 1] == "2"
     assert starter[starter.index("--ntasks-per-node") + 1] == "1"

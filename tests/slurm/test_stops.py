@@ -73,12 +73,15 @@ def test_its_own_time_limit_requeues_a_job_too(submit):
     assert job.stops() == ["the time limit"], job.log()
 
 
-@STARTERS
-def test_a_signal_before_training_requeues_a_job_once(submit, starter):
-    """Nothing was trained, so nothing is lost; but a time that is too short would be too short for ever."""
-    job = submit(**starter)
+@pytest.mark.parametrize(("launcher", "starters"), [("srun", set(HOSTS)), ("torchrun", {0, 1})])
+def test_a_signal_before_training_requeues_a_job_once(submit, launcher, starters):
+    """Nothing was trained, so nothing is lost; but a time that is too short would be too short for ever.
+
+    The signal comes when the interpreters that srun starts, the trainers' or torchrun's, have just been started.
+    """
+    job = submit(LAUNCHER=launcher)
     for restart in (0, 1):
-        eventually("a task starts", lambda restart=restart: task_started(job, restart, starter), job=job)
+        eventually("all tasks start", lambda restart=restart: starters <= set(job.seen(restart)), job=job)
         job.signal("USR1")
         if restart == 0:
             job.wait_for_restart()
@@ -87,13 +90,6 @@ def test_a_signal_before_training_requeues_a_job_once(submit, starter):
     assert job.stops() == ["SIGUSR1", "SIGUSR1"], job.log()
     assert job.train_records() == []
     assert "not requeued: no checkpoint was made since the last time" in job.log()
-
-
-def task_started(job, restart: int, starter: dict) -> bool:
-    """Whether the interpreters of srun's tasks start; with torchrun, whether its step is there."""
-    if starter is SRUN:
-        return len(job.seen(restart)) == len(HOSTS)
-    return f"{job.number}.0" in job.slurm("squeue", "--steps", "--noheader", "--format=%i %j")
 
 
 def test_sigterm_before_training_is_no_failure(submit):
