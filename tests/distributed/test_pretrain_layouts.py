@@ -9,7 +9,7 @@ import tiny_run
 import torch
 from distributed.test_pretrain import children, start, wait_for
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+pytestmark = [pytest.mark.distributed, pytest.mark.exhaustive]  # eight processes
 MODEL = {"num_experts": 4, "num_layers": 4, "hidden_dropout": 0, "attention_dropout": 0, "check_replicas": 2}
 BEFORE = {
     "pipeline_model_parallel_size": 2,
