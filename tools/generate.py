@@ -101,9 +101,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _generate(args: argparse.Namespace, sampling: Any) -> None:
-    import torch
-
-    from megatron.inference.load import choose_device, find_checkpoint, load_model, load_tokenizer
+    from megatron.inference.load import DTYPES, choose_device, find_checkpoint, load_model, load_tokenizer
     from megatron.inference.text import stream_text
 
     prompts = _prompts(args)
@@ -114,8 +112,7 @@ def _generate(args: argparse.Namespace, sampling: Any) -> None:
     ids = [tokenizer.encode(prompt) or [tokenizer.eod] for prompt in prompts]
     count = _new_tokens(args.max_new_tokens, max(map(len, ids)), source.config.model.position_rows)
     dtype = args.dtype or ("fp32" if device.type == "cpu" else source.config.optimizer.precision)
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    model = load_model(source, device, dtypes[dtype])
+    model = load_model(source, device, DTYPES[dtype])
     several = len(prompts) * args.num_samples > 1
     requests = [
         Request(

@@ -62,8 +62,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _measure(args: argparse.Namespace) -> None:
     from megatron.evaluation.perplexity import documents_of_dataset, documents_of_files, measure, to_json
-    from megatron.evaluation.processes import DTYPES, join, load_share
-    from megatron.inference.load import find_checkpoint, load_tokenizer
+    from megatron.evaluation.processes import join, load_share
+    from megatron.inference.load import DTYPES, find_checkpoint, load_tokenizer
 
     source = find_checkpoint(args.load)
     tokenizer = load_tokenizer(source, **{name: getattr(args, name) for name in TOKENIZER_FILES})

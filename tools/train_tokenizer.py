@@ -48,17 +48,10 @@ def main(argv: list[str] | None = None) -> int:
     """Returns the exit status."""
     args = parse_args(argv)
     start = time.monotonic()
+    shared = {name: getattr(args, name) for name in ("json_key", "sample_bytes", "seed", "overwrite")}
     try:
         if args.model_type == BYTE_BPE:
-            paths = train_bpe(
-                args.input,
-                args.output,
-                args.vocab_size,
-                json_key=args.json_key,
-                sample_bytes=args.sample_bytes,
-                seed=args.seed,
-                overwrite=args.overwrite,
-            )
+            paths = train_bpe(args.input, args.output, args.vocab_size, **shared)
             print(f"{' and '.join(paths)}: {args.vocab_size} tokens in {time.monotonic() - start:.1f} s")
             return 0
         path = train(
@@ -66,12 +59,9 @@ def main(argv: list[str] | None = None) -> int:
             args.output,
             args.vocab_size,
             model_type=args.model_type,
-            json_key=args.json_key,
-            sample_bytes=args.sample_bytes,
-            seed=args.seed,
             threads=args.threads,
-            overwrite=args.overwrite,
             verbose=args.verbose,
+            **shared,
         )
     except (DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

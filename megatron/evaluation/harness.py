@@ -9,11 +9,11 @@ from lm_eval.tasks import TaskManager
 
 from megatron.checkpoint.folder import hash_file
 from megatron.evaluation.lm import MegatronLM
-from megatron.evaluation.processes import DTYPES, join, load_share
+from megatron.evaluation.processes import join, load_share
 from megatron.evaluation.report import write
 from megatron.evaluation.request_log import RequestLog
 from megatron.evaluation.tasks import build_tasks
-from megatron.inference.load import find_checkpoint, load_tokenizer
+from megatron.inference.load import DTYPES, find_checkpoint, load_tokenizer
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,8 +21,8 @@ from tqdm import tqdm
 from megatron.data.dataset_checks import open_problems, token_problems
 from megatron.data.errors import DataError
 from megatron.data.inputs import find_inputs, spans_of
-from megatron.data.jsonl import document_texts, record_texts
-from megatron.data.reading import JSON, read_batches
+from megatron.data.jsonl import record_texts
+from megatron.data.reading import read_batches
 from megatron.data.tokenizer import Tokenizer
 from megatron.evaluation.processes import Processes
 from megatron.evaluation.scoring import score
@@ -151,11 +151,7 @@ def documents_of_files(inputs: Sequence[str], key: str, tokenizer: Tokenizer) ->
     for batch in read_batches(spans_of(find_inputs(inputs), by_line=False), (key,)):
         for number, record in enumerate(batch.records, batch.first):
             try:
-                texts = (
-                    document_texts(record, (key,), number == 1)
-                    if batch.kind == JSON
-                    else record_texts(record, batch.kind, (key,), number == 1)
-                )
+                texts = record_texts(record, batch.kind, (key,), number == 1)
             except (ValueError, DataError) as error:
                 raise DataError(f"{batch.span.path}, record {number}: {error}") from None
             for text in texts or ():

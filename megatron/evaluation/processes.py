@@ -7,17 +7,14 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from megatron.checkpoint import Box, ShardedTensor, load
 from megatron.config import ParallelConfig
 from megatron.inference.load import Source, choose_device, load_model
 from megatron.model.gpt import GPTModel
 from megatron.parallel import initialize as start
 from megatron.parallel.initialize import Topology
 from megatron.parallel.launch import Launch
-from megatron.parallel.sharding import global_shape, place, shards_of
 
 T = TypeVar("T")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,13 +67,9 @@ def join(device: str | None, expert_parallel: int) -> tuple[Processes, torch.dev
         return Processes(), choose_device(device)
     config = ParallelConfig(moe_expert_parallel_size=(expert_parallel,))
     chosen = start.choose_device(device, launch.local_rank)
-    topology = start.initialize(config, *_met(launch, config, chosen))
-    return Processes(launch.rank, launch.world_size, topology, expert_parallel), chosen
-
-
-def _met(launch: Launch, config: ParallelConfig, device: torch.device) -> tuple[Launch, torch.device, dist.Store]:
     launch, store = start.meet(launch, config.timeout)
-    return launch, device, store
+    topology = start.initialize(config, launch, chosen, store)
+    return Processes(launch.rank, launch.world_size, topology, expert_parallel), chosen
 
 
 def load_share(source: Source, processes: Processes, device: torch.device, dtype: torch.dtype) -> GPTModel:
@@ -88,20 +81,8 @@ def load_share(source: Source, processes: Processes, device: torch.device, dtype
     """
     if processes.expert_parallel == 1:
         return load_model(source, device, dtype)
-    config = source.config
-    _check_experts(config.moe.num_experts, processes.expert_parallel)
-    moe = dataclasses.replace(config.moe, moe_eval_capacity_factor=None)
-    with torch.device("meta"):
-        model = GPTModel(config.model, moe, source.meta["vocab_size"], processes.topology.expert_group)
-    shards = {name: shards_of(parameter) for name, parameter in model.named_parameters()}  # to_empty forgets them
-    model.to(dtype).to_empty(device=device)
-    tensors = []
-    for name, p in model.named_parameters():
-        placed = place((0,) * p.dim(), p.data, p.shape, shards[name])
-        boxes = [Box(offsets, data) for offsets, data in placed]
-        tensors.append(ShardedTensor("model." + name, global_shape(p.shape, shards[name]), torch.float32, boxes))
-    load(source.path, tensors, processes.topology.control_group, strict=False)
-    return model.eval()
+    _check_experts(source.config.moe.num_experts, processes.expert_parallel)
+    return load_model(source, device, dtype, processes.topology.expert_group, processes.topology.control_group)
 
 
 def _check_experts(counts: Sequence[int], degree: int) -> None:

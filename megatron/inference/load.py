@@ -1,16 +1,22 @@
-"""A model and its tokenizer out of a training checkpoint, for one process."""
+"""A model and its tokenizer out of a training checkpoint."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megatron.checkpoint import Box, CheckpointError, ShardedTensor, latest, load, read_meta
 from megatron.config import RunConfig
 from megatron.config.flags import from_dict
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.model.gpt import GPTModel
+from megatron.parallel.groups import ExpertGroup
+from megatron.parallel.sharding import global_shape, place, shards_of
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,8 +78,22 @@ def load_tokenizer(source: Source, **files: str | None) -> Tokenizer:
     return tokenizer
 
 
-def load_model(source: Source, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> GPTModel:
-    """The model with the checkpoint's weights, whole, in evaluation mode, its experts dropping no token.
+def load_model(
+    source: Source,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    expert_group: Callable[[int], ExpertGroup] | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> GPTModel:
+    """The model with the checkpoint's weights, in evaluation mode, its experts dropping no token.
+
+    Args:
+        source: the checkpoint.
+        device: where to.
+        dtype: number format of all weights.
+        expert_group: the processes that share an MoE layer's experts, as :class:`GPTModel` takes them; by default the
+            model is whole.
+        group: all processes that load, on a CPU backend.
 
     Raises:
         CheckpointError: the checkpoint is damaged or lacks a weight.
@@ -81,11 +101,12 @@ def load_model(source: Source, device: torch.device | str = "cpu", dtype: torch.
     device = torch.device(device)
     moe = dataclasses.replace(source.config.moe, moe_eval_capacity_factor=None)
     with torch.device("meta"):  # no initial values: they would be overwritten
-        model = GPTModel(source.config.model, moe, source.meta["vocab_size"])
+        model = GPTModel(source.config.model, moe, source.meta["vocab_size"], expert_group)
+    shards = {name: shards_of(parameter) for name, parameter in model.named_parameters()}  # to_empty forgets them
     model.to(dtype).to_empty(device=device)
-    tensors = [
-        ShardedTensor("model." + name, tuple(p.shape), torch.float32, [Box((0,) * p.dim(), p.data)])
-        for name, p in model.named_parameters()
-    ]
-    load(source.path, tensors, strict=False)  # the optimizer's state stays where it is
+    tensors = []
+    for name, p in model.named_parameters():
+        boxes = [Box(*placed) for placed in place((0,) * p.dim(), p.data, p.shape, shards[name])]
+        tensors.append(ShardedTensor("model." + name, global_shape(p.shape, shards[name]), torch.float32, boxes))
+    load(source.path, tensors, group, strict=False)  # the optimizer's state stays where it is
     return model.eval()

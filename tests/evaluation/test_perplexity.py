@@ -1,6 +1,5 @@
 """Perplexity against its definition, token by token, and against Hugging Face's GPT-2."""
 
-import importlib.util
 import json
 import math
 from pathlib import Path
@@ -9,6 +8,7 @@ import pytest
 import saved_model
 import torch
 from distributed.spawn import run_distributed
+from test_docs import tool
 
 from megatron.checkpoint.formats.convert import Conversion, convert
 from megatron.config import ModelConfig, MoEConfig, ParallelConfig
@@ -18,7 +18,6 @@ from megatron.inference.load import find_checkpoint, load_model, load_tokenizer
 
 SHAPE = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, seq_length=16, init_method_std=0.3)
 TEXTS = ["w1 w2 w3", "", " ".join(f"w{i * 7 % 120}" for i in range(60)), "w9 " * 16]
-TOOL = Path(__file__).parents[2] / "tools" / "perplexity.py"
 
 
 def documents(tokenizer) -> list[Document]:
@@ -90,12 +89,10 @@ def test_two_processes_that_share_the_experts_find_what_one_does(tmp_path):
 
 @pytest.fixture
 def run(capsys):
-    spec = importlib.util.spec_from_file_location("perplexity_tool", TOOL)
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
+    perplexity = tool("tools/perplexity.py")
 
     def run(*flags: object) -> tuple[int, str, str]:
-        status = tool.main([str(flag) for flag in flags])
+        status = perplexity.main([str(flag) for flag in flags])
         captured = capsys.readouterr()
         return status, captured.out, captured.err
 

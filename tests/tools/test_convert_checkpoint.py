@@ -1,22 +1,16 @@
 """The command lines that convert and inspect checkpoints."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import saved_model
+from test_docs import tool
 
 from megatron.config import MoEConfig
 
-TOOLS = Path(__file__).parents[2] / "tools"
-
 
 def run(name: str, *flags: object) -> int:
-    spec = importlib.util.spec_from_file_location(f"{name}_tool", TOOLS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     try:
-        return module.main([str(flag) for flag in flags])
+        return tool(f"tools/{name}.py").main([str(flag) for flag in flags])
     except SystemExit as stop:
         return stop.code
 

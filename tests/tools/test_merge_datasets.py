@@ -1,25 +1,10 @@
 """The command line of tools/merge_datasets.py."""
 
-import corpus
-import pytest
 from test_docs import tool as load
-
-from megatron.data.preprocess import preprocess
 
 
 def tool(name: str):
     return load(f"tools/{name}.py")
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """Datasets a and b, in the working folder."""
-    data = corpus.gpt2(tmp_path)
-    for name in ("a", "b"):
-        path = corpus.write_jsonl(tmp_path / f"{name}.jsonl", corpus.english(20, seed=ord(name)))
-        preprocess([str(path)], str(tmp_path / name), data, append_eod=True, workers=0)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def test_merge_and_split(folder, capsys):

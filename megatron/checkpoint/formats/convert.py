@@ -4,8 +4,6 @@ import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
 from megatron.checkpoint.formats.changes import average, cast, for_layout
 from megatron.checkpoint.formats.contents import MOMENTS, Contents, without_optimizer
 from megatron.checkpoint.formats.hf import is_hf, read_hf, write_hf
@@ -16,10 +14,9 @@ from megatron.checkpoint.formats.shards import parse_size
 from megatron.checkpoint.formats.upcycle import upcycle
 from megatron.config import MoEConfig
 from megatron.data.tokenizer import Tokenizer
-from megatron.inference.load import Source, load_tokenizer
+from megatron.inference.load import DTYPES, Source, load_tokenizer
 
 MEGATRON_DEEPSPEED = "megatron-deepspeed"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -68,8 +68,7 @@ def in_words(about: dict[str, Any]) -> str:
         f"{about['parameters']} parameters, {about['bytes'] / 1e9:.3f} GB, "
         f"{'with' if about['optimizer'] else 'without'} optimizer state",
         f"{model['layers']} layers, hidden {model['hidden']}, {model['heads']} heads, "
-        f"sequences of {model['sequence']}, vocabulary {model['vocabulary']}, "
-        + (f"experts {experts}" if experts else "dense"),
+        f"sequences of {model['sequence']}, vocabulary {model['vocabulary']}, " + experts,
         f"layout: {wrote['processes'] or 'unknown number of'} processes, tensor parallel {wrote['tensor_parallel']}, "
         f"{wrote['pipeline_stages']} pipeline stages, expert parallel {wrote['expert_parallel']}; "
         "any other can load it",

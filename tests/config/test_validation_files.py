@@ -1,0 +1,82 @@
+"""Each rule of files: what it accepts, and a message with a fix."""
+
+import pytest
+
+from megatron.config.options import build
+from megatron.config.validation import ConfigError, validate_files
+
+
+@pytest.fixture
+def data(tmp_path):
+    for name in ("web.bin", "web.idx", "code_text_document.bin", "code_text_document.idx", "half.idx"):
+        (tmp_path / name).touch()
+    for name in ("vocab.json", "merges.txt", "t.model", "ds.json"):
+        (tmp_path / name).touch()
+    return tmp_path
+
+
+def file_problems(folder, **values) -> tuple[str, ...]:
+    """Problems with data fields whose names of files are relative to ``folder``."""
+    base = {"vocab_file": f"{folder}/vocab.json", "merge_file": f"{folder}/merges.txt", "data_path": (f"{folder}/web",)}
+    try:
+        validate_files(build(base | values))
+    except ConfigError as error:
+        return tuple(problem.replace(f"{folder}/", "") for problem in error.problems)
+    return ()
+
+
+def test_valid_files(data):
+    assert file_problems(data) == ()
+    assert file_problems(data, data_path=("0.5", f"{data}/web", "2", f"{data}/code_text_document")) == ()
+    assert file_problems(data, tokenizer_type="HFTokenizer", tokenizer_model=f"{data}/t.model", vocab_file=None) == ()
+    assert file_problems(data, deepspeed_config=f"{data}/ds.json") == ()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "--data-path is missing; give a PREFIX of tools/preprocess_data.py, or a blend 0.7 PREFIX1 0.3 PREFIX2"),
+        (("@none",), "--data-path none: no file none.idx or none.bin; write the dataset with tools/preprocess_data.py"),
+        (("@half",), "--data-path half: no file half.bin; write the dataset with tools/preprocess_data.py"),
+        (("@code",), "--data-path code: no file code.idx or code.bin; use code_text_document"),
+        (
+            ("@web.idx",),
+            "--data-path web.idx: no file web.idx.idx or web.idx.bin; give the prefix without its ending: web",
+        ),
+        (("-1", "@web"), "--data-path: the weight '-1' must be a positive number; write 0.7 PREFIX1 0.3 PREFIX2"),
+        (
+            ("x", "@web", "y"),
+            "--data-path has 3 words; a blend has a weight before each prefix, an even number of words: 0.7 x 0.3 web",
+        ),
+    ],
+)
+def test_data_path_messages(words, message, data):
+    data_path = tuple(f"{data}/{word[1:]}" if word.startswith("@") else word for word in words)
+    assert file_problems(data, data_path=data_path) == (message,)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"vocab_file": None},
+            "--tokenizer-type GPT2BPETokenizer needs --vocab-file, which is missing; add --vocab-file FILE or take"
+            " another tokenizer",
+        ),
+        (
+            {"merge_file": "/no/m.txt"},
+            "--merge-file /no/m.txt: no such file; give the file that the dataset was tokenized with",
+        ),
+        (
+            {"tokenizer_type": "SentencePieceTokenizer"},
+            "--tokenizer-type SentencePieceTokenizer needs --tokenizer-model, which is missing; add --tokenizer-model"
+            " FILE or take another tokenizer",
+        ),
+        (
+            {"deepspeed_config": "/no/ds.json"},
+            "--deepspeed_config /no/ds.json: no such file; give a DeepSpeed JSON file or drop the flag",
+        ),
+    ],
+)
+def test_file_messages(values, message, data):
+    assert file_problems(data, **values) == (message,)
