@@ -50,8 +50,8 @@ Everything can be changed from the environment:
   GPU              the plan's kind of GPU (tools/plan_run.py --help lists them)   A100
   PLAN_ARGS        more flags of tools/plan_run.py, such as --price-per-gpu-hour  none
 
-A dry run outside a SLURM job plans for the nodes and GPUs of the script's #SBATCH lines, unless NNODES or GPUS_PER_NODE
-say otherwise.
+A dry run outside a SLURM job plans for the nodes and GPUs of the script's #SBATCH lines: NNODES alone changes the nodes,
+GPUS_PER_NODE alone is one node.
 END
 }
 
@@ -81,10 +81,13 @@ most() { # WANTED LIMIT: the largest number from 1 to WANTED that divides both, 
 find_sizes() { # sets NNODES and GPUS_PER_NODE
     local tasks=${SLURM_NTASKS_PER_NODE:-}
     if [[ -n "${SLURM_JOB_ID:-}" ]]; then
+        [[ "$SLURM_JOB_ID" =~ ^[0-9]+$ && -n "${SLURM_JOB_NODELIST:-}" ]] ||
+            fail "SLURM_JOB_ID is '$SLURM_JOB_ID' and SLURM_JOB_NODELIST '${SLURM_JOB_NODELIST:-}': not those of a job" \
+                "Outside of one: unset SLURM_JOB_ID; else submit with: sbatch $script"
         : "${NNODES:=${SLURM_JOB_NUM_NODES:-1}}"
         : "${GPUS_PER_NODE:=${tasks:-${SLURM_GPUS_ON_NODE:-1}}}"
-    elif [[ -n "${DRY_RUN:-}" && -z "${NNODES:-}${GPUS_PER_NODE:-}" ]]; then
-        NNODES=$(requested nodes)
+    elif [[ -n "${DRY_RUN:-}" && -z "${GPUS_PER_NODE:-}" ]]; then
+        : "${NNODES:=$(requested nodes)}"
         GPUS_PER_NODE=$(requested ntasks-per-node)
     fi
     : "${NNODES:=1}"
@@ -93,8 +96,11 @@ find_sizes() { # sets NNODES and GPUS_PER_NODE
         if ((GPUS_PER_NODE == 0)); then GPUS_PER_NODE=1; fi
     fi
     for name in NNODES GPUS_PER_NODE ${TP:+TP} ${PP:+PP} ${EP:+EP}; do
-        [[ "${!name}" =~ ^[1-9][0-9]*$ ]] || fail "$name is '${!name}'; give a whole number from 1 on"
+        [[ "${!name}" =~ ^[1-9][0-9]{0,5}$ ]] || fail "$name is '${!name}'; give a whole number from 1 to 999999"
     done
+    if ! [[ "${MASTER_PORT:-1}" =~ ^[1-9][0-9]{0,4}$ && "${MASTER_PORT:-1}" -lt 65536 ]]; then
+        fail "MASTER_PORT is '$MASTER_PORT'; give the number of a free port, from 1 to 65535"
+    fi
 }
 
 find_python() { # sets PYTHON, for this machine, and interpreter, for the trainer
@@ -109,6 +115,8 @@ find_python() { # sets PYTHON, for this machine, and interpreter, for the traine
             PYTHON="$root/.venv/bin/python"
         fi
     fi
+    command -v "$PYTHON" >/dev/null ||
+        fail "PYTHON is '$PYTHON', which is no program here; give the path of a Python that has torch, or leave it out"
     : "${interpreter:=$PYTHON}"
     export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 }
@@ -133,7 +141,10 @@ find_data() { # sets the array data
     if [[ "$TOKENIZER_TYPE" == GPT2BPETokenizer ]]; then
         data+=(--vocab-file "${VOCAB_FILE:-gpt2-vocab.json}" --merge-file "${MERGE_FILE:-gpt2-merges.txt}")
     elif [[ "$TOKENIZER_TYPE" != ByteTokenizer ]]; then
-        data+=(--tokenizer-model "${TOKENIZER_MODEL:?"$TOKENIZER_TYPE needs its file in TOKENIZER_MODEL"}")
+        [[ -n "${TOKENIZER_MODEL:-}" ]] ||
+            fail "TOKENIZER_TYPE is '$TOKENIZER_TYPE', and TOKENIZER_MODEL is not set; give its file, or another type:" \
+                "GPT2BPETokenizer takes VOCAB_FILE and MERGE_FILE, ByteTokenizer no file"
+        data+=(--tokenizer-model "$TOKENIZER_MODEL")
     fi
 }
 
@@ -167,7 +178,11 @@ start_with() { # sets the array command, before the trainer's own words
     local launcher=torchrun first=FIRST_NODE port=${MASTER_PORT:-$((20000 + ${SLURM_JOB_ID:-0} % 20000))}
     if [[ -n "$in_job" ]]; then
         launcher=srun
-        if [[ "$in_job" != planned ]]; then read -r first < <(scontrol show hostnames "$SLURM_JOB_NODELIST"); fi
+        if [[ "$in_job" != planned ]]; then
+            read -r first < <(scontrol show hostnames "$SLURM_JOB_NODELIST") ||
+                fail "scontrol does not tell the nodes of job $SLURM_JOB_ID, '$SLURM_JOB_NODELIST'" \
+                    "Outside of a job: unset SLURM_JOB_ID"
+        fi
     fi
     case "${LAUNCHER:-$launcher}" in
         srun)
@@ -188,6 +203,8 @@ start_with() { # sets the array command, before the trainer's own words
             elif ((NNODES > 1)); then
                 [[ -n "${MASTER_ADDR:-}" && -n "${NODE_RANK:-}" ]] ||
                     fail "NNODES is $NNODES outside a SLURM job; on each node give NODE_RANK, from 0, and MASTER_ADDR"
+                [[ "$NODE_RANK" =~ ^(0|[1-9][0-9]{0,5})$ && "$NODE_RANK" -lt "$NNODES" ]] ||
+                    fail "NODE_RANK is '$NODE_RANK'; give a whole number from 0 to $((NNODES - 1)), one less than NNODES"
                 command=("${torchrun[@]}" --nnodes "$NNODES" --node-rank "$NODE_RANK"
                     --master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}")
             else

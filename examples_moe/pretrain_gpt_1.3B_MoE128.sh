@@ -22,10 +22,11 @@
 set -euo pipefail
 
 script="${BASH_SOURCE[0]}" # sbatch runs a copy elsewhere; scontrol knows where it came from
-if [[ ! -f "$(dirname "$script")/common.sh" ]]; then
+if [[ ! -L "$script" && ! -f "$(dirname "$script")/common.sh" ]]; then
     script="$(scontrol show job "$SLURM_JOB_ID" |
         sed -n 's/^ *Command=\(.*pretrain_gpt_[^ ]*\.sh\).*/\1/p' | tail -n 1)"
 fi
+if [[ -L "$script" ]]; then script="$(readlink -f "$script")"; fi
 root="$(cd "$(dirname "$script")/.." && pwd)"
 arguments=("$@")
 # shellcheck source=examples_moe/common.sh

@@ -2,7 +2,7 @@
 # A long run as a chain of jobs, each with a time limit that the cluster allows, each going on where the last one ended.
 set -euo pipefail
 
-root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
+root="$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../.." && pwd)"
 # shellcheck source=examples_moe/common.sh
 source "$root/examples_moe/common.sh"
 

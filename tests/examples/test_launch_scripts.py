@@ -226,7 +226,15 @@ def test_several_nodes_without_slurm():
         ({"DATA_PATH": "x", "DRY_RUN": "yes"}, "expected 1 or command"),
         ({"DATA_PATH": "x", "CONTAINER_IMAGE": "x"}, "CONTAINER_IMAGE is for jobs of SLURM"),
         ({"DATA_PATH": "x", "CONTAINER_MOUNTS": "x"}, "CONTAINER_IMAGE is not"),
-        ({"DATA_PATH": "x", "TOKENIZER_TYPE": "HFTokenizer"}, "needs its file in TOKENIZER_MODEL"),
+        ({"DATA_PATH": "x", "TOKENIZER_TYPE": "HFTokenizer"}, "and TOKENIZER_MODEL is not set; give its file"),
+        ({"DATA_PATH": "x", "NNODES": "99999999999999999999"}, "a whole number from 1 to 999999"),
+        ({"DATA_PATH": "x", "NNODES": 2, "NODE_RANK": 2, "MASTER_ADDR": "a"}, "a whole number from 0 to 1, one less"),
+        ({"DATA_PATH": "x", "NNODES": 2, "NODE_RANK": -1, "MASTER_ADDR": "a"}, "NODE_RANK is '-1'"),
+        ({"DATA_PATH": "x", "MASTER_PORT": "free"}, "MASTER_PORT is 'free'; give the number of a free port"),
+        ({"DATA_PATH": "x", "MASTER_PORT": 65536}, "from 1 to 65535"),
+        ({"DATA_PATH": "x", "PYTHON": "/none/python"}, "PYTHON is '/none/python', which is no program here"),
+        ({"DATA_PATH": "x", "SLURM_JOB_ID": 7}, "SLURM_JOB_ID is '7' and SLURM_JOB_NODELIST ''"),
+        ({"DATA_PATH": "x", "SLURM_JOB_ID": "seven", "SLURM_JOB_NODELIST": "a"}, "SLURM_JOB_ID is 'seven'"),
     ],
 )
 def test_mistakes_are_named_before_anything_starts(variables, said):
@@ -234,6 +242,20 @@ def test_mistakes_are_named_before_anything_starts(variables, said):
     assert done.returncode != 0
     assert said in done.stderr
     assert done.stdout == ""
+
+
+def test_a_link_to_a_script_is_the_script(tmp_path):
+    link = tmp_path / "run.sh"
+    link.symlink_to(MOE)
+    assert command(link, cwd=tmp_path) == command(MOE, cwd=tmp_path)
+
+
+def test_a_dry_run_for_other_nodes_has_the_gpus_of_the_header():
+    starter, _ = parts(command(MOE, NNODES=2))
+    assert starter[starter.index("--ntasks") + 1] == "16"
+    starter, _ = parts(command(MOE, GPUS_PER_NODE=2))
+    assert starter[starter.index("--nproc-per-node") + 1] == "2"
+    assert "srun" not in starter
 
 
 def test_a_missing_dataset_says_how_to_make_one():
