@@ -13,6 +13,7 @@ FILE`` has written.
 """
 
 import argparse
+import math
 import os
 import shlex
 import subprocess
@@ -48,8 +49,8 @@ SCRIPTS = Path(__file__).parents[1] / "examples_moe"
 def _positive(kind: type) -> object:
     def read(word: str) -> float:
         number = kind(word)
-        if number <= 0:
-            raise argparse.ArgumentTypeError(f"got {word}; expected a number above 0")
+        if not 0 < number < math.inf:
+            raise argparse.ArgumentTypeError(f"got {word}; expected a number above 0, and not infinite")
         return number
 
     return read

@@ -17,6 +17,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#5c5c5c")
 _EVENTS = "events.out.tfevents."  # how names of event files begin
 SMOOTHED_SHARE = 0.02  # each point of the training curve averages this share of the run
@@ -60,6 +62,18 @@ class Run:
 
     def add(self, line: dict[str, Any]) -> None:
         """Take in one line of the log. A loss of None (every update was skipped) becomes NaN."""
+        for name in (
+            "tokens",
+            "resumed_at_tokens",
+            "step",
+            "loss",
+            "tokens_per_second",
+            "parameters",
+            "active_parameters",
+        ):
+            value = line.get(name)
+            if value is not None and not isinstance(value, (int, float)):
+                raise TypeError(f"{name} is {value!r}, no number")
         if line["kind"] == "run":
             resumed = line.get("resumed_at_tokens") or 0
             self.forget_after(resumed)
@@ -72,6 +86,8 @@ class Run:
             self.resumed_at.append(line["resumed_at_tokens"])
         elif line["kind"] in ("train", "valid"):
             tokens, loss = line["tokens"], line["loss"]
+            if tokens is None or not 0 <= tokens < math.inf:
+                raise ValueError(f"tokens is {tokens}, no count")
             lines = self.train if line["kind"] == "train" else self.valid
             while lines and lines[-1]["tokens"] >= tokens:
                 lines.pop()
@@ -132,7 +148,7 @@ def _read_lines(file: Path) -> Run:
             run.add(json.loads(text))
         except json.JSONDecodeError:  # a run that was killed leaves half a line
             print(f"{file}:{number}: left out, not JSON: {text[:60]}", file=sys.stderr)
-        except (AttributeError, KeyError, TypeError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise RunError(
                 f'{file}:{number}: expected {{"kind": "run", "train" or "valid", "tokens": ..., "loss": ...}}, '
                 f"got {text[:80]} ({type(error).__name__}: {error})"
@@ -236,12 +252,15 @@ def comparison(first: Run, other: Run) -> str:
 
 def smooth(values: Sequence[float], window: int) -> list[float]:
     """Centred moving average over ``window`` points, fewer at the ends; non-finite values are left out."""
+    if not values:
+        return []
     half = window // 2
-    result = []
-    for middle in range(len(values)):
-        near = [value for value in values[max(0, middle - half) : middle + half + 1] if math.isfinite(value)]
-        result.append(sum(near) / len(near) if near else math.nan)
-    return result
+    given = np.asarray(values, dtype=float)
+    finite = np.isfinite(given)
+    near, weights = slice(half, half + len(given)), np.ones(2 * half + 1)
+    sums = np.convolve(np.where(finite, given, 0.0), weights)[near]
+    counts = np.convolve(finite.astype(float), weights)[near]
+    return [float(total / number) if number else math.nan for total, number in zip(sums, counts, strict=True)]
 
 
 def draw(
@@ -254,7 +273,8 @@ def draw(
     """Write the picture to each of ``outputs``; PNG, SVG or PDF by its name.
 
     Raises:
-        RunError: matplotlib is missing, or it knows no format of a name, or a picture cannot be written.
+        RunError: matplotlib is missing, or it knows no format of a name, or lines lack ``x``, or a picture cannot be
+            written.
     """
     try:
         import matplotlib
@@ -265,6 +285,9 @@ def draw(
     from matplotlib.ticker import FuncFormatter
 
     key = {"tokens": "tokens", "steps": "step"}[x]
+    for run in runs:
+        if any(line.get(key) is None for line in run.train + run.valid):
+            raise RunError(f"{run.name}: got --x {x}, and lines of its log have no '{key}'; give --x tokens")
     style = {"font.size": 12, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "plot_runs"}
     with matplotlib.rc_context(style):
         figure, axes = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
@@ -302,7 +325,7 @@ def draw(
             axes.set_ylim(min(visible) - margin, max(visible) + margin)
         right = max(line[key] for run in runs for line in run.train + run.valid)
         unit, letter = _unit(right)
-        axes.set_xlim(0, 1.02 * right)
+        axes.set_xlim(0, 1.02 * right or 1)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / unit:g}{letter if value else ''}"))
         axes.set_xlabel("tokens" if x == "tokens" else "updates")
         axes.set_ylabel(f"{'validation ' * validation_only}loss (nats per token)")

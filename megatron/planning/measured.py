@@ -101,6 +101,9 @@ def run_of(name: str, **options: Any) -> RunConfig:
     return build(values | options)
 
 
+WRITER = "benchmarks.train_step --json"
+
+
 def peaks_in(file: Path) -> list[Peak]:
     """Measured peaks from the JSON that ``python -m benchmarks.train_step --json FILE`` writes; of our own runs.
 
@@ -108,11 +111,16 @@ def peaks_in(file: Path) -> list[Peak]:
     its ``--set`` has set.
 
     Raises:
-        ValueError: the file has no such rows.
+        ValueError: the file cannot be read, or has no such rows.
     """
-    content = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror}; give what {WRITER} writes") from None
+    except ValueError as error:
+        raise ValueError(f"{file}: got no JSON ({error}); give what {WRITER} writes") from None
     if not isinstance(content, dict) or not all("memory_gb" in row for row in content.get("rows", [{}])):
-        raise ValueError(f"{file}: no rows with 'run' and 'memory_gb'; give what benchmarks.train_step --json writes")
+        raise ValueError(f"{file}: no rows with 'run' and 'memory_gb'; give what {WRITER} writes")
     options = {name: value for name, value in content.items() if name in OPTIONS}
     for word in content.get("options", []):
         name, _, value = word.partition("=")

@@ -102,7 +102,8 @@ def test_measured_peaks_beside_planned_ones(capsys, tmp_path):
         (["--model", "350M", "--gpu", "H1000"], "the nearest is 'H100'"),
         (["--model", "350M+MoE-128", "--world-size", "8"], "64 must not exceed the number of processes, 8"),
         (["--model", "350M", "--gpu", "V100"], "is not known; plan for another GPU or precision"),
-        (["--compare", "/no/such/file.json"], "No such file"),
+        (["--compare", "/no/such/file.json"], "file.json cannot be read: No such file or directory; give what"),
+        (["--compare", "/dev/null"], "/dev/null: got no JSON"),
     ],
 )
 def test_mistakes(capsys, words, said):
@@ -115,3 +116,10 @@ def test_flags_that_do_not_belong_together():
         plan_run.main(["--all-scripts", "--model", "350M"])
     with pytest.raises(SystemExit):
         plan_run.main(["--world-size", "0", "--model", "350M"])
+
+
+@pytest.mark.parametrize("price", ["nan", "inf", "-2", "free"])
+def test_a_price_is_a_number_above_0(capsys, price):
+    with pytest.raises(SystemExit):
+        plan_run.main(["--price-per-gpu-hour", price, "--model", "350M"])
+    assert "--price-per-gpu-hour: " in capsys.readouterr().err

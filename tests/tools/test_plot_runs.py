@@ -87,6 +87,13 @@ def test_other_kinds_of_lines_are_ignored_and_a_loss_of_null_is_drawn_as_a_gap(t
         ([header("a")], "no training or validation line"),
         ([{"kind": "train", "step": 1, "loss": 2.0}], "'tokens'"),
         ([["a", "list"]], "expected"),
+        ([{"kind": "train", "tokens": "many", "loss": 2.0}], "tokens is 'many', no number"),
+        ([{"kind": "train", "tokens": -1, "loss": 2.0}], "tokens is -1, no count"),
+        ([{"kind": "train", "tokens": math.inf, "loss": 2.0}], "tokens is inf, no count"),
+        ([{"kind": "valid", "tokens": None, "loss": 2.0}], "tokens is None, no count"),
+        ([{"kind": "train", "tokens": 1, "loss": "low"}], "loss is 'low', no number"),
+        ([{"kind": "train", "tokens": 1, "loss": 2.0, "tokens_per_second": "fast"}], "tokens_per_second is 'fast'"),
+        ([{"kind": "run", "parameters": "few"}], "parameters is 'few'"),
     ],
 )
 def test_errors_say_what_is_wrong(tmp_path, lines, said):
@@ -184,6 +191,17 @@ def test_several_pictures_of_the_validation_alone_under_given_names(tmp_path):
 def test_smooth_is_a_centred_mean_of_finite_values():
     assert plot_runs.smooth([1.0, 2.0, 6.0, math.nan, 2.0], 3) == [1.5, 3.0, 4.0, 4.0, 2.0]
     assert plot_runs.smooth([1.0, 5.0], 1) == [1.0, 5.0]
+    assert plot_runs.smooth([1.0, 5.0], 9) == [3.0, 3.0]
+    assert math.isnan(plot_runs.smooth([math.nan], 1)[0])
+    assert plot_runs.smooth([], 1) == []
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_log_without_steps_and_one_of_the_first_validation_alone(tmp_path, capsys):
+    run = write(tmp_path / "a", [{"kind": "valid", "tokens": 0, "loss": 2.0}])
+    assert plot_runs.main([str(run), "--output", str(tmp_path / "a.png")]) == 0
+    assert plot_runs.main([str(run), "--x", "steps", "--output", str(tmp_path / "a.png")]) == 1
+    assert "no 'step'; give --x tokens" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
