@@ -68,6 +68,7 @@ def to_arguments(
         "num_experts": list(moe.num_experts),
         # none is dropped: there are as many slots as tokens
         "moe_eval_capacity_factor": moe.moe_eval_capacity_factor or max(moe.num_experts) / moe.topk,
+        "moe_top2_2nd_expert_sampling": False,
         "enable_expert_tensor_parallelism": experts_cut,
     }
     run = {
