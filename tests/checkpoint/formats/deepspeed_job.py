@@ -14,6 +14,8 @@ import deepspeed_model as ds
 import numpy
 import torch
 import torch.distributed as dist
+from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
 ENGINE = {"train_micro_batch_size_per_gpu": 1, "train_batch_size": 1}
 VERSIONS = {"v0": 0, "v1": 1.0, "v3": 3.0, "cut": 3.0}
@@ -65,11 +67,42 @@ def load(folder: Path, mpu: ds.Mpu) -> None:
         torch.save(logits, folder.parent / f"{folder.name}.logits.pt")
 
 
+def save_pipeline(folder: Path, ours: dict[str, torch.Tensor], stages: int, experts: bool) -> None:
+    """Modules in the order of Megatron-DeepSpeed's GPTModelPipe, on ``stages`` stages and the other processes as
+    tensor-parallel ranks."""
+    tp, args = ds.TP // stages, arguments()
+    moe = args if experts else None
+    embed = [TiedLayerSpec("embed", ds.Embedding, tp, tied_weight_attr="word_embeddings_weight") for _ in range(2)]
+    embed[1].forward_fn = lambda embedding, x: x @ embedding.word_embeddings.weight.T
+    layers = [LayerSpec(ds.Layer, moe if number % 2 else None, tp) for number in range(ds.LAYERS)]
+    cast = [lambda x: x] * (1 + experts)  # with experts, one more function after the layers
+    specs = [cast[0], embed[0], *layers, *cast[1:], LayerSpec(torch.nn.LayerNorm, ds.H), embed[1], cast[0]]
+    topology = PipeModelDataParallelTopology(num_pp=stages, num_mp=tp, num_dp=1)
+    module = PipelineModule(specs, topology=topology, loss_fn=torch.nn.MSELoss(), partition_method="type:^layer$")
+    engine = deepspeed.initialize(model=module, config=ENGINE)[0]
+    parameters = []
+    for name, parameter in engine.module.named_parameters():
+        number, _, inside = name.partition(".")
+        if number == "tied_modules":
+            parameters.append((inside.replace("embed.", "embedding."), parameter))
+        else:
+            last = inside in ("weight", "bias")
+            parameters.append(
+                (f"final_layernorm.{inside}" if last else f"layers.{int(number) - 2}.{inside}", parameter)
+            )
+    ds.fill(parameters, ours, 3.0, dist.get_rank() % tp, 0)
+    engine.save_checkpoint(str(folder), tag="global_step7", client_state={"args": args, "checkpoint_version": 3.0})
+
+
 def main() -> None:
     weights, folder = map(Path, sys.argv[1:3])
     deepspeed.init_distributed("gloo")
     mpu = ds.Mpu()
     save(folder, torch.load(weights), mpu)
+    dense = torch.load(folder / "dense.pt")
+    save_pipeline(folder / "tp2", dense, 1, experts=False)
+    save_pipeline(folder / "pp2", dense, 2, experts=False)
+    save_pipeline(folder / "pp2_experts", torch.load(weights), 2, experts=True)
     for written in sorted(folder.glob("written/*/")):
         load(written, mpu)
     dist.barrier()

@@ -106,6 +106,11 @@ class Embedding(nn.Module):
         super().__init__()
         self.word_embeddings, self.position_embeddings = nn.Embedding(V // tp, H), nn.Embedding(POSITIONS, H)
 
+    @property
+    def word_embeddings_weight(self) -> nn.Parameter:
+        """What a pipeline ties."""
+        return self.word_embeddings.weight
+
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         local = tokens - dist.get_rank() * V // TP
         mine = (local >= 0) & (local < V // TP)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -37,11 +38,11 @@ def written(tmp_path_factory):
         (folder / name).mkdir()
         models[name] = saved_model.save_model(folder / name, moe)
         run(models[name], models[name].folder, folder / "written" / name, "megatron-deepspeed", tp=2)
+        torch.save(dict(models[name].model.state_dict()), folder / f"{name}.pt")
     torch.save(torch.randint(122, (2, 48)), folder / "written" / "tokens.pt")
-    torch.save(dict(models["residual"].model.state_dict()), folder / "weights.pt")
     starter = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
-        [*starter, str(JOB), str(folder / "weights.pt"), str(folder)],
+        [*starter, str(JOB), str(folder / "residual.pt"), str(folder)],
         env=tiny_run.environment(), capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -55,17 +56,19 @@ def run(
     return list(convert(Conversion(str(source), str(save), target, **options)))
 
 
-@pytest.mark.parametrize("version", ["v0", "v1", "v3", "cut"])
-def test_weights_are_ours_again(written, tmp_path, version):
-    saved, folder = written[0]["residual"], written[1]
-    run(saved, folder / version, tmp_path / "native")
+@pytest.mark.parametrize("saved_as", ["v0", "v1", "v3", "cut", "tp2", "pp2", "pp2_experts"])
+def test_weights_are_ours_again(written, tmp_path, saved_as):
+    saved, folder = written[0]["dense" if saved_as in ("tp2", "pp2") else "residual"], written[1]
+    run(saved, folder / saved_as, tmp_path / "native")
     back = read_native(tmp_path / "native")
     expected = saved.model.state_dict()
     assert len(back.tensors) == len(list(saved.model.parameters()))
     for name, parameter in expected.items():
         assert torch.equal(back.tensors["model." + name].read(None), parameter), name
     config = back.config
-    assert (config.model.num_attention_heads, config.moe.num_experts, config.moe.mlp_type) == (4, (4,), "residual")
+    kept = ("num_experts", "mlp_type")
+    assert config.model.num_attention_heads == 4
+    assert all(getattr(config.moe, name) == getattr(saved.config.moe, name) for name in kept)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -157,3 +160,36 @@ def test_what_is_missing_or_hostile_is_named(written, tmp_path):
     fails("holds a model that is not known here: swiglu True", first, content)
     with pytest.raises(CheckpointError, match="holds no tokenizer; give the model's by --tokenizer-type"):
         list(convert(Conversion(str(tag), str(tmp_path / "native"), "native")))
+
+
+def test_what_a_pipeline_lacks_is_named(written, tmp_path):
+    saved, folder = written[0]["dense"], written[1] / "tp2" / "global_step7"
+
+    def fails(message: str, name: str, content: object = None) -> None:
+        copy = tmp_path / "copy"
+        shutil.copytree(folder, copy)
+        (copy / name).unlink(missing_ok=True)
+        if content is not None:
+            torch.save(content, copy / name)
+        with pytest.raises(CheckpointError, match=message):
+            run(saved, copy, tmp_path / "native")
+        shutil.rmtree(copy)
+
+    fails(
+        r"encoder.layers.1.input_layernorm.weight has 1 of 2; .* copy the files of all ranks",
+        "layer_03-model_01-model_states.pt",
+    )
+    fails(r"encoder.final_layernorm\..* has 1 of 2", "layer_04-model_00-model_states.pt")
+    fails(
+        "module 5 is an output layer that is not tied",
+        "layer_05-model_00-model_states.pt",
+        {"lm_head.weight": torch.ones(4)},
+    )
+    table = torch.load(folder / "layer_01-model_00-model_states.pt")["word_embeddings.weight"]
+    other = {"word_embeddings.weight": torch.cat([table, table]) + 1}
+    fails("word_embeddings.weight differs between stages", "layer_05-model_00-model_states.pt", other)
+    shutil.copytree(folder, tmp_path / "copy")
+    for rank in range(2):
+        (tmp_path / "copy" / f"layer_03-model_{rank:02d}-model_states.pt").unlink()
+    with pytest.raises(CheckpointError, match="lacks module 3 of the pipeline, a layer; copy layer_03-"):
+        run(saved, tmp_path / "copy", tmp_path / "native")
