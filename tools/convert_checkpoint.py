@@ -8,8 +8,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout that is not installed
 
 TOKENIZERS = ("GPT2BPETokenizer", "SentencePieceTokenizer", "HFTokenizer")
-FORMATS = ("native", "hf")
-SOURCES = (*FORMATS, "megatron-deepspeed")
+FORMATS = ("native", "hf", "megatron-deepspeed")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -24,15 +23,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     given.add_argument("--load", metavar="DIR", help="The checkpoint: a run's --save folder, or a folder of --from.")
     given.add_argument("--average", nargs="+", metavar="DIR", help="Several: the mean of their weights is taken.")
     add("--save", required=True, metavar="DIR", help="Where to; a new folder.")
-    add(
-        "--from", dest="source", choices=(*FORMATS, "megatron-deepspeed"), help="Format of --load (default: found out)."
-    )
+    add("--from", dest="source", choices=FORMATS, help="Format of --load (default: found out).")
     add("--to", dest="target", choices=FORMATS, required=True, help="Format of --save.")
     add("--dtype", choices=("fp32", "bf16", "fp16"), help="Number format of the weights (default: as they are).")
-    add("--drop-optimizer", action="store_true", help="Leave the optimizer's state out (always so with --to hf).")
+    add(
+        "--drop-optimizer",
+        action="store_true",
+        help="Leave the optimizer's state out (always so but with --to native).",
+    )
     add("--max-shard-size", default="5GB", metavar="SIZE", help="Largest model file of --to hf (default: 5GB).")
     layout = parser.add_argument_group(
-        "layout", "Checkpoints know no layout. These check that one can resume the result, and are recorded in it."
+        "layout",
+        "Native checkpoints know no layout: these check that one can resume the result, and are recorded in it. With "
+        "--to megatron-deepspeed, --tp cuts the tensors for that many (default: 1), and any --ep loads them.",
     )
     layout.add_argument("--tp", type=int, metavar="N", help="Tensor-parallel processes.")
     layout.add_argument("--pp", type=int, metavar="N", help="Pipeline stages.")

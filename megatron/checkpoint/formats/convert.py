@@ -8,7 +8,12 @@ from megatron.checkpoint.formats.changes import average, cast, for_layout
 from megatron.checkpoint.formats.contents import MOMENTS, Contents, without_optimizer
 from megatron.checkpoint.formats.hf import is_hf, read_hf, write_hf
 from megatron.checkpoint.formats.hf_tokenizer import FILES, files_of
-from megatron.checkpoint.formats.megatron_deepspeed import is_megatron_deepspeed, read_megatron_deepspeed
+from megatron.checkpoint.formats.megatron_deepspeed import (
+    is_megatron_deepspeed,
+    no_place,
+    read_megatron_deepspeed,
+    write_megatron_deepspeed,
+)
 from megatron.checkpoint.formats.native import read_native, write_native
 from megatron.checkpoint.formats.shards import parse_size
 from megatron.checkpoint.formats.upcycle import upcycle
@@ -71,6 +76,10 @@ def convert(job: Conversion) -> Iterator[str]:
     if job.target == "hf":
         tokenizer, files = tokenizer_of(contents, job.tokenizer_options)
         written = write_hf(contents, job.save, tokenizer, files, shard)
+    elif job.target == MEGATRON_DEEPSPEED:
+        if options := no_place(contents.config.moe):
+            yield f"left out, of training: {', '.join(options)}; Megatron-DeepSpeed has no such arguments"
+        written = write_megatron_deepspeed(contents, job.save)
     else:
         written = write_native(contents, job.save)
     yield f"wrote {written}"
@@ -100,7 +109,7 @@ def _format_of(folder: str) -> str:
 
 def change(contents: Contents, job: Conversion) -> Contents:
     """What is to be written."""
-    if contents.has_optimizer and (job.drop_optimizer or job.target == "hf"):
+    if contents.has_optimizer and (job.drop_optimizer or job.target != "native"):
         contents = without_optimizer(contents)
     if job.upcycle:
         moe = MoEConfig(
@@ -115,8 +124,15 @@ def change(contents: Contents, job: Conversion) -> Contents:
     if any(size is not None for size in (job.tp, job.pp, job.ep)):
         if job.target == "hf":
             raise ValueError("--tp, --pp and --ep have no meaning for --to hf, whose files know no layout; drop them")
+        if job.target == MEGATRON_DEEPSPEED and (job.pp, job.ep) != (None, None):
+            raise ValueError(
+                "--pp and --ep have no meaning for --to megatron-deepspeed: one stage is written, and files that any "
+                "expert-parallel degree loads; drop them"
+            )
         sizes = (1 if size is None else size for size in (job.tp, job.pp))
         contents = for_layout(contents, *sizes, job.ep or [1])
+    elif job.target == MEGATRON_DEEPSPEED:  # the layout of the run that saved it is not that of the files
+        contents = for_layout(contents, 1, 1, [1])
     return contents if job.dtype is None else cast(contents, DTYPES[job.dtype])
 
 

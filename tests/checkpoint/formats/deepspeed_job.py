@@ -1,146 +1,110 @@
-"""One rank of a job that saves a Megatron-DeepSpeed checkpoint: argv is the weights, the folder, and the version.
+"""One rank of a job of two processes, over DeepSpeed's engines and its MoE layer. argv: our weights, and a folder.
 
-Two processes: tensor-parallel 2, and the same two share the experts.
-Names and layouts are Megatron's, experts DeepSpeed's MoE, files its engine's.
+Saves our weights as Megatron-DeepSpeed does: a folder for each order of Q, K and V, and one with cut experts. Then
+loads each folder in ``written/`` and saves the logits that it gives there.
 """
 
 import argparse
 import random
 import sys
+from pathlib import Path
 
 import deepspeed
+import deepspeed_model as ds
 import numpy
 import torch
 import torch.distributed as dist
-from deepspeed.moe.layer import MoE
-from deepspeed.utils import groups
-from torch import nn
+from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
-LAYERS, H, N, F, V, POSITIONS, E = 2, 32, 4, 128, 128, 48, 4
-TP = 2
-
-
-class Mpu:
-    """DeepSpeed asks it who shares a model."""
-
-    def __init__(self) -> None:
-        self.alone = [dist.new_group([rank]) for rank in range(TP)][dist.get_rank()]
-
-    def get_model_parallel_rank(self) -> int:
-        return dist.get_rank()
-
-    def get_model_parallel_world_size(self) -> int:
-        return TP
-
-    def get_model_parallel_group(self):
-        return dist.group.WORLD
-
-    def get_data_parallel_rank(self) -> int:
-        return 0
-
-    def get_data_parallel_world_size(self) -> int:
-        return 1
-
-    def get_data_parallel_group(self):
-        return self.alone
-
-    get_tensor_model_parallel_rank = get_model_parallel_rank
-    get_tensor_model_parallel_world_size = get_model_parallel_world_size
-    get_tensor_model_parallel_group = get_model_parallel_group
+ENGINE = {"train_micro_batch_size_per_gpu": 1, "train_batch_size": 1}
+VERSIONS = {"v0": 0, "v1": 1.0, "v3": 3.0, "cut": 3.0}
 
 
-def mlp(inner: int) -> nn.Module:
-    module = nn.Module()
-    module.dense_h_to_4h, module.dense_4h_to_h = nn.Linear(H, inner), nn.Linear(inner, H)
-    return module
+gather = deepspeed.comm.all_gather_into_tensor
+# DeepSpeed's MoE layer gathers [E, C, H] into a flat buffer, which gloo refuses
+deepspeed.comm.all_gather_into_tensor = lambda into, tensor, **more: gather(into, tensor.flatten(), **more)
 
 
-def build() -> nn.Module:
-    model = nn.Module()
-    model.language_model = lm = nn.Module()
-    lm.embedding, lm.encoder = nn.Module(), nn.Module()
-    lm.embedding.word_embeddings = nn.Embedding(V // TP, H)
-    lm.embedding.position_embeddings = nn.Embedding(POSITIONS, H)
-    lm.encoder.layers = nn.ModuleList()
-    lm.encoder.final_layernorm = nn.LayerNorm(H)
-    for number in range(LAYERS):
-        layer = nn.Module()
-        layer.input_layernorm, layer.post_attention_layernorm = nn.LayerNorm(H), nn.LayerNorm(H)
-        layer.self_attention = nn.Module()
-        layer.self_attention.query_key_value = nn.Linear(H, 3 * H // TP)
-        layer.self_attention.dense = nn.Linear(H // TP, H)
-        layer.mlp = MoE(H, mlp(F), num_experts=E, ep_size=2, use_residual=True) if number == 1 else mlp(F // TP)
-        if number == 1:
-            layer.mlp.mlp = mlp(F // TP)
-        lm.encoder.layers.append(layer)
-    return model
+def engine_of(args: argparse.Namespace | None, mpu: ds.Mpu):
+    return deepspeed.initialize(model=ds.Gpt(args), mpu=mpu, config=ENGINE)[0]
 
 
-def piece(tensor: torch.Tensor, dim: int, rank: int) -> torch.Tensor:
-    return tensor.chunk(TP, dim)[rank]
-
-
-@torch.no_grad()
-def fill(model: nn.Module, ours: dict[str, torch.Tensor], tp: int, ep: int, version: float) -> None:
-    lm = model.language_model
-    lm.embedding.word_embeddings.weight.copy_(piece(ours["embedding.word_embeddings.weight"], 0, tp))
-    lm.embedding.position_embeddings.weight.copy_(ours["embedding.position_embeddings.weight"])
-    for kind in ("weight", "bias"):
-        getattr(lm.encoder.final_layernorm, kind).copy_(ours[f"final_layernorm.{kind}"])
-    for number, layer in enumerate(lm.encoder.layers):
-        at = f"layers.{number}."
-        for kind in ("weight", "bias"):
-            for norm in ("input_layernorm", "post_attention_layernorm"):
-                getattr(getattr(layer, norm), kind).copy_(ours[f"{at}{norm}.{kind}"])
-            qkv = ours[f"{at}attention.qkv.{kind}"]
-            rows = []  # row by row, as Megatron's attention reads them
-            heads, D = range(tp * N // TP, (tp + 1) * N // TP), H // N
-            if version == 0:
-                rows = [part * H + n * D + d for part in range(3) for n in heads for d in range(D)]
-            elif version == 1:
-                rows = [part * H + n * D + d for n in heads for d in range(D) for part in range(3)]
-            else:
-                rows = [part * H + n * D + d for n in heads for part in range(3) for d in range(D)]
-            getattr(layer.self_attention.query_key_value, kind).copy_(qkv[rows])
-        layer.self_attention.dense.weight.copy_(piece(ours[f"{at}attention.dense.weight"], 1, tp))
-        layer.self_attention.dense.bias.copy_(ours[f"{at}attention.dense.bias"])
-        dense, name = (layer.mlp.mlp, f"{at}mlp.mlp") if number == 1 else (layer.mlp, f"{at}mlp")
-        dense.dense_h_to_4h.weight.copy_(piece(ours[f"{name}.fc1.weight"], 0, tp))
-        dense.dense_h_to_4h.bias.copy_(piece(ours[f"{name}.fc1.bias"], 0, tp))
-        dense.dense_4h_to_h.weight.copy_(piece(ours[f"{name}.fc2.weight"], 1, tp))
-        dense.dense_4h_to_h.bias.copy_(ours[f"{name}.fc2.bias"])
-        if number == 1:
-            layer.mlp.deepspeed_moe.gate.wg.weight.copy_(ours[f"{at}mlp.router.weight"])
-            layer.mlp.coefficient.weight.copy_(ours[f"{at}mlp.coefficient.weight"])
-            layer.mlp.coefficient.bias.copy_(ours[f"{at}mlp.coefficient.bias"])
-            for local, expert in enumerate(layer.mlp.deepspeed_moe.experts.deepspeed_experts):
-                e = ep * E // 2 + local
-                expert.dense_h_to_4h.weight.copy_(ours[f"{at}mlp.experts.w1"][e].T)
-                expert.dense_h_to_4h.bias.copy_(ours[f"{at}mlp.experts.b1"][e])
-                expert.dense_4h_to_h.weight.copy_(ours[f"{at}mlp.experts.w2"][e].T)
-                expert.dense_4h_to_h.bias.copy_(ours[f"{at}mlp.experts.b2"][e])
-
-
-def main() -> None:
-    weights, folder = sys.argv[1:3]
-    deepspeed.init_distributed("gloo")
-    mpu = Mpu()
-    engine, *_ = deepspeed.initialize(
-        model=build(), mpu=mpu, config={"train_micro_batch_size_per_gpu": 1, "train_batch_size": 1}
-    )
-    args = argparse.Namespace(
-        num_layers=LAYERS, hidden_size=H, num_attention_heads=N, ffn_hidden_size=F, seq_length=POSITIONS,
-        max_position_embeddings=POSITIONS, params_dtype=torch.float32, topk=1,
+def arguments() -> argparse.Namespace:
+    """Those of Megatron's that say what the model is."""
+    return argparse.Namespace(
+        num_layers=ds.LAYERS, hidden_size=ds.H, num_attention_heads=ds.N, ffn_hidden_size=ds.FFN,
+        seq_length=ds.POSITIONS, max_position_embeddings=ds.POSITIONS, params_dtype=torch.float32, topk=1,
+        mlp_type="residual", enable_expert_tensor_parallelism=False,
+        moe_top2_2nd_expert_sampling=False,
     )  # fmt: skip
-    for version in (0, 1.0, 3.0):
-        ours = torch.load(weights, weights_only=True)
-        fill(engine.module, ours, dist.get_rank(), groups._get_expert_parallel_rank("ep_size_2"), version)
+
+
+def save(folder: Path, ours: dict[str, torch.Tensor], mpu: ds.Mpu) -> None:
+    for name, version in VERSIONS.items():
+        args = arguments()
+        args.enable_expert_tensor_parallelism = name == "cut"
+        engine = engine_of(args, mpu)
+        expert = 0 if name == "cut" else dist.get_rank() * ds.E // ds.TP
+        ds.fill(engine.module.language_model.named_parameters(), ours, version, dist.get_rank(), expert)
         state = {
             "args": args, "checkpoint_version": version, "iteration": 7,
             "random_rng_state": random.getstate(), "np_rng_state": numpy.random.get_state(),
             "torch_rng_state": torch.get_rng_state(),
         }  # fmt: skip
-        engine.save_checkpoint(f"{folder}/v{version:g}", tag="global_step7", client_state=state)
+        engine.save_checkpoint(str(folder / name), tag="global_step7", client_state=state)
+
+
+@torch.no_grad()
+def load(folder: Path, mpu: ds.Mpu) -> None:
+    first = next(folder.glob("*/mp_rank_00_model_states.pt"))
+    args = torch.load(first, weights_only=False)["args"]
+    engine = engine_of(args if max(args.num_experts) > 1 else None, mpu)
+    where, _ = engine.load_checkpoint(str(folder), load_module_strict=True, load_module_only=True)
+    assert where is not None
+    logits = engine.module.eval()(torch.load(folder.parent / "tokens.pt"))
+    if dist.get_rank() == 0:
+        torch.save(logits, folder.parent / f"{folder.name}.logits.pt")
+
+
+def save_pipeline(folder: Path, ours: dict[str, torch.Tensor], stages: int, experts: bool) -> None:
+    """Modules in the order of Megatron-DeepSpeed's GPTModelPipe, on ``stages`` stages and the other processes as
+    tensor-parallel ranks."""
+    tp, args = ds.TP // stages, arguments()
+    moe = args if experts else None
+    embed = [TiedLayerSpec("embed", ds.Embedding, tp, tied_weight_attr="word_embeddings_weight") for _ in range(2)]
+    embed[1].forward_fn = lambda embedding, x: x @ embedding.word_embeddings.weight.T
+    layers = [LayerSpec(ds.Layer, moe if number % 2 else None, tp) for number in range(ds.LAYERS)]
+    cast = [lambda x: x] * (1 + experts)  # with experts, one more function after the layers
+    specs = [cast[0], embed[0], *layers, *cast[1:], LayerSpec(torch.nn.LayerNorm, ds.H), embed[1], cast[0]]
+    topology = PipeModelDataParallelTopology(num_pp=stages, num_mp=tp, num_dp=1)
+    module = PipelineModule(specs, topology=topology, loss_fn=torch.nn.MSELoss(), partition_method="type:^layer$")
+    engine = deepspeed.initialize(model=module, config=ENGINE)[0]
+    parameters = []
+    for name, parameter in engine.module.named_parameters():
+        number, _, inside = name.partition(".")
+        if number == "tied_modules":
+            parameters.append((inside.replace("embed.", "embedding."), parameter))
+        else:
+            last = inside in ("weight", "bias")
+            parameters.append(
+                (f"final_layernorm.{inside}" if last else f"layers.{int(number) - 2}.{inside}", parameter)
+            )
+    ds.fill(parameters, ours, 3.0, dist.get_rank() % tp, 0)
+    engine.save_checkpoint(str(folder), tag="global_step7", client_state={"args": args, "checkpoint_version": 3.0})
+
+
+def main() -> None:
+    weights, folder = map(Path, sys.argv[1:3])
+    deepspeed.init_distributed("gloo")
+    mpu = ds.Mpu()
+    save(folder, torch.load(weights), mpu)
+    dense = torch.load(folder / "dense.pt")
+    save_pipeline(folder / "tp2", dense, 1, experts=False)
+    save_pipeline(folder / "pp2", dense, 2, experts=False)
+    save_pipeline(folder / "pp2_experts", torch.load(weights), 2, experts=True)
+    for written in sorted(folder.glob("written/*/")):
+        load(written, mpu)
     dist.barrier()
 
 

@@ -1,6 +1,8 @@
 """Checkpoints that DeepSpeed's own engine and MoE layer wrote, with tensor and expert parallelism."""
 
+import dataclasses
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,47 +14,115 @@ import torch
 
 from megatron.checkpoint import CheckpointError
 from megatron.checkpoint.formats.convert import Conversion, convert
-from megatron.checkpoint.formats.native import read_native
+from megatron.checkpoint.formats.native import read_native, write_native
 from megatron.config import MoEConfig
+from megatron.config.flags import to_dict
 
 JOB = Path(__file__).with_name("deepspeed_job.py")
 
 
+MODELS = {
+    "residual": MoEConfig(num_experts=(4,), mlp_type="residual"),
+    "top2": MoEConfig(num_experts=(4,), topk=2, moe_loss_coeff=0.02, moe_z_loss_coeff=0.001),
+    "dense": MoEConfig(),
+}
+
+
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """Our model, and the folder with what a job of two processes saved of it in each layout of Q, K and V."""
+    """Our models; and a folder with what a job of two processes saved of the first of them, what we wrote of all for
+    two tensor-parallel processes, and the logits that the job computed after it loaded that."""
     folder = tmp_path_factory.mktemp("deepspeed")
-    saved = saved_model.save_model(folder, MoEConfig(num_experts=(4,), mlp_type="residual"))
-    torch.save(dict(saved.model.state_dict()), folder / "weights.pt")
+    models = {}
+    for name, moe in MODELS.items():
+        (folder / name).mkdir()
+        models[name] = saved_model.save_model(folder / name, moe)
+        run(models[name], models[name].folder, folder / "written" / name, "megatron-deepspeed", tp=2)
+        torch.save(dict(models[name].model.state_dict()), folder / f"{name}.pt")
+    torch.save(torch.randint(122, (2, 48)), folder / "written" / "tokens.pt")
     starter = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
-        [*starter, str(JOB), str(folder / "weights.pt"), str(folder)],
-        env=tiny_run.environment(), capture_output=True, text=True, timeout=120,
+        [*starter, str(JOB), str(folder / "residual.pt"), str(folder)],
+        env=tiny_run.environment(), capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    return saved, folder
+    return models, folder
 
 
-def run(written, source: Path, save: Path) -> None:
-    options = {"tokenizer_type": "HFTokenizer", "tokenizer_model": str(written[0].tokenizer_file)}
-    list(convert(Conversion(str(source), str(save), "native", **options)))
+def run(
+    model: saved_model.SavedModel, source: Path, save: Path, target: str = "native", **options: object
+) -> list[str]:
+    options |= {"tokenizer_type": "HFTokenizer", "tokenizer_model": str(model.tokenizer_file)}
+    return list(convert(Conversion(str(source), str(save), target, **options)))
 
 
-@pytest.mark.parametrize("version", ["0", "1", "3"])
-def test_weights_are_ours_again(written, tmp_path, version):
-    saved, folder = written
-    run(written, folder / f"v{version}", tmp_path / "native")
+@pytest.mark.parametrize("saved_as", ["v0", "v1", "v3", "cut", "tp2", "pp2", "pp2_experts"])
+def test_weights_are_ours_again(written, tmp_path, saved_as):
+    saved, folder = written[0]["dense" if saved_as in ("tp2", "pp2") else "residual"], written[1]
+    run(saved, folder / saved_as, tmp_path / "native")
     back = read_native(tmp_path / "native")
     expected = saved.model.state_dict()
     assert len(back.tensors) == len(list(saved.model.parameters()))
     for name, parameter in expected.items():
         assert torch.equal(back.tensors["model." + name].read(None), parameter), name
     config = back.config
-    assert (config.model.num_attention_heads, config.moe.num_experts, config.moe.mlp_type) == (4, (4,), "residual")
+    kept = ("num_experts", "mlp_type")
+    assert config.model.num_attention_heads == 4
+    assert all(getattr(config.moe, name) == getattr(saved.config.moe, name) for name in kept)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_deepspeed_computes_the_same_from_what_we_wrote(written, name):
+    models, folder = written
+    logits = models[name].model(torch.load(folder / "written" / "tokens.pt"))
+    assert logits.abs().max() > 1
+    torch.testing.assert_close(torch.load(folder / "written" / f"{name}.logits.pt"), logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_round_trip_is_exact(written, tmp_path, name):
+    """With another number of tensor-parallel ranks than the job's, and experts cut too."""
+    saved = written[0][name]
+    before = read_native(saved.folder)
+    parallel = dataclasses.replace(before.config.parallel, enable_expert_tensor_parallelism=True)
+    cut = dataclasses.replace(
+        before, meta=before.meta | {"config": to_dict(dataclasses.replace(before.config, parallel=parallel))}
+    )
+    write_native(cut, tmp_path / "cut")
+    told = run(saved, tmp_path / "cut", tmp_path / "theirs", "megatron-deepspeed", tp=4)
+    assert any("moe_z_loss_coeff 0.001" in line for line in told) == (name == "top2")
+    expert = tmp_path / "theirs" / "global_step3" / "layer_0_expert_3_mp_rank_03_model_states.pt"
+    if saved.config.moe.enabled:
+        inner = "language_model.encoder.layers.1.mlp.deepspeed_moe.experts.deepspeed_experts.3.dense_h_to_4h.weight"
+        assert torch.load(expert)[inner].shape == (128 // 4, 32)
+    assert (tmp_path / "theirs" / "latest_checkpointed_iteration.txt").read_text() == "3"
+    assert {path.name for path in (tmp_path / "theirs").iterdir()} == {
+        "latest", "latest_checkpointed_iteration.txt", "global_step3"
+    }  # fmt: skip
+    run(saved, tmp_path / "theirs", tmp_path / "back")
+    after = read_native(tmp_path / "back")
+    assert list(after.tensors) == list(before.tensors)
+    for tensor, lazy in before.tensors.items():
+        assert torch.equal(lazy.read(None), after.tensors[tensor].read(None)), tensor
+    shape = dataclasses.replace(before.config.model, ffn_hidden_size=128, max_position_embeddings=48)
+    assert after.config.model == shape
+    assert after.config.moe == dataclasses.replace(before.config.moe, moe_z_loss_coeff=0.0)
+
+
+def test_what_cannot_be_written_is_refused(written, tmp_path):
+    saved = written[0]["top2"]
+    for options, message in (
+        ({"tp": 3}, "--tp 3: the padded vocabulary of 128"),
+        ({"tp": 2, "pp": 2}, "--pp and --ep have no meaning for --to megatron-deepspeed"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(saved, saved.folder, tmp_path / "theirs", "megatron-deepspeed", **options)
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_is_missing_or_hostile_is_named(written, tmp_path):
-    tag = written[1] / "v3" / "global_step7"
+    saved, tag = written[0]["residual"], written[1] / "v3" / "global_step7"
     names = sorted(path.name for path in tag.iterdir())
     copy = tmp_path / "copy"
 
@@ -66,7 +136,7 @@ def test_what_is_missing_or_hostile_is_named(written, tmp_path):
             elif content is not None:
                 torch.save(content, copy / each)
         with pytest.raises(CheckpointError, match=message):
-            run(written, copy, tmp_path / "native")
+            run(saved, copy, tmp_path / "native")
         assert not (tmp_path / "native").exists()
         for each in copy.iterdir():
             each.unlink()
@@ -86,5 +156,40 @@ def test_what_is_missing_or_hostile_is_named(written, tmp_path):
     fails("saved without Megatron's arguments", first, {"module": content["module"]})
     content["args"].hidden_size = 16
     fails(r"word_embeddings.weight has a piece of \[64, 32\], expected \[64, 16\]", first, content)
+    content["args"].swiglu = True
+    fails("holds a model that is not known here: swiglu True", first, content)
     with pytest.raises(CheckpointError, match="holds no tokenizer; give the model's by --tokenizer-type"):
         list(convert(Conversion(str(tag), str(tmp_path / "native"), "native")))
+
+
+def test_what_a_pipeline_lacks_is_named(written, tmp_path):
+    saved, folder = written[0]["dense"], written[1] / "tp2" / "global_step7"
+
+    def fails(message: str, name: str, content: object = None) -> None:
+        copy = tmp_path / "copy"
+        shutil.copytree(folder, copy)
+        (copy / name).unlink(missing_ok=True)
+        if content is not None:
+            torch.save(content, copy / name)
+        with pytest.raises(CheckpointError, match=message):
+            run(saved, copy, tmp_path / "native")
+        shutil.rmtree(copy)
+
+    fails(
+        r"encoder.layers.1.input_layernorm.weight has 1 of 2; .* copy the files of all ranks",
+        "layer_03-model_01-model_states.pt",
+    )
+    fails(r"encoder.final_layernorm\..* has 1 of 2", "layer_04-model_00-model_states.pt")
+    fails(
+        "module 5 is an output layer that is not tied",
+        "layer_05-model_00-model_states.pt",
+        {"lm_head.weight": torch.ones(4)},
+    )
+    table = torch.load(folder / "layer_01-model_00-model_states.pt")["word_embeddings.weight"]
+    other = {"word_embeddings.weight": torch.cat([table, table]) + 1}
+    fails("word_embeddings.weight differs between stages", "layer_05-model_00-model_states.pt", other)
+    shutil.copytree(folder, tmp_path / "copy")
+    for rank in range(2):
+        (tmp_path / "copy" / f"layer_03-model_{rank:02d}-model_states.pt").unlink()
+    with pytest.raises(CheckpointError, match="lacks module 3 of the pipeline, a layer; copy layer_03-"):
+        run(saved, tmp_path / "copy", tmp_path / "native")

@@ -1,0 +1,141 @@
+"""From Megatron's tensors to ours.
+
+Letters: H hidden, N heads, D head size, F FFN hidden.
+"""
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from megatron.checkpoint.errors import CheckpointError
+from megatron.checkpoint.formats.contents import MODEL, Contents, Lazy, is_stacked, some
+from megatron.checkpoint.formats.megatron_deepspeed.arguments import from_arguments
+from megatron.checkpoint.formats.megatron_deepspeed.layouts import Found, Pieces, find
+from megatron.checkpoint.formats.megatron_deepspeed.names import EXPERTS, TABLE, Theirs, their_tensors
+from megatron.checkpoint.formats.native import new_meta
+from megatron.config import DataConfig, ModelConfig, RunConfig
+from megatron.config.flags import to_dict
+from megatron.data.tokenizer import build_tokenizer
+
+Make = Callable[[], torch.Tensor]
+
+
+def read_megatron_deepspeed(folder: str | os.PathLike, tokenizer_options: Mapping[str, str]) -> Contents:
+    """The weights of a checkpoint; its optimizer's state is not read.
+
+    Args:
+        folder: with ``latest``, or of one tag.
+        tokenizer_options: ``tokenizer_type`` and files; they are not in the folder.
+
+    Raises:
+        CheckpointError: a file is missing, damaged or holds other objects than tensors; a tensor is missing, unknown or
+            of another shape; the model is one that is not known here.
+        ValueError: of the tokenizer, or of an argument's value.
+    """
+    found = find(Path(folder))
+    table = found.pieces.get(TABLE)
+    if not table:
+        raise CheckpointError(f"{found.where} has no {TABLE}; it is no GPT of Megatron-DeepSpeed")
+    vocab_size = sum(len(piece) for piece in table)
+    residual = any(".mlp.coefficient." in name for name in found.pieces)
+    config = from_arguments(found.args, _expert_counts(found), residual, found.where)
+    if not tokenizer_options:
+        raise CheckpointError(
+            f"{found.where} holds no tokenizer; give the model's by --tokenizer-type with --vocab-file and "
+            "--merge-file, or --tokenizer-model"
+        )
+    config = dataclasses.replace(config, data=DataConfig(**tokenizer_options))
+    tokenizer = build_tokenizer(config.data)
+    if tokenizer.vocab_size > vocab_size:
+        raise CheckpointError(
+            f"{found.where}: the tokenizer has {tokenizer.vocab_size} ids, the token table {vocab_size} rows; give the "
+            "model's own tokenizer by --tokenizer-type and its files"
+        )
+    described = {"vocab_size": tokenizer.vocab_size, "fingerprint": tokenizer.fingerprint}
+    origin = {
+        "format": "megatron-deepspeed",
+        "folder": str(found.where.absolute()),
+        "checkpoint_version": found.version,
+    }
+    meta = new_meta(to_dict(config), vocab_size, described, config.model.seq_length, origin)
+    return Contents(str(found.where), meta, _ours(found, config, vocab_size)).check()
+
+
+def _expert_counts(found: Found) -> dict[int, int]:
+    counts: dict[int, int] = {}
+    for name in found.pieces:
+        if EXPERTS in name:
+            layer, expert = int(name.split(".")[2]), int(name.split(EXPERTS)[1].split(".")[0])
+            counts[layer] = max(counts.get(layer, 0), expert + 1)
+    return counts
+
+
+def _ours(found: Found, config: RunConfig, vocab_size: int) -> dict[str, Lazy]:
+    """Our tensors, made of theirs, of which each must be used."""
+    left, problems = set(found.pieces), []
+    made: dict[str, list[Make]] = {}
+    for theirs in their_tensors(config.model, config.moe, vocab_size):
+        left.discard(theirs.name)
+        pieces = found.pieces.get(theirs.name)
+        if pieces is None:
+            problems.append(f"{theirs.name} is missing")
+        elif problem := _misfit(theirs, pieces):
+            problems.append(problem)
+        else:
+            made.setdefault(theirs.ours, []).append(_joiner(theirs, pieces, found.version, config.model))
+    problems += [f"{name} is no tensor of this model" for name in sorted(left) if not name.endswith("_extra_state")]
+    if problems:
+        raise CheckpointError(f"{found.where} cannot be converted: {some(problems)}. Nothing was written")
+    return {MODEL + name: _lazy(parts, name) for name, parts in made.items()}
+
+
+def _misfit(theirs: Theirs, pieces: Pieces) -> str | None:
+    cut = tuple(size // len(pieces) if axis == theirs.dim else size for axis, size in enumerate(theirs.shape))
+    fitting = (cut, theirs.shape) if theirs.in_moe else (cut,)
+    for piece in pieces:
+        if tuple(piece.shape) not in fitting or piece.shape != pieces[0].shape:
+            return f"{theirs.name} has a piece of {list(piece.shape)}, expected {list(cut)}"
+    return None
+
+
+def _joiner(theirs: Theirs, pieces: Pieces, version: float, model: ModelConfig) -> Make:
+    """What joins the pieces. Where one is the whole (layer norms, what an MoE layer does not cut), the first rank's is
+    taken."""
+
+    def join() -> torch.Tensor:
+        if theirs.is_qkv:
+            return _qkv(pieces, version, model)
+        whole = theirs.dim is None or tuple(pieces[0].shape) == theirs.shape
+        tensor = pieces[0] if whole else torch.cat(pieces, theirs.dim)
+        return tensor.T if theirs.transposed else tensor
+
+    return join
+
+
+def _qkv(pieces: Pieces, version: float, model: ModelConfig) -> torch.Tensor:
+    """A rank's rows are [3, N, D] in checkpoint version 0, [N, D, 3] in 1.0, [N, 3, D] since 2.0; ours [3, N, D]."""
+    N, D = model.num_attention_heads // len(pieces), model.hidden_size // model.num_attention_heads
+    parts = []
+    for piece in pieces:
+        rest = piece.shape[1:]
+        if version >= 2:
+            parts.append(piece.view(N, 3, D, *rest).transpose(0, 1))
+        elif version >= 1:
+            parts.append(piece.view(N, D, 3, *rest).movedim(2, 0))
+        else:
+            parts.append(piece.view(3, N, D, *rest))
+    return torch.cat(parts, dim=1).flatten(0, 2)
+
+
+def _lazy(made: list[Make], name: str) -> Lazy:
+    first, stacked = made[0](), is_stacked(name)
+
+    def read(row: int | None) -> torch.Tensor:
+        if stacked:
+            return torch.stack([join() for join in made]) if row is None else made[row]()
+        return made[0]() if row is None else made[0]()[row]
+
+    return Lazy((len(made), *first.shape) if stacked else tuple(first.shape), first.dtype, read)
