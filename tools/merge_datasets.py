@@ -45,8 +45,9 @@ def main(argv: list[str] | None = None) -> int:
         where = f", writing {args.output_prefix}" if isinstance(error, OSError) and error.filename is None else ""
         print(f"error: {error}{where}", file=sys.stderr)
         return 1
-    for writer in written:
-        print(f"{writer.prefix}: {writer.documents:,} documents, {writer.tokens:,} tokens")
+    for made in written:
+        there = " there already, nothing to do" if made.existing else ""
+        print(f"{made.prefix}: {made.documents:,} documents, {made.tokens:,} tokens{there}")
     return 0
 
 

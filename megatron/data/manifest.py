@@ -4,6 +4,7 @@ Datasets made by other tools have none; they are read all the same.
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import platform
@@ -40,8 +41,16 @@ class Manifest:
     """Prefixes of the datasets that this one was merged or cut from."""
     checksums: dict[str, str] = dataclasses.field(default_factory=dict)
     """SHA-256 of the ``bin`` and the ``idx``."""
+    command: str = ""
+    """:func:`digest` of the run's inputs (names and sizes), flags and tokenizer, the same for all shards of a corpus; of
+    a merged dataset, of the checksums of what it was made from; empty where it was cut."""
     versions: dict[str, str] = dataclasses.field(default_factory=lambda: versions())
     format: int = FORMAT
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of something JSON-able."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def describe_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from megatron.config import DataConfig
 from megatron.data import indexed_writer, manifest, rejects
 from megatron.data.encoding import EncodedBatch, make_encoder
 from megatron.data.errors import DataError
+from megatron.data.index_file import read_index
 from megatron.data.indexed_writer import IndexedWriter, check_free
 from megatron.data.inputs import STANDARD_INPUT, Checksums, Span, find_inputs, spans_of
 from megatron.data.journal import Journal
@@ -38,6 +39,8 @@ class Summary:
     tokens: int = 0
     rejected: int = 0
     rejected_file: str | None = None
+    existing: bool = False
+    """The same run was made before, and there was nothing to do."""
 
 
 def preprocess(
@@ -57,8 +60,8 @@ def preprocess(
 ) -> Summary:
     """Tokenize a corpus into one dataset for each key, ``OUTPUT_PREFIX_KEY_document``.
 
-    A run that did not finish is gone on with by the same arguments. ``workers``, ``max_rejected``, ``overwrite`` and
-    ``log_interval`` may change.
+    A run that did not finish is gone on with by the same arguments, and one that did is left as it is. ``workers``,
+    ``max_rejected``, ``overwrite`` and ``log_interval`` may change.
 
     Args:
         inputs: files, glob patterns, folders, or ``-`` for JSON lines from standard input; see
@@ -91,21 +94,23 @@ def preprocess(
         output_prefix = f"{output_prefix}-{shard_index:05d}-of-{num_shards:05d}"
     prefixes = [f"{output_prefix}_{key}_document" for key in json_keys]
     tokenizer = build_tokenizer(data)
-    identity = {
-        "inputs": stamps,
-        "shard": [shard_index, num_shards],
+    flags = {
         "json_keys": list(json_keys),
         "append_eod": append_eod,
         "text_documents": text_documents,
         "tokenizer": manifest.describe_tokenizer(tokenizer),
-        "versions": manifest.versions(),
     }
+    command = manifest.digest(flags | {"inputs": [stamp[:2] for stamp in stamps], "shards": num_shards})
+    shard = {"index": shard_index, "count": num_shards} if num_shards > 1 else None
+    identity = flags | {"inputs": stamps, "shard": shard, "versions": manifest.versions()}
     journal = Journal(output_prefix, identity, overwrite)
     total_bytes = sum(span.end - span.start for span in spans)
     listed = Rejects(output_prefix, max_rejected, total_bytes)
     if journal.last and "verified" in journal.last:  # nothing but the names is missing
         return _publish(journal, output_prefix, prefixes)
     if not overwrite:
+        if found := _finished(output_prefix, prefixes, command, shard, stamps):
+            return found
         for prefix in prefixes:
             check_free(prefix)
     with _Run(journal, listed, prefixes, tokenizer, overwrite) as run:
@@ -130,7 +135,8 @@ def preprocess(
                     tokens=writer.tokens,
                     rejected=listed.count,
                     inputs=_describe(spans, digests),
-                    shard={"index": shard_index, "count": num_shards} if num_shards > 1 else None,
+                    shard=shard,
+                    command=command,
                 )
             )
         run.verified()
@@ -228,6 +234,27 @@ def _publish(journal: Journal, output_prefix: str, prefixes: Sequence[str]) -> S
     journal.remove()
     tokens = sum(writer["tokens"] for writer in point["writers"])
     return Summary(list(prefixes), point["writers"][0]["documents"], tokens, rejected, rejected_file)
+
+
+def _finished(
+    output_prefix: str, prefixes: Sequence[str], command: str, shard: dict[str, int] | None, stamps: list[list[Any]]
+) -> Summary | None:
+    """What stands under the final names, if this very run has made it from these very inputs."""
+    try:
+        found = [manifest.read(prefix) for prefix in prefixes]
+        for prefix in prefixes:
+            read_index(prefix)
+    except DataError:
+        return None
+    facts = [entry for entry in found if entry and entry.command == command and entry.shard == shard]
+    if len(facts) < len(prefixes) or not stamps or any(entry.versions != manifest.versions() for entry in facts):
+        return None
+    made = min(os.stat(f"{prefix}.idx").st_mtime_ns for prefix in prefixes)
+    if made < max(changed for _, _, changed in stamps):
+        return None
+    rejected_file = f"{output_prefix}.rejected.jsonl" if facts[0].rejected else None
+    tokens = sum(entry.tokens for entry in facts)
+    return Summary(list(prefixes), facts[0].documents, tokens, facts[0].rejected, rejected_file, existing=True)
 
 
 def _stamps(paths: Sequence[str]) -> list[list[Any]]:

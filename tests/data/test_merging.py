@@ -1,5 +1,6 @@
 """Datasets into one and one into several: the documents stay the same, and what does not go together is refused."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -109,6 +110,32 @@ def test_all_shards_must_be_there(tmp_path):
     Path(f"{tmp_path}/copy.json").write_text(json.dumps(facts))
     with pytest.raises(DataError, match="not of one corpus"):
         merge([*shards, str(tmp_path / "copy")], str(tmp_path / "out"))
+
+
+def test_shards_of_different_runs(tmp_path):
+    texts = corpus.english(40)
+    first, second = (make(tmp_path, "s", texts, num_shards=2, shard_index=index) for index in range(2))
+    third = make(tmp_path, "s", texts, num_shards=3, shard_index=1)
+    whole = make(tmp_path, "whole", texts)
+    for other, words in ((third, "one of 2 shards, .* is one of 3 shards"), (whole, "is no shard")):
+        with pytest.raises(DataError, match=words):
+            merge([first, second, other], str(tmp_path / "out"))
+    second = make(tmp_path, "s", texts[1:], num_shards=2, shard_index=1, overwrite=True)
+    with pytest.raises(DataError, match="are shards of different inputs or flags"):
+        merge([first, second], str(tmp_path / "out"))
+
+
+def test_the_same_merge_again_has_nothing_to_do(tmp_path):
+    parts = [make(tmp_path, name, corpus.english(5, seed=ord(name))) for name in "ab"]
+    done = merge(parts, str(tmp_path / "out"))
+    before = content(str(tmp_path / "out"))
+    assert merge(parts, str(tmp_path / "out")) == dataclasses.replace(done, existing=True)
+    with pytest.raises(DataError, match="exist already"):
+        merge(parts[::-1], str(tmp_path / "out"))
+    make(tmp_path, "b", corpus.english(5), overwrite=True)
+    with pytest.raises(DataError, match="exist already"):
+        merge(parts, str(tmp_path / "out"))
+    assert content(str(tmp_path / "out")) == before
 
 
 def test_a_disk_that_fills_leaves_nothing(tmp_path, monkeypatch):

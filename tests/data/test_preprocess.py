@@ -1,5 +1,6 @@
 """JSON lines -> .bin/.idx: exactly Megatron's files, whole or not at all, the same for any number of workers."""
 
+import dataclasses
 import functools
 import hashlib
 import itertools
@@ -175,9 +176,27 @@ def test_existing_output_is_kept_unless_overwrite(tmp_path):
     with pytest.raises(DataError, match="--overwrite"):
         run(tmp_path, corpus.english(6))
     assert files(tmp_path) == before
+    with pytest.raises(DataError, match="--overwrite"):  # the input is of after the dataset
+        run(tmp_path, corpus.english(5))
     run(tmp_path, corpus.english(6), overwrite=True)
     assert files(tmp_path)[".bin"] != before[".bin"]
     assert len(everything_named(tmp_path)) == 3
+
+
+def test_the_same_command_again_has_nothing_to_do(tmp_path, monkeypatch):
+    (tmp_path / "in.jsonl").write_text('{"text": "a"}\n{"txt": "b"}\n{"text": "c"}\n')
+    done = run(tmp_path, None, max_rejected=0.5, num_shards=2, shard_index=0)
+    assert not done.existing
+    with monkeypatch.context() as patch:
+        patch.setattr(preprocess, "read_batches", None)
+        again = run(tmp_path, None, max_rejected=0.5, num_shards=2, shard_index=0, workers=1)
+    assert again == dataclasses.replace(done, existing=True)
+    for options in ({"append_eod": False}, {"make": corpus.byte_level}):
+        with pytest.raises(DataError, match="exist already"):
+            run(tmp_path, None, max_rejected=0.5, num_shards=2, shard_index=0, **options)
+    monkeypatch.setattr(manifest, "versions", lambda: {"tokenizers": "another"})
+    with pytest.raises(DataError, match="exist already"):
+        run(tmp_path, None, max_rejected=0.5, num_shards=2, shard_index=0)
 
 
 def test_lost_bytes_are_noticed(tmp_path):
