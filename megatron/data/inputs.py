@@ -5,11 +5,13 @@ import glob
 import os
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 from megatron.data.errors import DataError
 from megatron.data.files import sha256
 
 STANDARD_INPUT = "-"
+UNREPEATABLE = "while it read standard input, which cannot be read again from where it was"
 COMPRESSIONS = (".gz", ".zst")
 FORMATS = (".jsonl", ".ndjson", ".json", ".txt", ".parquet")
 
@@ -113,6 +115,12 @@ def spans_of(paths: Sequence[str], num_shards: int = 1, shard_index: int = 0, by
             spans.append(Span(path, start, end, size))
         before += size
     return spans
+
+
+def stamps_of(paths: Sequence[str]) -> list[list[Any]]:
+    """Path, bytes and time of the last change of each file."""
+    stats = [(path, os.stat(path)) for path in paths if path != STANDARD_INPUT]
+    return [[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats]
 
 
 class Checksums:

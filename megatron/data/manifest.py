@@ -42,8 +42,8 @@ class Manifest:
     checksums: dict[str, str] = dataclasses.field(default_factory=dict)
     """SHA-256 of the ``bin`` and the ``idx``."""
     command: str = ""
-    """:func:`digest` of the run's inputs (names and sizes), flags and tokenizer, the same for all shards of a corpus; of
-    a merged dataset, of the checksums of what it was made from; empty where it was cut."""
+    """:func:`digest` of the run's inputs (names and sizes), flags and tokenizer, the same for all shards of a corpus;
+    of a merged dataset, of the checksums of what it was made from; empty where it was cut."""
     versions: dict[str, str] = dataclasses.field(default_factory=lambda: versions())
     format: int = FORMAT
 

@@ -19,7 +19,7 @@ from megatron.data.encoding import EncodedBatch, make_encoder
 from megatron.data.errors import DataError
 from megatron.data.index_file import read_index
 from megatron.data.indexed_writer import IndexedWriter, check_free
-from megatron.data.inputs import STANDARD_INPUT, Checksums, Span, find_inputs, spans_of
+from megatron.data.inputs import STANDARD_INPUT, UNREPEATABLE, Checksums, Span, find_inputs, spans_of, stamps_of
 from megatron.data.journal import Journal
 from megatron.data.processes import in_order
 from megatron.data.progress import Progress
@@ -89,7 +89,7 @@ def preprocess(
         raise DataError(f"--text-documents {text_documents}: expected one of {', '.join(TEXT_DOCUMENTS)}")
     paths = find_inputs(inputs)
     spans = spans_of(paths, num_shards, shard_index, by_line=text_documents == "line")
-    stamps = _stamps(paths)
+    stamps = stamps_of(paths)
     if num_shards > 1:
         output_prefix = f"{output_prefix}-{shard_index:05d}-of-{num_shards:05d}"
     prefixes = [f"{output_prefix}_{key}_document" for key in json_keys]
@@ -113,14 +113,14 @@ def preprocess(
             return found
         for prefix in prefixes:
             check_free(prefix)
-    with _Run(journal, listed, prefixes, tokenizer, overwrite) as run:
+    with _Run(journal, listed, prefixes, tokenizer, overwrite, STANDARD_INPUT in paths) as run:
         with (
             in_order(make_encoder, (data, tuple(json_keys), append_eod), workers) as encode,
             Progress(total_bytes, log_interval) as bar,
         ):
             batches = encode(read_batches(spans, json_keys, text_documents=text_documents, start=run.position))
             digests = _write(run, batches, bar, spans)
-        if _stamps(paths) != stamps:
+        if stamps_of(paths) != stamps:
             raise DataError("--input: a file was changed while it was read; run again when nobody writes to it")
         for key, writer in zip(json_keys, run.writers, strict=True):
             if writer.tokens == 0 and num_shards == 1:
@@ -166,9 +166,15 @@ class _Run:
     """The files under construction, and the journal that goes with them."""
 
     def __init__(
-        self, journal: Journal, listed: Rejects, prefixes: Sequence[str], tokenizer: Tokenizer, overwrite: bool
+        self,
+        journal: Journal,
+        listed: Rejects,
+        prefixes: Sequence[str],
+        tokenizer: Tokenizer,
+        overwrite: bool,
+        piped: bool,
     ) -> None:
-        self._journal, self.rejects = journal, listed
+        self._journal, self.rejects, self._piped = journal, listed, piped
         self._point: dict[str, Any] = journal.last or {}
         self.position = Position(**self._point.get("position", {}))
         self.writers: list[IndexedWriter] = []
@@ -177,7 +183,7 @@ class _Run:
         dtype = IndexedWriter.dtype_for(tokenizer.vocab_size)
         try:
             for prefix, progress in zip(prefixes, done, strict=True):
-                at = indexed_writer.Progress(**progress)
+                at = indexed_writer.Progress(**progress) if progress else None
                 self.writers.append(IndexedWriter(prefix, dtype, overwrite, at))
             if journal.last is None:
                 journal.remove()  # another run's, to be overwritten
@@ -185,6 +191,9 @@ class _Run:
         except BaseException:
             self._end(keep=journal.last is not None)
             raise
+        if not self._point and self.writers[0].leftovers:
+            how = UNREPEATABLE if piped else "before it had noted how far it was"
+            print(f"an earlier run was stopped {how}: starting over", file=sys.stderr)
         if self._point:
             print(f"going on after {self.writers[0].documents:,} documents of an earlier run", file=sys.stderr)
 
@@ -203,7 +212,7 @@ class _Run:
         for writer, tokens, lengths in zip(self.writers, encoded.tokens, encoded.lengths, strict=True):
             writer.add(tokens, lengths)
         self.rejects.add(batch, encoded.rejected)
-        if time.monotonic() >= self._due and batch.span.path != STANDARD_INPUT:
+        if time.monotonic() >= self._due and not self._piped:
             self._save({"position": dataclasses.asdict(batch.end)})
             self._due = time.monotonic() + JOURNAL_SECONDS
 
@@ -255,12 +264,6 @@ def _finished(
     rejected_file = f"{output_prefix}.rejected.jsonl" if facts[0].rejected else None
     tokens = sum(entry.tokens for entry in facts)
     return Summary(list(prefixes), facts[0].documents, tokens, facts[0].rejected, rejected_file, existing=True)
-
-
-def _stamps(paths: Sequence[str]) -> list[list[Any]]:
-    """Path, bytes and time of the last change of each file."""
-    stats = [(path, os.stat(path)) for path in paths if path != STANDARD_INPUT]
-    return [[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats]
 
 
 def _describe(spans: Sequence[Span], digests: Sequence[str]) -> list[dict[str, Any]]:
