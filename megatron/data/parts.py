@@ -146,11 +146,10 @@ def publish(prefix: str, complete: dict[str, Any]) -> list[str]:
     """
     names = [f"{prefix}-{number:05d}{_UNFINISHED}jsonl.zst" for number in range(complete["parts"])]
     rest = [f"{prefix}{_UNFINISHED}removed.jsonl", f"{prefix}{_UNFINISHED}cleaning.json"]
-    if os.path.exists(rest[-1]):
-        final = {name.replace(_UNFINISHED, ".") for name in names if not os.path.exists(name)}
-        for path in complete["old"]:
-            if path not in final:  # else it is a new one already
-                Path(path).unlink(missing_ok=True)
+    new = {_final(name) for name in [*names, *rest] if not os.path.exists(name)}
+    for path in complete["old"]:
+        if path not in new:
+            Path(path).unlink(missing_ok=True)
     for name in [*names, *rest]:
         if os.path.exists(name):
             os.replace(name, _final(name))
