@@ -20,6 +20,8 @@
 # stay as they are. --array=0-N given to sbatch changes the number of shards; to make some of them only, set NUM_SHARDS
 # to what it was: NUM_SHARDS=16 sbatch --array=3,7 ...
 #
+# Compressed files are not cut: give at least as many of them as there are shards.
+#
 # More variables: JSON_KEY (text), EXTRA_ARGS (more flags of tools/preprocess_data.py), ROOT (the checkout), PYTHON.
 set -euo pipefail
 

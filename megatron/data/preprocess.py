@@ -19,7 +19,16 @@ from megatron.data.encoding import EncodedBatch, make_encoder
 from megatron.data.errors import DataError
 from megatron.data.index_file import read_index
 from megatron.data.indexed_writer import IndexedWriter, check_free
-from megatron.data.inputs import STANDARD_INPUT, UNREPEATABLE, Checksums, Span, find_inputs, spans_of, stamps_of
+from megatron.data.inputs import (
+    STANDARD_INPUT,
+    UNREPEATABLE,
+    Checksums,
+    Span,
+    empty_shards,
+    find_inputs,
+    spans_of,
+    stamps_of,
+)
 from megatron.data.journal import Journal
 from megatron.data.processes import in_order
 from megatron.data.progress import Progress
@@ -90,6 +99,8 @@ def preprocess(
     paths = find_inputs(inputs)
     spans = spans_of(paths, num_shards, shard_index, by_line=text_documents == "line")
     stamps = stamps_of(paths)
+    if note := empty_shards(paths, num_shards, by_line=text_documents == "line"):
+        print(f"warning: {note}", file=sys.stderr)
     if num_shards > 1:
         output_prefix = f"{output_prefix}-{shard_index:05d}-of-{num_shards:05d}"
     prefixes = [f"{output_prefix}_{key}_document" for key in json_keys]

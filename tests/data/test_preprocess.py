@@ -235,7 +235,7 @@ def test_several_formats_at_once_and_shards(tmp_path):
     texts = corpus.english(60) + corpus.NASTY
     corpus.write_jsonl(folder / "a.jsonl", texts)
     corpus.write_jsonl(folder / "b.jsonl.gz", texts[:30])
-    corpus.write_parquet(folder / "c.parquet", {"text": texts[30:]})
+    corpus.write_parquet(folder / "c.parquet", {"text": texts[30:]}, row_group_size=10)
     (folder / "d.txt").write_bytes("\ufeffone document\r\n\r\nas it is\n".encode())
     (folder / "e.jsonl").write_bytes(
         b"\xef\xbb\xbf" + (folder / "a.jsonl").read_bytes().replace(b"\n", b"\r\n") + b"{\n"
@@ -263,6 +263,25 @@ def test_several_formats_at_once_and_shards(tmp_path):
         merging.merge(shards[::-1], str(tmp_path / f"merged{count}"))
         assert files(tmp_path, f"merged{count}")[".bin"] == files(tmp_path)[".bin"]
         assert files(tmp_path, f"merged{count}")[".idx"] == files(tmp_path)[".idx"]
+
+
+def test_more_shards_than_compressed_files(tmp_path, capsys):
+    """Those without a file are empty, which is said, and merge all the same."""
+    paths = [
+        str(corpus.write_jsonl(tmp_path / name, corpus.english(9, seed=len(name)))) for name in ("a.jsonl.gz", "b.zst")
+    ]
+    data = corpus.gpt2(tmp_path)
+    whole = preprocess.preprocess(paths, str(tmp_path / "out"), data, workers=0).prefixes[0]
+    assert "empty" not in capsys.readouterr().err
+    shards = []
+    for index in range(4):
+        options = {"num_shards": 4, "shard_index": index, "workers": 0}
+        shards += preprocess.preprocess(paths, str(tmp_path / "part"), data, **options).prefixes
+        assert "there are 2 files" in capsys.readouterr().err
+    assert sorted(manifest.read(prefix).documents for prefix in shards) == [0, 0, 9, 9]
+    merged = merging.merge(shards, str(tmp_path / "merged")).prefix
+    for suffix in (".bin", ".idx"):
+        assert Path(merged + suffix).read_bytes() == Path(whole + suffix).read_bytes()
 
 
 def test_standard_input(tmp_path, monkeypatch):
