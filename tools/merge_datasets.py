@@ -3,6 +3,7 @@
 
 import argparse
 import glob
+import os
 import sys
 from pathlib import Path
 
@@ -52,8 +53,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _datasets(word: str) -> list[str]:
-    if not glob.has_magic(word):
-        return [word.removesuffix(".idx").removesuffix(".bin")]
+    literal = word.removesuffix(".idx").removesuffix(".bin")
+    if not glob.has_magic(word) or os.path.exists(f"{literal}.idx"):
+        return [literal]
     found = sorted(path.removesuffix(".idx") for path in glob.glob(word.removesuffix(".idx") + ".idx"))
     found = [prefix for prefix in found if not prefix.endswith(".incomplete")]
     if not found:

@@ -22,6 +22,7 @@ import numpy as np
 
 from megatron.data.duplicates import PERMUTATIONS, SEED, Duplicates
 from megatron.data.errors import DataError
+from megatron.data.files import check_prefix
 from megatron.data.inputs import STANDARD_INPUT, UNREPEATABLE, find_inputs, spans_of, stamps_of
 from megatron.data.journal import Journal
 from megatron.data.jsonl import record_texts
@@ -197,6 +198,7 @@ def clean(
             import rensa  # noqa: F401
         except ImportError as error:
             raise DataError('--near-duplicates needs rensa; pip install "megatron-moe[data]"') from error
+    check_prefix(output_prefix)
     paths, others = find_inputs(inputs), find_inputs(against) if against else []
     if others and not exact and near is None:
         raise DataError("--against takes --exact-duplicates or --near-duplicates: what should be compared?")

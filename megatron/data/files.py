@@ -55,6 +55,17 @@ def write_whole(contents: dict[Path, bytes]) -> None:
             path.unlink(missing_ok=True)
 
 
+def check_prefix(prefix: str) -> None:
+    """Raise DataError where no file's name can begin with ``prefix``."""
+    if not prefix or prefix.endswith(os.sep):
+        raise DataError(
+            f"--output-prefix {prefix!r}: expected a folder and the beginning of a name, such as data/corpus"
+        )
+    for folder in Path(prefix).parents:
+        if folder.exists() and not folder.is_dir():
+            raise DataError(f"--output-prefix {prefix}: {folder} is a file, expected a folder")
+
+
 def take_lock(file: IO, prefix: str) -> None:
     """Keep other processes from writing what this one writes as ``prefix``, until ``file`` is closed.
 

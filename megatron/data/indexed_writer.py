@@ -212,6 +212,6 @@ def publish(prefix: str) -> None:
 
 def check_free(prefix: str) -> None:
     """Raise DataError where a dataset ``prefix`` exists, whole or in part."""
-    existing = [f"{prefix}{suffix}" for suffix in _SUFFIXES if os.path.exists(f"{prefix}{suffix}")]
+    existing = [f"{prefix}{suffix}" for suffix in _SUFFIXES if os.path.lexists(f"{prefix}{suffix}")]
     if existing:
         raise DataError(f"{', '.join(existing)} exist already; give --overwrite or another --output-prefix")

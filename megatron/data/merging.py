@@ -1,6 +1,7 @@
 """Several datasets into one, and one into several: whole .bin/.idx each, verified, with a manifest."""
 
 import dataclasses
+import hashlib
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -8,7 +9,8 @@ import numpy as np
 from megatron.data import manifest
 from megatron.data.dataset_checks import SPLITS, parse_split
 from megatron.data.errors import DataError
-from megatron.data.index_file import CHUNK, Index, read_index
+from megatron.data.files import check_prefix, sha256
+from megatron.data.index_file import CHUNK, Index, index_problems, read_index
 from megatron.data.indexed_writer import IndexedWriter
 from megatron.data.progress import Progress
 
@@ -43,6 +45,7 @@ def merge(prefixes: Sequence[str], output: str, *, overwrite: bool = False) -> W
     Raises:
         DataError: a dataset is missing or damaged, the tokenizers or types of tokens differ, or a shard is missing.
     """
+    check_prefix(output)
     if len(prefixes) < 2:
         raise DataError(f"{len(prefixes)} dataset(s) to merge; give two or more prefixes, or a pattern for them")
     if twice := sorted({prefix for prefix in prefixes if prefixes.count(prefix) > 1}):
@@ -67,7 +70,11 @@ def split(prefix: str, output: str, shares: str, *, overwrite: bool = False) -> 
     Raises:
         DataError: the dataset is missing or damaged, or a share leaves no document.
     """
+    check_prefix(output)
     source = _open(prefix)
+    expected = source.facts.checksums.get("bin") if source.facts else None
+    if expected and sha256(f"{prefix}.bin") != expected:
+        raise DataError(_changed(prefix, "bin"))
     written, start = [], 0.0
     cuts = []
     for name, share in zip(SPLITS, parse_split(shares), strict=True):
@@ -86,7 +93,17 @@ def split(prefix: str, output: str, shares: str, *, overwrite: bool = False) -> 
 
 
 def _open(prefix: str) -> _Source:
-    return _Source(prefix, read_index(prefix), manifest.read(prefix))
+    source = _Source(prefix, read_index(prefix), manifest.read(prefix))
+    if problems := index_problems(source.index):
+        raise DataError(f"{prefix}: {'; '.join(problems)}")
+    expected = source.facts.checksums.get("idx") if source.facts else None
+    if expected and sha256(f"{prefix}.idx") != expected:
+        raise DataError(_changed(prefix, "idx"))
+    return source
+
+
+def _changed(prefix: str, what: str) -> str:
+    return f"{prefix}.{what} is not the file that its manifest speaks of; tools/inspect_dataset.py --verify says more"
 
 
 def _ordered(sources: list[_Source]) -> list[_Source]:
@@ -195,7 +212,8 @@ def _write(
 
 def _pieces(source: _Source, first: int, last: int) -> Iterator[tuple[bytes, np.ndarray, np.ndarray]]:
     """Tokens, lengths of sequences and ends of documents ``[first, last)``, some at a time."""
-    index = source.index
+    index, digest = source.index, hashlib.sha256()
+    expected = source.facts.checksums.get("bin") if source.facts and last - first == index.documents else None
     with open(f"{source.prefix}.bin", "rb") as file:
         while first < last:
             ends = np.array(index.ends[first : min(first + CHUNK // 16, last) + 1])
@@ -211,5 +229,8 @@ def _pieces(source: _Source, first: int, last: int) -> Iterator[tuple[bytes, np.
             data = file.read(size)
             if len(data) != size:
                 raise DataError(f"{source.prefix}.bin ended early: it was changed while it was read")
+            digest.update(data)
             yield data, lengths[:sequences], ends[1 : count + 1] - ends[0]
             first += count
+    if expected and digest.hexdigest() != expected:
+        raise DataError(_changed(source.prefix, "bin"))

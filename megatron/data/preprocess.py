@@ -17,6 +17,7 @@ from megatron.config import DataConfig
 from megatron.data import indexed_writer, manifest, rejects
 from megatron.data.encoding import EncodedBatch, make_encoder
 from megatron.data.errors import DataError
+from megatron.data.files import check_prefix
 from megatron.data.index_file import read_index
 from megatron.data.indexed_writer import IndexedWriter, check_free
 from megatron.data.inputs import (
@@ -94,6 +95,9 @@ def preprocess(
     """
     if len(set(json_keys)) < len(json_keys):
         raise DataError(f"--json-keys {' '.join(json_keys)}: a key is given more than once")
+    if unfit := [key for key in json_keys if os.sep in key or not key]:
+        raise DataError(f"--json-keys {' '.join(unfit)}: a key becomes part of a file's name, so without {os.sep}")
+    check_prefix(output_prefix)
     if text_documents not in TEXT_DOCUMENTS:
         raise DataError(f"--text-documents {text_documents}: expected one of {', '.join(TEXT_DOCUMENTS)}")
     paths = find_inputs(inputs)

@@ -144,3 +144,34 @@ def test_a_disk_that_fills_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         merge(parts, str(tmp_path / "out"))
     assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize(
+    ("suffix", "change", "words"),
+    [
+        (".bin", lambda data: data[:9] + b"\x00\x01" + data[11:], r"mine_text_document\.bin is not the file that its"),
+        (".idx", lambda data: data[:34] + b"\x01\x02" + data[36:], "the .idx is damaged between sequences 0"),
+        (".idx", lambda data: data[:-20] + b"\x01\x02" + data[-18:], "its documents do not end where its sequences do"),
+        (".json", lambda data: b"[]", "is no manifest"),
+        (
+            ".json",
+            lambda data: json.dumps(json.loads(data) | {"tokenizer": {}}).encode(),
+            r"tokenizer is \{\}, expected",
+        ),
+        (
+            ".json",
+            lambda data: json.dumps(json.loads(data) | {"shard": 3}).encode(),
+            "shard is 3, expected index, count",
+        ),
+        (".json", lambda data: json.dumps(json.loads(data) | {"inputs": None}).encode(), "inputs is None"),
+    ],
+)
+def test_damage_is_not_merged_and_not_cut(suffix, change, words, tmp_path):
+    mine, other = (make(tmp_path, name, corpus.english(30)) for name in ("mine", "other"))
+    path = Path(mine + suffix)
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(DataError, match=words):
+        merge([mine, other], str(tmp_path / "out"))
+    with pytest.raises(DataError, match=words):
+        split(mine, str(tmp_path / "out"), "90,10,0")
+    assert not list(tmp_path.glob("out*"))
