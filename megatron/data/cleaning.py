@@ -177,9 +177,9 @@ def clean(
         output_prefix: path and beginning of the names.
         json_key: the field with the text.
         filters: quality filters.
-        exact: leave out documents whose text was there before, letter by letter. 100 bytes of memory a document.
-        near: leave out documents that are this similar to an earlier one; between 0 and 1, such as 0.8. 3 KB of memory
-            a document.
+        exact: leave out documents whose text was there before, letter by letter. 125 bytes of memory a document.
+        near: leave out documents that are this similar to an earlier one; between 0 and 1, such as 0.8. 3.6 KB of
+            memory a document.
         against: more files, whose documents count as earlier ones and are not written: held-out data, or corpora that
             are clean already.
         part_bytes: of text, after which a file of output is full.

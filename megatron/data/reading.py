@@ -173,7 +173,12 @@ def _read_rows(span: Span, keys: Sequence[str], offset: int, batch_bytes: int) -
         while groups and skip >= sizes[groups[0]]:  # whole groups that are done need not be read again
             skip -= sizes[groups.pop(0)]
         done = offset
-        for table in file.iter_batches(batch_size=_ROWS, row_groups=groups, columns=list(keys)):
+        tables = (  # a group at a time: asked for many, pyarrow keeps all of them
+            table
+            for group in groups
+            for table in file.iter_batches(batch_size=_ROWS, row_groups=[group], columns=list(keys))
+        )
+        for table in tables:
             if skip >= len(table):
                 skip -= len(table)
                 continue
@@ -192,7 +197,7 @@ def _parquet(span: Span) -> Iterator[Any]:
     except ImportError as error:
         raise DataError(f'{span.path}: reading Parquet needs pyarrow; pip install "megatron-moe[data]"') from error
     try:
-        with parquet.ParquetFile(span.path) as file:
+        with parquet.ParquetFile(span.path, pre_buffer=False) as file:
             yield file
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise DataError(f"{span.path} is no Parquet file, or a damaged one: {error}") from error

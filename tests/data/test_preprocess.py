@@ -213,6 +213,9 @@ def test_lost_bytes_are_noticed(tmp_path):
     [
         ({"json_keys": ("text", "text")}, "more than once"),
         ({"workers": -1}, "--workers -1"),
+        ({"workers": 100_000}, "--workers 100000: expected .* at most"),
+        ({"json_keys": ("../text",)}, "a key becomes part of a file's name"),
+        ({"name": "in.jsonl/out"}, r"in\.jsonl is a file, expected a folder"),
         ({"max_rejected": 2.0}, "--max-rejected 2"),
     ],
 )
@@ -220,6 +223,13 @@ def test_wrong_options(options, words, tmp_path):
     with pytest.raises(DataError, match=words):
         run(tmp_path, corpus.english(2), **options)
     assert everything_named(tmp_path) == []
+
+
+@pytest.mark.parametrize("prefix", ["", "folder/"])
+def test_a_prefix_without_a_name(prefix, tmp_path):
+    path = corpus.write_jsonl(tmp_path / "in.jsonl", ["x"])
+    with pytest.raises(DataError, match="expected a folder and the beginning of a name"):
+        preprocess.preprocess([str(path)], prefix, corpus.byte_level(tmp_path), workers=0)
 
 
 def test_nothing_but_empty_documents(tmp_path):

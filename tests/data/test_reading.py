@@ -1,6 +1,7 @@
 """Reading records: any format and compression, from anywhere on, and damage is noticed."""
 
 import gzip
+import random
 
 import corpus
 import pytest
@@ -158,3 +159,14 @@ def test_parquet_files_are_cut_between_groups_of_rows(shards, tmp_path, monkeypa
         busy += len(seen) > before
     assert seen == texts
     assert busy >= min(shards, 15)
+
+
+def test_no_more_of_a_parquet_file_is_in_memory_than_a_few_groups(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    draw = random.Random(0)
+    texts = [draw.randbytes(10_000).hex() for _ in range(800)]
+    path = corpus.write_parquet(tmp_path / "a.parquet", {"text": texts}, row_group_size=20)
+    before, most = pyarrow.total_allocated_bytes(), 0
+    for _ in read_batches(spans(path)):
+        most = max(most, pyarrow.total_allocated_bytes() - before)
+    assert 0 < most < path.stat().st_size / 4
