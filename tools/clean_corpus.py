@@ -16,7 +16,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The flags."""
     parser = argparse.ArgumentParser(
         description="Write the documents that stay as PREFIX-00000.jsonl.zst ..., and what was removed, with reasons, "
-        "as PREFIX.removed.jsonl. Without flags that remove something only broken lines are."
+        "as PREFIX.removed.jsonl. Without flags that remove something only broken lines are. Stopped, the same command "
+        "goes on after the last file that was full."
     )
     parser.add_argument(
         "--input", nargs="+", required=True, metavar="PATH",
@@ -49,7 +50,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--part-bytes", type=parse_count, default=1_000_000_000, metavar="N",
-        help="Text in one file of output (default: 1B).",
+        help="Text after which a file of output is full (default: 1B).",
     )  # fmt: skip
     parser.add_argument(
         "--workers", type=int, default=1, metavar="N", help="Processes that read and hash; 0: this one (default: 1)."

@@ -3,6 +3,7 @@
 
 import argparse
 import glob
+import os
 import sys
 from pathlib import Path
 
@@ -45,14 +46,16 @@ def main(argv: list[str] | None = None) -> int:
         where = f", writing {args.output_prefix}" if isinstance(error, OSError) and error.filename is None else ""
         print(f"error: {error}{where}", file=sys.stderr)
         return 1
-    for writer in written:
-        print(f"{writer.prefix}: {writer.documents:,} documents, {writer.tokens:,} tokens")
+    for made in written:
+        there = " there already, nothing to do" if made.existing else ""
+        print(f"{made.prefix}: {made.documents:,} documents, {made.tokens:,} tokens{there}")
     return 0
 
 
 def _datasets(word: str) -> list[str]:
-    if not glob.has_magic(word):
-        return [word.removesuffix(".idx").removesuffix(".bin")]
+    literal = word.removesuffix(".idx").removesuffix(".bin")
+    if not glob.has_magic(word) or os.path.exists(f"{literal}.idx"):
+        return [literal]
     found = sorted(path.removesuffix(".idx") for path in glob.glob(word.removesuffix(".idx") + ".idx"))
     found = [prefix for prefix in found if not prefix.endswith(".incomplete")]
     if not found:

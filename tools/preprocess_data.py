@@ -18,7 +18,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The flags; those of the tokenizer are the training run's."""
     parser = argparse.ArgumentParser(
         description="Tokenize a corpus into datasets PREFIX_KEY_document.bin/.idx, as Megatron reads them. Stopped at "
-        "any moment, the same command goes on."
+        "any moment, the same command goes on; finished, it has nothing to do."
     )
     parser.add_argument(
         "--input", nargs="+", required=True, metavar="PATH",
@@ -86,8 +86,8 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; nothing was published, and the same command goes on", file=sys.stderr)
         return 130
-    seconds = time.monotonic() - start
-    print(f"{done.documents:,} documents, {done.tokens:,} tokens in {seconds:.1f} s: {', '.join(done.prefixes)}")
+    how = "there already, nothing to do" if done.existing else f"in {time.monotonic() - start:.1f} s"
+    print(f"{done.documents:,} documents, {done.tokens:,} tokens {how}: {', '.join(done.prefixes)}")
     if done.rejected:
         print(f"{done.rejected:,} broken lines were left out, see {done.rejected_file}")
     return 0

@@ -9,27 +9,30 @@ of documents counts as near duplicates if their signatures say that they share m
 
 import dataclasses
 import hashlib
-import io
 import json
-import os
 import re
+import sys
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
+from importlib import metadata
 from typing import Any
 
 import numpy as np
-import zstandard
 
+from megatron.data.duplicates import PERMUTATIONS, SEED, Duplicates
 from megatron.data.errors import DataError
-from megatron.data.inputs import find_inputs, spans_of
+from megatron.data.files import check_prefix
+from megatron.data.inputs import STANDARD_INPUT, UNREPEATABLE, find_inputs, spans_of, stamps_of
+from megatron.data.journal import Journal
 from megatron.data.jsonl import record_texts
+from megatron.data.parts import Parts, publish
 from megatron.data.processes import in_order
 from megatron.data.progress import Progress
-from megatron.data.reading import JSON, ROW, Batch, read_batches
+from megatron.data.reading import BATCH_BYTES, JSON, ROW, Batch, Position, read_batches
 
-_PERMUTATIONS, _BANDS, _SEED, _RUN = 128, 32, 42, 5
+_RUN = 5  # words
+_EARLY = "before its first file was full"
 _WORD = re.compile(r"[\u2e80-\ua4cf\uac00-\ud7af\uf900-\ufaff]|\w+")  # scripts without spaces character by character
 
 
@@ -117,7 +120,7 @@ class _Judge:
         if runs:
             import rensa
 
-            signatures = iter(rensa.RMinHash.from_token_sets(runs, _PERMUTATIONS, _SEED))
+            signatures = iter(rensa.RMinHash.from_token_sets(runs, PERMUTATIONS, SEED))
             for judged in found:
                 if judged.reason is None:
                     judged.signature = next(signatures)
@@ -148,28 +151,6 @@ class _Judge:
         return found
 
 
-class _Duplicates:
-    """Remembers documents; says of which earlier one the next is a copy."""
-
-    def __init__(self, exact: bool, near: float | None) -> None:
-        self._seen: dict[bytes, None] | None = {} if exact else None
-        self._index = None
-        if near is not None:
-            import rensa
-
-            self._index = rensa.RMinHashDeduplicator(near, _PERMUTATIONS, True, _BANDS, _SEED)
-
-    def reason(self, judged: _Judged, place: str) -> tuple[str | None, str | None]:
-        """Why a document has to go, and where the other one stands if that is known."""
-        if self._seen is not None:
-            if judged.digest in self._seen:
-                return "exact duplicate", None
-            self._seen[judged.digest] = None
-        if self._index is not None and not self._index.add(place, judged.signature):
-            return "near duplicate", min(self._index.get_duplicates(judged.signature))
-        return None, None
-
-
 def clean(
     inputs: Sequence[str],
     output_prefix: str,
@@ -187,19 +168,21 @@ def clean(
     """Write the documents that stay as ``OUTPUT_PREFIX-00000.jsonl.zst`` and so on, in their order.
 
     What was removed is listed in OUTPUT_PREFIX.removed.jsonl (file, line, reason, and for near duplicates the file and
-    line of the first), and counted in OUTPUT_PREFIX.cleaning.json. The files get their names when all are complete.
+    line of the first), and counted in OUTPUT_PREFIX.cleaning.json. The files get their names when all are complete. The
+    same arguments go on with a run that was stopped after the last file that was full, unless they name standard input;
+    ``workers``, ``overwrite`` and ``log_interval`` may change.
 
     Args:
         inputs: as of :func:`megatron.data.inputs.find_inputs`.
         output_prefix: path and beginning of the names.
         json_key: the field with the text.
         filters: quality filters.
-        exact: leave out documents whose text was there before, letter by letter. 100 bytes of memory a document.
-        near: leave out documents that are this similar to an earlier one; between 0 and 1, such as 0.8. 3 KB of memory
-            a document.
+        exact: leave out documents whose text was there before, letter by letter. 125 bytes of memory a document.
+        near: leave out documents that are this similar to an earlier one; between 0 and 1, such as 0.8. 3.6 KB of
+            memory a document.
         against: more files, whose documents count as earlier ones and are not written: held-out data, or corpora that
             are clean already.
-        part_bytes: of text in one file of output.
+        part_bytes: of text, after which a file of output is full.
         workers: processes that read and hash; the comparison is this one's.
         overwrite: whether existing output may be replaced.
         log_interval: documents between two lines of progress where there is no terminal.
@@ -215,28 +198,51 @@ def clean(
             import rensa  # noqa: F401
         except ImportError as error:
             raise DataError('--near-duplicates needs rensa; pip install "megatron-moe[data]"') from error
-    spans = spans_of(find_inputs(inputs))
-    others = spans_of(find_inputs(against)) if against else []
+    check_prefix(output_prefix)
+    paths, others = find_inputs(inputs), find_inputs(against) if against else []
     if others and not exact and near is None:
         raise DataError("--against takes --exact-duplicates or --near-duplicates: what should be compared?")
-    writer = _Parts(output_prefix, part_bytes, overwrite)
-    done = Cleaned([])
-    try:
+    settings = {"exact": exact, "near": near, "filters": dataclasses.asdict(filters), "inputs": paths}
+    stamps = {"inputs": stamps_of(paths), "against": stamps_of(others)}
+    identity = settings | stamps | {"json_key": json_key, "part_bytes": part_bytes, "versions": _versions(near)}
+    journal = Journal(f"{output_prefix}.cleaning", identity, overwrite)
+    point = journal.last or {}
+    counts = point.get("counts", {"documents": 0, "kept": 0, "removed": {}})
+    done = Cleaned([], counts["documents"], counts["kept"], Counter(counts["removed"]))
+    if "complete" in point:  # nothing but the names is missing
+        done.files = publish(output_prefix, point["complete"])
+        journal.remove()
+        return done
+    with Parts(output_prefix, part_bytes, overwrite, journal) as writer:
+        spans, piped = spans_of(paths), STANDARD_INPUT in paths
+        if point:
+            print(f"going on after {done.documents:,} documents of an earlier run", file=sys.stderr)
+        elif writer.leftovers:
+            print(f"an earlier run was stopped {UNREPEATABLE if piped else _EARLY}: starting over", file=sys.stderr)
+
+        def save(position: Position) -> None:
+            if not piped:
+                writer.save({"position": dataclasses.asdict(position), "counts": _counts(done)} | duplicates.sync())
+
         with (
             in_order(_Judge, (json_key, filters, near), workers) as judge,
+            Duplicates(output_prefix, exact, near, point.get("seen")) as duplicates,
             Progress(sum(span.size for span in spans), log_interval) as bar,
         ):
-            duplicates = _Duplicates(exact, near)
-            for batch, judged_batch in judge(read_batches(others, (json_key,))):
+            if not point and others:
+                for batch, judged_batch in judge(read_batches(spans_of(others), (json_key,))):
+                    for judged in judged_batch:
+                        if judged.reason is None:
+                            duplicates.reason(judged.digest, judged.signature, f"{batch.span.path}:{judged.number}")
+                save(Position())
+            batch_bytes = min(BATCH_BYTES, part_bytes)  # files end where batches do
+            start = Position(**point.get("position", {}))
+            for batch, judged_batch in judge(read_batches(spans, (json_key,), start=start, batch_bytes=batch_bytes)):
                 for judged in judged_batch:
-                    if judged.reason is None:
-                        duplicates.reason(judged, f"{batch.span.path}:{judged.number}")
-            for batch, judged_batch in judge(read_batches(spans, (json_key,))):
-                for judged in judged_batch:
-                    place = f"{batch.span.path}:{judged.number}"
                     reason, first = judged.reason, None
                     if reason is None:
-                        reason, first = duplicates.reason(judged, place)
+                        place = f"{batch.span.path}:{judged.number}"
+                        reason, first = duplicates.reason(judged.digest, judged.signature, place)
                     if reason is None:
                         writer.add(judged.line)
                         done.kept += 1
@@ -244,79 +250,22 @@ def clean(
                         writer.remove(batch.span.path, judged.number, reason, first)
                         done.removed[reason.partition(":")[0]] += 1
                 done.documents += len(judged_batch)
+                if writer.full:
+                    writer.close_part()
+                    save(batch.end)
                 size = sum(len(judged.line) for judged in judged_batch)
                 bar.update(batch.consumed, len(judged_batch), size, sum(done.removed.values()))
+        if stamps != {"inputs": stamps_of(paths), "against": stamps_of(others)}:
+            raise DataError("--input: a file was changed while it was read; run again when nobody writes to it")
         if not done.kept:
             raise DataError(f"not one of {done.documents} documents stays: {dict(done.removed)}")
-        settings = {
-            "exact": exact,
-            "near": near,
-            "filters": dataclasses.asdict(filters),
-            "inputs": [s.path for s in spans],
-        }
-        done.files = writer.publish(done, settings)
-    except BaseException:
-        writer.discard()
-        raise
+        done.files = writer.publish(_counts(done), settings)
     return done
 
 
-class _Parts:
-    """The output files, under unfinished names until :meth:`publish`."""
-
-    def __init__(self, prefix: str, part_bytes: int, overwrite: bool) -> None:
-        self._prefix, self._part_bytes = Path(prefix), part_bytes
-        old = [*_parts_of(self._prefix), Path(f"{prefix}.removed.jsonl"), Path(f"{prefix}.cleaning.json")]
-        self._old = [path for path in old if path.exists()]
-        if self._old and not overwrite:
-            raise DataError(
-                f"{', '.join(map(str, self._old))} exist already; give --overwrite or another --output-prefix"
-            )
-        self._prefix.parent.mkdir(parents=True, exist_ok=True)
-        self._removed = open(f"{prefix}.incomplete.removed.jsonl", "w", encoding="utf-8")  # noqa: SIM115 - see publish
-        self._parts: list[Path] = []
-        self._file: io.BufferedIOBase | None = None
-        self._size = 0
-
-    def add(self, line: bytes) -> None:
-        if self._file is None or self._size + len(line) > self._part_bytes:
-            self._close()
-            self._parts.append(Path(f"{self._prefix}-{len(self._parts):05d}.incomplete.jsonl.zst"))
-            self._file = zstandard.open(self._parts[-1], "wb", cctx=zstandard.ZstdCompressor(write_checksum=True))
-            self._size = 0
-        self._file.write(line)
-        self._size += len(line)
-
-    def remove(self, path: str, number: int, reason: str, first: str | None) -> None:
-        record = {"file": path, "line": number, "reason": reason} | ({"like": first} if first else {})
-        self._removed.write(json.dumps(record, ensure_ascii=False) + "\n")
-
-    def publish(self, done: Cleaned, settings: dict[str, Any]) -> list[str]:
-        self._close()
-        self._removed.close()
-        counts = {"documents": done.documents, "kept": done.kept, "removed": dict(done.removed)}
-        report = Path(f"{self._prefix}.incomplete.cleaning.json")
-        report.write_text(json.dumps(counts | settings, indent=2) + "\n", encoding="utf-8")
-        for path in self._old:
-            path.unlink()
-        for path in [*self._parts, Path(self._removed.name), report]:
-            with open(path, "rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(path, str(path).replace(".incomplete.", "."))
-        return [str(path).replace(".incomplete.", ".") for path in self._parts]
-
-    def discard(self) -> None:
-        self._close()
-        self._removed.close()
-        report = Path(f"{self._prefix}.incomplete.cleaning.json")
-        for path in [*self._parts, Path(self._removed.name), report]:
-            path.unlink(missing_ok=True)
-
-    def _close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+def _counts(done: Cleaned) -> dict[str, Any]:
+    return {"documents": done.documents, "kept": done.kept, "removed": dict(done.removed)}
 
 
-def _parts_of(prefix: Path) -> Iterator[Path]:
-    yield from sorted(prefix.parent.glob(f"{prefix.name}-[0-9][0-9][0-9][0-9][0-9].jsonl.zst"))
+def _versions(near: float | None) -> dict[str, str]:
+    return {} if near is None else {"rensa": metadata.version("rensa")}

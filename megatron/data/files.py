@@ -5,6 +5,14 @@ import os
 import threading
 import zlib
 from pathlib import Path
+from typing import IO
+
+from megatron.data.errors import DataError
+
+try:
+    import fcntl
+except ImportError:  # no such locks on this platform
+    fcntl = None  # type: ignore[assignment]
 
 _PIECE = 1 << 22
 
@@ -45,3 +53,32 @@ def write_whole(contents: dict[Path, bytes]) -> None:
     finally:
         for path in unfinished.values():
             path.unlink(missing_ok=True)
+
+
+def check_prefix(prefix: str) -> None:
+    """Raise DataError where no file's name can begin with ``prefix``."""
+    if not prefix or prefix.endswith(os.sep):
+        raise DataError(
+            f"--output-prefix {prefix!r}: expected a folder and the beginning of a name, such as data/corpus"
+        )
+    for folder in Path(prefix).parents:
+        if folder.exists() and not folder.is_dir():
+            raise DataError(f"--output-prefix {prefix}: {folder} is a file, expected a folder")
+
+
+def take_lock(file: IO, prefix: str) -> None:
+    """Keep other processes from writing what this one writes as ``prefix``, until ``file`` is closed.
+
+    Raises:
+        DataError: another process has the lock.
+    """
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise DataError(
+            f"{prefix}: another process is writing it; wait for that one or give another --output-prefix"
+        ) from None
+    except OSError:  # a file system without locks
+        return

@@ -89,6 +89,27 @@ def read_index(prefix: str) -> Index:
     return index
 
 
+def index_problems(index: Index) -> list[str]:
+    """What in an index contradicts itself; reads all of it."""
+    problems = []
+    place = 0
+    for first in range(0, len(index.lengths), CHUNK):
+        lengths, places = index.lengths[first : first + CHUNK], index.places[first : first + CHUNK]
+        ends = place + np.cumsum(lengths, dtype=np.int64) * index.dtype.itemsize
+        if lengths.min() < 0 or not np.array_equal(places, np.concatenate([[place], ends[:-1]])):
+            problems.append(f"the .idx is damaged between sequences {first} and {first + len(lengths)}")
+        place = int(ends[-1])
+    rising = all((np.diff(part) >= 0).all() for part in _overlapping(index.ends))
+    if not rising or int(index.ends[0]) != 0 or int(index.ends[-1]) != len(index.lengths):
+        problems.append("the .idx is damaged: its documents do not end where its sequences do")
+    return problems
+
+
+def _overlapping(array: np.ndarray) -> Iterator[np.ndarray]:
+    for first in range(0, max(len(array) - 1, 1), CHUNK):
+        yield array[first : first + CHUNK + 1]
+
+
 def _mapped(path: str, dtype: type, count: int, offset: int) -> np.ndarray:
     if count == 0:
         return np.empty(0, dtype)

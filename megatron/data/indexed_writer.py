@@ -10,13 +10,8 @@ import numpy as np
 
 from megatron.data import manifest
 from megatron.data.errors import DataError
-from megatron.data.files import crc32, sha256
+from megatron.data.files import crc32, sha256, take_lock
 from megatron.data.index_file import read_index, write_index
-
-try:
-    import fcntl
-except ImportError:  # no such locks on this platform
-    fcntl = None  # type: ignore[assignment]
 
 UNFINISHED = ".incomplete"
 _SUFFIXES = (".bin", ".json", ".idx")  # in the order of publication: readers look for the .idx
@@ -61,11 +56,17 @@ class IndexedWriter:
         self._unfinished = prefix + UNFINISHED
         Path(prefix).parent.mkdir(parents=True, exist_ok=True)
         self._bin = open(f"{self._unfinished}.bin", "ab")  # noqa: SIM115 - held until publish or discard
-        self._take_lock()
+        try:
+            take_lock(self._bin, prefix)
+        except BaseException:
+            self._bin.close()
+            raise
         self._lengths, self._ends = (
             open(f"{self._unfinished}{suffix}", "ab")  # noqa: SIM115 - as above
             for suffix in _SCRATCH
         )
+        self.leftovers = progress is None and os.path.getsize(self._bin.name) > 0
+        """A killed process left files that are started over."""
         self._rewind()
 
     @staticmethod
@@ -174,19 +175,6 @@ class IndexedWriter:
             self.close()
             raise DataError(f"{self._unfinished}.bin is not what was written: {_START_OVER}")
 
-    def _take_lock(self) -> None:
-        if fcntl is None:
-            return
-        try:
-            fcntl.flock(self._bin, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._bin.close()
-            raise DataError(
-                f"{self.prefix}: another process is writing this dataset; wait for it or give another --output-prefix"
-            ) from None
-        except OSError:  # a file system without locks
-            return
-
     def _verify(self) -> None:
         at = self.progress
         index = read_index(self._unfinished)
@@ -224,6 +212,6 @@ def publish(prefix: str) -> None:
 
 def check_free(prefix: str) -> None:
     """Raise DataError where a dataset ``prefix`` exists, whole or in part."""
-    existing = [f"{prefix}{suffix}" for suffix in _SUFFIXES if os.path.exists(f"{prefix}{suffix}")]
+    existing = [f"{prefix}{suffix}" for suffix in _SUFFIXES if os.path.lexists(f"{prefix}{suffix}")]
     if existing:
         raise DataError(f"{', '.join(existing)} exist already; give --overwrite or another --output-prefix")

@@ -5,18 +5,23 @@ import glob
 import os
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 from megatron.data.errors import DataError
 from megatron.data.files import sha256
 
 STANDARD_INPUT = "-"
+UNREPEATABLE = "while it read standard input, which cannot be read again from where it was"
 COMPRESSIONS = (".gz", ".zst")
 FORMATS = (".jsonl", ".ndjson", ".json", ".txt", ".parquet")
 
 
 @dataclasses.dataclass(frozen=True)
 class Span:
-    """The records of one file whose first byte lies in ``[start, end)``, in bytes as the file lies on disk."""
+    """The records of one file whose first byte lies in ``[start, end)``, in bytes as the file lies on disk.
+
+    Of a Parquet file the rows of the groups that begin there, were groups all that the file holds.
+    """
 
     path: str
     start: int
@@ -84,8 +89,9 @@ def find_inputs(words: Sequence[str]) -> list[str]:
 def spans_of(paths: Sequence[str], num_shards: int = 1, shard_index: int = 0, by_line: bool = True) -> list[Span]:
     """What shard ``shard_index`` of ``num_shards`` reads: about a ``num_shards``-th of all bytes, in one stretch.
 
-    Plain files of lines are cut where a line ends. A file that is compressed or not of lines belongs as a whole to the
-    shard in which it begins. The shards' records, one shard after another, are all records in their order.
+    Plain files of lines are cut where a line ends, and Parquet files between groups of rows. A file that is compressed
+    or a document belongs as a whole to the shard in which its middle lies. The shards' records, one shard after the
+    other, are all records in their order.
 
     Args:
         paths: as :func:`find_inputs` gives them.
@@ -108,11 +114,27 @@ def spans_of(paths: Sequence[str], num_shards: int = 1, shard_index: int = 0, by
     for path, size in zip(paths, sizes, strict=True):
         start, end = max(low - before, 0), min(high - before, size)
         if not _divisible(path, by_line):
-            start, end = (0, size) if low <= before < high else (0, 0)
+            start, end = (0, size) if low <= before + size // 2 < high else (0, 0)
         if start < end or (size == 0 and num_shards == 1):
             spans.append(Span(path, start, end, size))
         before += size
     return spans
+
+
+def stamps_of(paths: Sequence[str]) -> list[list[Any]]:
+    """Path, bytes and time of the last change of each file."""
+    stats = [(path, os.stat(path)) for path in paths if path != STANDARD_INPUT]
+    return [[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats]
+
+
+def empty_shards(paths: Sequence[str], num_shards: int, by_line: bool = True) -> str | None:
+    """What to tell a user who asks for more shards than there are files, none of which can be cut; else None."""
+    if num_shards <= len(paths) or any(_divisible(path, by_line) for path in paths):
+        return None
+    return (
+        f"--num-shards {num_shards}: there are {len(paths)} files, and compressed files and documents are not cut, so "
+        f"at least {num_shards - len(paths)} shards are empty. Give more files or fewer shards"
+    )
 
 
 class Checksums:
@@ -162,6 +184,5 @@ def _readable(path: str) -> bool:
 
 
 def _divisible(path: str, by_line: bool) -> bool:
-    if path.endswith(COMPRESSIONS):
-        return False
-    return format_of(path) == ".jsonl" or (format_of(path) == ".txt" and by_line)
+    kind = format_of(path)
+    return kind == ".parquet" or (not path.endswith(COMPRESSIONS) and (kind == ".jsonl" or by_line))

@@ -11,7 +11,7 @@ import numpy as np
 from megatron.data import manifest
 from megatron.data.errors import DataError
 from megatron.data.files import sha256
-from megatron.data.index_file import CHUNK, Index, chunks, read_index
+from megatron.data.index_file import CHUNK, Index, chunks, index_problems, read_index
 from megatron.data.tokenizer import Tokenizer
 
 _BAR = 40
@@ -140,7 +140,7 @@ def verify(prefix: str, tokenizer: Tokenizer | None = None) -> tuple[list[str], 
         facts = manifest.read(prefix)
     except DataError as error:
         return [str(error)], []
-    problems, remarks = _index_problems(index), []
+    problems, remarks = index_problems(index), []
     if facts is None:
         remarks.append("there is no manifest: tokenizer, inputs and checksums cannot be checked")
     else:
@@ -167,21 +167,6 @@ def verify(prefix: str, tokenizer: Tokenizer | None = None) -> tuple[list[str], 
     if vocab_size is not None and highest >= vocab_size:
         problems.append(f"token {highest} is outside of the vocabulary, which ends at {vocab_size - 1}")
     return problems, remarks
-
-
-def _index_problems(index: Index) -> list[str]:
-    problems = []
-    place = 0
-    for first in range(0, len(index.lengths), CHUNK):
-        lengths, places = index.lengths[first : first + CHUNK], index.places[first : first + CHUNK]
-        ends = place + np.cumsum(lengths, dtype=np.int64) * index.dtype.itemsize
-        if lengths.min() < 1 or not np.array_equal(places, np.concatenate([[place], ends[:-1]])):
-            problems.append(f"the .idx is damaged between sequences {first} and {first + len(lengths)}")
-        place = int(ends[-1])
-    rising = all((np.diff(part) >= 0).all() for part in _overlapping(index.ends))
-    if not rising or int(index.ends[0]) != 0 or int(index.ends[-1]) != len(index.lengths):
-        problems.append("the .idx is damaged: its documents do not end where its sequences do")
-    return problems
 
 
 def _check_input(entry: dict[str, Any], problems: list[str], remarks: list[str]) -> None:
@@ -223,8 +208,3 @@ def _median(index: Index, counts: np.ndarray) -> float:
     gap = below[wanted[-1]] - below[wanted[0] + 1] if len(wanted) > 1 else 0
     assert gap == 0  # the two middle ones are neighbours
     return float(np.mean([kept[middle - start] for middle in middles]))
-
-
-def _overlapping(array: np.ndarray) -> Iterator[np.ndarray]:
-    for first in range(0, max(len(array) - 1, 1), CHUNK):
-        yield array[first : first + CHUNK + 1]

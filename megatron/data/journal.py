@@ -44,11 +44,14 @@ class Journal:
     def save(self, point: dict[str, Any]) -> None:
         """Note a point. What it speaks of must be on the disk."""
         aside = self.path.with_name(self.path.name + ".new")
-        with open(aside, "w", encoding="utf-8") as file:
-            json.dump({"run": self._identity, "point": point}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, self.path)
+        try:
+            with open(aside, "w", encoding="utf-8") as file:
+                json.dump({"run": self._identity, "point": point}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(aside, self.path)
+        finally:
+            aside.unlink(missing_ok=True)
         self.last = point
 
     def remove(self) -> None:

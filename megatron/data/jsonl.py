@@ -50,8 +50,9 @@ def document_texts(line: bytes, keys: Sequence[str], first_line: bool = False) -
         line = line.removeprefix(_BOM)
     if not line.strip():
         return None
+    text = _decoded(line)
     try:
-        record = json.loads(_decoded(line))
+        record = json.loads(text)
     except json.JSONDecodeError as error:
         raise DataError(f"not JSON: {error.msg} at character {error.pos}") from None
     except ValueError as error:  # a number of thousands of digits

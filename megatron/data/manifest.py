@@ -4,6 +4,7 @@ Datasets made by other tools have none; they are read all the same.
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import platform
@@ -40,8 +41,16 @@ class Manifest:
     """Prefixes of the datasets that this one was merged or cut from."""
     checksums: dict[str, str] = dataclasses.field(default_factory=dict)
     """SHA-256 of the ``bin`` and the ``idx``."""
+    command: str = ""
+    """:func:`digest` of the run's inputs (names and sizes), flags and tokenizer, the same for all shards of a corpus;
+    of a merged dataset, of the checksums of what it was made from; empty where it was cut."""
     versions: dict[str, str] = dataclasses.field(default_factory=lambda: versions())
     format: int = FORMAT
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of something JSON-able."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def describe_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -91,9 +100,30 @@ def read(prefix: str) -> Manifest | None:
         found = json.loads(path.read_text(encoding="utf-8"))
         if found.get("format", 1) > FORMAT:
             raise ValueError(f"its format is {found['format']}, this version knows up to {FORMAT}")
-        return Manifest(**found)
+        facts = Manifest(**found)
+        if problem := _problem(facts):
+            raise ValueError(problem)
+        return facts
     except (AttributeError, ValueError, TypeError) as error:
         raise DataError(
             f"{path} is no manifest of tools/preprocess_data.py: {error}. "
             "Move it away if it belongs to something else, or preprocess anew with --overwrite"
         ) from error
+
+
+_KINDS = {"tokenizer": dict, "inputs": list, "made_from": list, "checksums": dict, "versions": dict}
+_KINDS |= {"documents": int, "tokens": int, "rejected": int, "json_key": str, "append_eod": bool, "command": str}
+
+
+def _problem(facts: Manifest) -> str | None:
+    """What a manifest that was damaged, or written by hand, has in the wrong place."""
+    for name, kind in _KINDS.items():
+        if not isinstance(getattr(facts, name), kind):
+            return f"{name} is {getattr(facts, name)!r}"
+    parts = [("tokenizer", facts.tokenizer, ("kind", "fingerprint", "vocab_size", "eod"))]
+    parts += [("shard", facts.shard, ("index", "count"))] if facts.shard is not None else []
+    parts += [("an input", entry, ("path", "bytes")) for entry in facts.inputs]
+    for what, part, names in parts:
+        if not isinstance(part, dict) or any(name not in part for name in names):
+            return f"{what} is {part!r}, expected {', '.join(names)}"
+    return None

@@ -1,6 +1,7 @@
 """Several datasets into one, and one into several: whole .bin/.idx each, verified, with a manifest."""
 
 import dataclasses
+import hashlib
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -8,7 +9,8 @@ import numpy as np
 from megatron.data import manifest
 from megatron.data.dataset_checks import SPLITS, parse_split
 from megatron.data.errors import DataError
-from megatron.data.index_file import CHUNK, Index, read_index
+from megatron.data.files import check_prefix, sha256
+from megatron.data.index_file import CHUNK, Index, index_problems, read_index
 from megatron.data.indexed_writer import IndexedWriter
 from megatron.data.progress import Progress
 
@@ -19,18 +21,31 @@ class _Source:
     index: Index
     facts: manifest.Manifest | None
 
+    @property
+    def shard(self) -> dict[str, int] | None:
+        return self.facts.shard if self.facts else None
 
-def merge(prefixes: Sequence[str], output: str, *, overwrite: bool = False) -> IndexedWriter:
+
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """A dataset that was made."""
+
+    prefix: str
+    documents: int
+    tokens: int
+    existing: bool = False
+    """It was made of the same datasets before, and there was nothing to do."""
+
+
+def merge(prefixes: Sequence[str], output: str, *, overwrite: bool = False) -> Written:
     """Write all documents of ``prefixes``, one dataset after another, as the dataset ``output``.
 
     Shards of one corpus are put into their order, whatever the order of ``prefixes``; all of them must be there.
 
-    Returns:
-        The writer, for its counts.
-
     Raises:
         DataError: a dataset is missing or damaged, the tokenizers or types of tokens differ, or a shard is missing.
     """
+    check_prefix(output)
     if len(prefixes) < 2:
         raise DataError(f"{len(prefixes)} dataset(s) to merge; give two or more prefixes, or a pattern for them")
     if twice := sorted({prefix for prefix in prefixes if prefixes.count(prefix) > 1}):
@@ -38,10 +53,12 @@ def merge(prefixes: Sequence[str], output: str, *, overwrite: bool = False) -> I
     sources = _ordered([_open(prefix) for prefix in prefixes])
     _check_alike(sources)
     facts = _merged_facts(sources)
+    if facts and not overwrite and (found := _existing(output, facts)):
+        return found
     return _write(output, sources, [(0, source.index.documents) for source in sources], facts, overwrite)
 
 
-def split(prefix: str, output: str, shares: str, *, overwrite: bool = False) -> list[IndexedWriter]:
+def split(prefix: str, output: str, shares: str, *, overwrite: bool = False) -> list[Written]:
     """Cut ``prefix`` into ``OUTPUT_train``, ``OUTPUT_valid`` and ``OUTPUT_test``, where training with --split cuts.
 
     Args:
@@ -53,7 +70,11 @@ def split(prefix: str, output: str, shares: str, *, overwrite: bool = False) -> 
     Raises:
         DataError: the dataset is missing or damaged, or a share leaves no document.
     """
+    check_prefix(output)
     source = _open(prefix)
+    expected = source.facts.checksums.get("bin") if source.facts else None
+    if expected and sha256(f"{prefix}.bin") != expected:
+        raise DataError(_changed(prefix, "bin"))
     written, start = [], 0.0
     cuts = []
     for name, share in zip(SPLITS, parse_split(shares), strict=True):
@@ -66,26 +87,49 @@ def split(prefix: str, output: str, shares: str, *, overwrite: bool = False) -> 
     for name, first, last in cuts:
         facts = None
         if source.facts:
-            facts = dataclasses.replace(source.facts, made_from=[f"{prefix}[{first}:{last}]"], shard=None)
+            facts = dataclasses.replace(source.facts, made_from=[f"{prefix}[{first}:{last}]"], shard=None, command="")
         written.append(_write(f"{output}_{name}", [source], [(first, last)], facts, overwrite))
     return written
 
 
 def _open(prefix: str) -> _Source:
-    return _Source(prefix, read_index(prefix), manifest.read(prefix))
+    source = _Source(prefix, read_index(prefix), manifest.read(prefix))
+    if problems := index_problems(source.index):
+        raise DataError(f"{prefix}: {'; '.join(problems)}")
+    expected = source.facts.checksums.get("idx") if source.facts else None
+    if expected and sha256(f"{prefix}.idx") != expected:
+        raise DataError(_changed(prefix, "idx"))
+    return source
+
+
+def _changed(prefix: str, what: str) -> str:
+    return f"{prefix}.{what} is not the file that its manifest speaks of; tools/inspect_dataset.py --verify says more"
 
 
 def _ordered(sources: list[_Source]) -> list[_Source]:
-    """Shards of one corpus in their order; anything else as it is."""
-    shards = [source.facts.shard for source in sources if source.facts and source.facts.shard]
-    if len(shards) < len(sources) or len({shard["count"] for shard in shards}) > 1:
+    """Shards of one corpus in their order; datasets that are no shards as they are."""
+    first = next((source for source in sources if source.shard), None)
+    if first is None or first.shard is None:
         return sources
-    count = shards[0]["count"]
-    if missing := sorted(set(range(count)) - {shard["index"] for shard in shards}):
+    count, placed = first.shard["count"], {}
+    for source in sources:
+        if source.shard is None or source.shard["count"] != count:
+            what = f"one of {source.shard['count']} shards" if source.shard else "no shard"
+            raise DataError(f"{first.prefix} is one of {count} shards, {source.prefix} is {what}; {_ONE_CORPUS}")
+        if source.facts.command != first.facts.command:  # type: ignore[union-attr] - shards have facts
+            raise DataError(
+                f"{first.prefix} and {source.prefix} are shards of different inputs or flags; {_ONE_CORPUS}, or make "
+                "the older shards anew"
+            )
+        placed[source.shard["index"]] = source
+    if missing := sorted(set(range(count)) - set(placed)):
         raise DataError(f"these are {len(sources)} of {count} shards; missing: {', '.join(map(str, missing))}")
     if len(sources) > count:
         raise DataError(f"{len(sources)} datasets say that they are one of {count} shards: they are not of one corpus")
-    return sorted(sources, key=lambda source: source.facts.shard["index"])  # type: ignore[union-attr, index]
+    return [placed[index] for index in range(count)]
+
+
+_ONE_CORPUS = "merge the shards of one corpus at a time"
 
 
 def _check_alike(sources: list[_Source]) -> None:
@@ -122,8 +166,20 @@ def _merged_facts(sources: list[_Source]) -> manifest.Manifest | None:
         rejected=sum(part.rejected for part in facts),
         inputs=[entry for part in facts for entry in part.inputs],
         shard=None,
+        command=manifest.digest([part.checksums for part in facts]),
         made_from=[source.prefix for source in sources],
     )
+
+
+def _existing(output: str, facts: manifest.Manifest) -> Written | None:
+    """The dataset ``output``, if it is there and was merged from these very datasets."""
+    try:
+        read_index(output)
+        found = manifest.read(output)
+    except DataError:
+        return None
+    same = found is not None and (found.command, found.made_from) == (facts.command, facts.made_from)
+    return Written(output, found.documents, found.tokens, existing=True) if found and same else None
 
 
 def _write(
@@ -132,7 +188,7 @@ def _write(
     ranges: Sequence[tuple[int, int]],
     facts: manifest.Manifest | None,
     overwrite: bool,
-) -> IndexedWriter:
+) -> Written:
     writer = IndexedWriter(output, sources[0].index.dtype.type, overwrite)
     total = sum(last - first for first, last in ranges)
     try:
@@ -151,12 +207,13 @@ def _write(
         writer.discard()
         raise
     writer.publish()
-    return writer
+    return Written(output, writer.documents, writer.tokens)
 
 
 def _pieces(source: _Source, first: int, last: int) -> Iterator[tuple[bytes, np.ndarray, np.ndarray]]:
     """Tokens, lengths of sequences and ends of documents ``[first, last)``, some at a time."""
-    index = source.index
+    index, digest = source.index, hashlib.sha256()
+    expected = source.facts.checksums.get("bin") if source.facts and last - first == index.documents else None
     with open(f"{source.prefix}.bin", "rb") as file:
         while first < last:
             ends = np.array(index.ends[first : min(first + CHUNK // 16, last) + 1])
@@ -172,5 +229,8 @@ def _pieces(source: _Source, first: int, last: int) -> Iterator[tuple[bytes, np.
             data = file.read(size)
             if len(data) != size:
                 raise DataError(f"{source.prefix}.bin ended early: it was changed while it was read")
+            digest.update(data)
             yield data, lengths[:sequences], ends[1 : count + 1] - ends[0]
             first += count
+    if expected and digest.hexdigest() != expected:
+        raise DataError(_changed(source.prefix, "bin"))

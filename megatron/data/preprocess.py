@@ -17,8 +17,19 @@ from megatron.config import DataConfig
 from megatron.data import indexed_writer, manifest, rejects
 from megatron.data.encoding import EncodedBatch, make_encoder
 from megatron.data.errors import DataError
+from megatron.data.files import check_prefix
+from megatron.data.index_file import read_index
 from megatron.data.indexed_writer import IndexedWriter, check_free
-from megatron.data.inputs import STANDARD_INPUT, Checksums, Span, find_inputs, spans_of
+from megatron.data.inputs import (
+    STANDARD_INPUT,
+    UNREPEATABLE,
+    Checksums,
+    Span,
+    empty_shards,
+    find_inputs,
+    spans_of,
+    stamps_of,
+)
 from megatron.data.journal import Journal
 from megatron.data.processes import in_order
 from megatron.data.progress import Progress
@@ -38,6 +49,8 @@ class Summary:
     tokens: int = 0
     rejected: int = 0
     rejected_file: str | None = None
+    existing: bool = False
+    """The same run was made before, and there was nothing to do."""
 
 
 def preprocess(
@@ -57,8 +70,8 @@ def preprocess(
 ) -> Summary:
     """Tokenize a corpus into one dataset for each key, ``OUTPUT_PREFIX_KEY_document``.
 
-    A run that did not finish is gone on with by the same arguments. ``workers``, ``max_rejected``, ``overwrite`` and
-    ``log_interval`` may change.
+    A run that did not finish is gone on with by the same arguments, and one that did is left as it is. ``workers``,
+    ``max_rejected``, ``overwrite`` and ``log_interval`` may change.
 
     Args:
         inputs: files, glob patterns, folders, or ``-`` for JSON lines from standard input; see
@@ -82,40 +95,47 @@ def preprocess(
     """
     if len(set(json_keys)) < len(json_keys):
         raise DataError(f"--json-keys {' '.join(json_keys)}: a key is given more than once")
+    if unfit := [key for key in json_keys if os.sep in key or not key]:
+        raise DataError(f"--json-keys {' '.join(unfit)}: a key becomes part of a file's name, so without {os.sep}")
+    check_prefix(output_prefix)
     if text_documents not in TEXT_DOCUMENTS:
         raise DataError(f"--text-documents {text_documents}: expected one of {', '.join(TEXT_DOCUMENTS)}")
     paths = find_inputs(inputs)
     spans = spans_of(paths, num_shards, shard_index, by_line=text_documents == "line")
-    stamps = _stamps(paths)
+    stamps = stamps_of(paths)
+    if note := empty_shards(paths, num_shards, by_line=text_documents == "line"):
+        print(f"warning: {note}", file=sys.stderr)
     if num_shards > 1:
         output_prefix = f"{output_prefix}-{shard_index:05d}-of-{num_shards:05d}"
     prefixes = [f"{output_prefix}_{key}_document" for key in json_keys]
     tokenizer = build_tokenizer(data)
-    identity = {
-        "inputs": stamps,
-        "shard": [shard_index, num_shards],
+    flags = {
         "json_keys": list(json_keys),
         "append_eod": append_eod,
         "text_documents": text_documents,
         "tokenizer": manifest.describe_tokenizer(tokenizer),
-        "versions": manifest.versions(),
     }
+    command = manifest.digest(flags | {"inputs": [stamp[:2] for stamp in stamps], "shards": num_shards})
+    shard = {"index": shard_index, "count": num_shards} if num_shards > 1 else None
+    identity = flags | {"inputs": stamps, "shard": shard, "versions": manifest.versions()}
     journal = Journal(output_prefix, identity, overwrite)
     total_bytes = sum(span.end - span.start for span in spans)
     listed = Rejects(output_prefix, max_rejected, total_bytes)
     if journal.last and "verified" in journal.last:  # nothing but the names is missing
         return _publish(journal, output_prefix, prefixes)
     if not overwrite:
+        if found := _finished(output_prefix, prefixes, command, shard, stamps):
+            return found
         for prefix in prefixes:
             check_free(prefix)
-    with _Run(journal, listed, prefixes, tokenizer, overwrite) as run:
+    with _Run(journal, listed, prefixes, tokenizer, overwrite, STANDARD_INPUT in paths) as run:
         with (
             in_order(make_encoder, (data, tuple(json_keys), append_eod), workers) as encode,
             Progress(total_bytes, log_interval) as bar,
         ):
             batches = encode(read_batches(spans, json_keys, text_documents=text_documents, start=run.position))
             digests = _write(run, batches, bar, spans)
-        if _stamps(paths) != stamps:
+        if stamps_of(paths) != stamps:
             raise DataError("--input: a file was changed while it was read; run again when nobody writes to it")
         for key, writer in zip(json_keys, run.writers, strict=True):
             if writer.tokens == 0 and num_shards == 1:
@@ -130,7 +150,8 @@ def preprocess(
                     tokens=writer.tokens,
                     rejected=listed.count,
                     inputs=_describe(spans, digests),
-                    shard={"index": shard_index, "count": num_shards} if num_shards > 1 else None,
+                    shard=shard,
+                    command=command,
                 )
             )
         run.verified()
@@ -160,9 +181,15 @@ class _Run:
     """The files under construction, and the journal that goes with them."""
 
     def __init__(
-        self, journal: Journal, listed: Rejects, prefixes: Sequence[str], tokenizer: Tokenizer, overwrite: bool
+        self,
+        journal: Journal,
+        listed: Rejects,
+        prefixes: Sequence[str],
+        tokenizer: Tokenizer,
+        overwrite: bool,
+        piped: bool,
     ) -> None:
-        self._journal, self.rejects = journal, listed
+        self._journal, self.rejects, self._piped = journal, listed, piped
         self._point: dict[str, Any] = journal.last or {}
         self.position = Position(**self._point.get("position", {}))
         self.writers: list[IndexedWriter] = []
@@ -171,7 +198,7 @@ class _Run:
         dtype = IndexedWriter.dtype_for(tokenizer.vocab_size)
         try:
             for prefix, progress in zip(prefixes, done, strict=True):
-                at = indexed_writer.Progress(**progress)
+                at = indexed_writer.Progress(**progress) if progress else None
                 self.writers.append(IndexedWriter(prefix, dtype, overwrite, at))
             if journal.last is None:
                 journal.remove()  # another run's, to be overwritten
@@ -179,6 +206,9 @@ class _Run:
         except BaseException:
             self._end(keep=journal.last is not None)
             raise
+        if not self._point and self.writers[0].leftovers:
+            how = UNREPEATABLE if piped else "before it had noted how far it was"
+            print(f"an earlier run was stopped {how}: starting over", file=sys.stderr)
         if self._point:
             print(f"going on after {self.writers[0].documents:,} documents of an earlier run", file=sys.stderr)
 
@@ -197,7 +227,7 @@ class _Run:
         for writer, tokens, lengths in zip(self.writers, encoded.tokens, encoded.lengths, strict=True):
             writer.add(tokens, lengths)
         self.rejects.add(batch, encoded.rejected)
-        if time.monotonic() >= self._due and batch.span.path != STANDARD_INPUT:
+        if time.monotonic() >= self._due and not self._piped:
             self._save({"position": dataclasses.asdict(batch.end)})
             self._due = time.monotonic() + JOURNAL_SECONDS
 
@@ -230,10 +260,25 @@ def _publish(journal: Journal, output_prefix: str, prefixes: Sequence[str]) -> S
     return Summary(list(prefixes), point["writers"][0]["documents"], tokens, rejected, rejected_file)
 
 
-def _stamps(paths: Sequence[str]) -> list[list[Any]]:
-    """Path, bytes and time of the last change of each file."""
-    stats = [(path, os.stat(path)) for path in paths if path != STANDARD_INPUT]
-    return [[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats]
+def _finished(
+    output_prefix: str, prefixes: Sequence[str], command: str, shard: dict[str, int] | None, stamps: list[list[Any]]
+) -> Summary | None:
+    """What stands under the final names, if this very run has made it from these very inputs."""
+    try:
+        found = [manifest.read(prefix) for prefix in prefixes]
+        for prefix in prefixes:
+            read_index(prefix)
+    except DataError:
+        return None
+    facts = [entry for entry in found if entry and entry.command == command and entry.shard == shard]
+    if len(facts) < len(prefixes) or not stamps or any(entry.versions != manifest.versions() for entry in facts):
+        return None
+    made = min(os.stat(f"{prefix}.idx").st_mtime_ns for prefix in prefixes)
+    if made < max(changed for _, _, changed in stamps):
+        return None
+    rejected_file = f"{output_prefix}.rejected.jsonl" if facts[0].rejected else None
+    tokens = sum(entry.tokens for entry in facts)
+    return Summary(list(prefixes), facts[0].documents, tokens, facts[0].rejected, rejected_file, existing=True)
 
 
 def _describe(spans: Sequence[Span], digests: Sequence[str]) -> list[dict[str, Any]]:

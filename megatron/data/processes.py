@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from megatron.data.errors import DataError
 
 _QUEUED_PER_WORKER = 4
+_WORKERS_PER_CORE = 8  # each takes 100 MB and more
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -36,10 +37,14 @@ def in_order(
         What turns items into pairs of item and result; no more than a few items a worker are under way at a time.
 
     Raises:
-        DataError: the number is negative, or a worker died.
+        DataError: the number is negative or far beyond the machine's cores, or a worker died.
     """
     if workers < 0:
         raise DataError(f"--workers {workers}: expected 0 (work in this process) or more")
+    if workers > (most := _WORKERS_PER_CORE * (os.cpu_count() or 1)):
+        raise DataError(
+            f"--workers {workers}: expected {most} at most, {_WORKERS_PER_CORE} for each core of this machine"
+        )
     if workers == 0:
         function = make(*arguments)
         yield lambda items: ((item, function(item)) for item in items)

@@ -3,9 +3,11 @@
 Files of lines may be compressed (.gz, .zst). No file is ever held as a whole, but a text file that is one document.
 """
 
+import contextlib
 import dataclasses
 import gzip
 import io
+import itertools
 import sys
 import zlib
 from collections.abc import Iterator, Sequence
@@ -84,8 +86,13 @@ def read_batches(
 
 
 def lines_before(span: Span) -> int:
-    """Number of lines of the file that end before the span's first one begins."""
+    """Number of lines of the file that end before the span's first one begins; of rows of a Parquet file."""
     count, left = 0, 0
+    if format_of(span.path) == ".parquet":
+        with _parquet(span) as file:
+            begins = _group_begins(file, span.size)
+            rows = (file.metadata.row_group(group).num_rows for group in range(file.num_row_groups))
+            return sum(count for count, begin in zip(rows, begins, strict=False) if begin < span.start)
     if span.start > 0:
         with open(span.path, "rb") as file:
             left = span.start - 1
@@ -155,23 +162,23 @@ def _read_whole(span: Span, keys: Sequence[str], offset: int, batch_bytes: int) 
 
 
 def _read_rows(span: Span, keys: Sequence[str], offset: int, batch_bytes: int) -> _Read:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise DataError(f'{span.path}: reading Parquet needs pyarrow; pip install "megatron-moe[data]"') from error
-    try:
-        file = parquet.ParquetFile(span.path)
+    with _parquet(span) as file:
         names = file.schema_arrow.names
         if missing := [key for key in keys if key not in names]:
             raise DataError(f"{span.path} has no column {', '.join(missing)}; its columns: {', '.join(names)}")
-        rows, sizes = file.metadata.num_rows, [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
-        group, skip = 0, offset  # whole groups that are done need not be read again
-        while group < len(sizes) and skip >= sizes[group]:
-            skip -= sizes[group]
-            group += 1
-        done, groups = offset, list(range(group, len(sizes)))
-        for table in file.iter_batches(batch_size=_ROWS, row_groups=groups, columns=list(keys)):
+        begins = _group_begins(file, span.size)
+        groups = [group for group in range(file.num_row_groups) if span.start <= begins[group] < span.end]
+        sizes = {group: file.metadata.row_group(group).num_rows for group in groups}
+        rows, skip = sum(sizes.values()), offset
+        while groups and skip >= sizes[groups[0]]:  # whole groups that are done need not be read again
+            skip -= sizes[groups.pop(0)]
+        done = offset
+        tables = (  # a group at a time: asked for many, pyarrow keeps all of them
+            table
+            for group in groups
+            for table in file.iter_batches(batch_size=_ROWS, row_groups=[group], columns=list(keys))
+        )
+        for table in tables:
             if skip >= len(table):
                 skip -= len(table)
                 continue
@@ -179,9 +186,28 @@ def _read_rows(span: Span, keys: Sequence[str], offset: int, batch_bytes: int) -
             skip = 0
             records = [dict(zip(keys, values, strict=True)) for values in zip(*columns, strict=True)]
             done += len(records)
-            yield records, done, span.size * done // max(rows, 1)
+            yield records, done, (span.end - span.start) * done // max(rows, 1)
+
+
+@contextlib.contextmanager
+def _parquet(span: Span) -> Iterator[Any]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise DataError(f'{span.path}: reading Parquet needs pyarrow; pip install "megatron-moe[data]"') from error
+    try:
+        with parquet.ParquetFile(span.path, pre_buffer=False) as file:
+            yield file
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise DataError(f"{span.path} is no Parquet file, or a damaged one: {error}") from error
+
+
+def _group_begins(file: Any, size: int) -> list[int]:
+    """Where each group of rows begins, were groups all that a file of ``size`` bytes holds."""
+    groups = [file.metadata.row_group(group) for group in range(file.num_row_groups)]
+    sizes = [sum(group.column(column).total_compressed_size for column in range(group.num_columns)) for group in groups]
+    return [before * size // max(sum(sizes), 1) for before in itertools.accumulate(sizes[:-1], initial=0)]
 
 
 def _decompressed(path: str, raw: BinaryIO) -> BinaryIO:

@@ -1,15 +1,21 @@
 """What is removed from a corpus, and that everything else stays as it was."""
 
+import itertools
 import json
+import os
 import random
+import sys
 from pathlib import Path
 
 import corpus
 import pytest
 import zstandard
 
+from megatron.data import cleaning
 from megatron.data.cleaning import Filters, clean
 from megatron.data.errors import DataError
+from megatron.data.files import take_lock
+from megatron.data.reading import read_batches
 
 
 def run(folder: Path, texts: list[str], name="out", **options):
@@ -139,3 +145,96 @@ def test_errors_leave_nothing(tmp_path):
     with pytest.raises(DataError, match=r"out-00000.*--overwrite"):
         run(tmp_path, ["c"])
     assert kept(run(tmp_path, ["c"], overwrite=True)) == ["c"]
+
+
+@pytest.mark.parametrize("near", [None, 0.8])
+def test_a_stopped_run_goes_on_after_its_full_files(near, tmp_path, monkeypatch):
+    """With what was seen before, in --against too, and without reading anything twice."""
+    if near:
+        pytest.importorskip("rensa")
+    held_out = corpus.write_jsonl(tmp_path / "held_out.jsonl", corpus.english(3, seed=1, words=60))
+    texts = corpus.english(100, words=60)
+    texts += [*corpus.english(3, seed=1, words=60), *texts[:50], *(text + " more" for text in texts[:50] if near), "{"]
+    path = corpus.write_jsonl(tmp_path / "in.jsonl", texts)
+    options = {"exact": True, "near": near, "against": [str(held_out)], "part_bytes": 5000, "workers": 0}
+    whole = clean([str(path)], str(tmp_path / "whole"), **options)
+    starts = []
+
+    def until(most):
+        def read(spans, *args, **others):
+            if "start" in others:
+                starts.append(others["start"].offset)
+            for number, batch in enumerate(read_batches(spans, *args, **others)):
+                if "start" in others and number == most:
+                    raise OSError(28, "No space left on device")
+                yield batch
+
+        return read
+
+    for most in (2, 1, 3):
+        monkeypatch.setattr(cleaning, "read_batches", until(most))
+        with pytest.raises(OSError, match="No space"):
+            clean([str(path)], str(tmp_path / "out"), **options)
+        (tmp_path / "out-00099.incomplete.jsonl.zst").write_bytes(b"of a later point")
+        with open(tmp_path / "out.incomplete.seen", "ab") as file:
+            file.write(b"of a later point")
+    with pytest.raises(DataError, match=r"another one: it differs in filters\..*--overwrite"):
+        clean([str(path)], str(tmp_path / "out"), filters=Filters(min_characters=9), **options)
+    monkeypatch.setattr(cleaning, "read_batches", until(10**9))
+    done = clean([str(path)], str(tmp_path / "out"), **options)
+    assert starts == sorted(set(starts))
+    assert starts[0] == 0 < len(starts) - 1
+    assert (done.documents, done.kept, done.removed) == (whole.documents, whole.kept, whole.removed)
+    assert len(done.files) == len(whole.files) > 3
+    for one, other in zip(done.files, whole.files, strict=True):
+        assert Path(one).read_bytes() == Path(other).read_bytes()
+    for name in ("removed.jsonl", "cleaning.json"):
+        assert (tmp_path / f"out.{name}").read_bytes() == (tmp_path / f"whole.{name}").read_bytes()
+    assert not list(tmp_path.glob("*incomplete*"))
+
+
+@pytest.mark.parametrize("renamed", [1, 2, 3])
+def test_interrupted_between_the_final_names(renamed, tmp_path, monkeypatch):
+    """Also where old output is replaced: nothing of the new is lost, nothing of the old is left."""
+    run(tmp_path, corpus.english(50, seed=1), part_bytes=1000)
+    texts = corpus.english(9)
+    corpus.write_jsonl(tmp_path / "in.jsonl", texts)
+    replace, count = os.replace, itertools.count(1)
+
+    def fail(source, target):
+        if not str(source).endswith(".new") and next(count) > renamed:
+            raise OSError(5, "Input/output error")
+        replace(source, target)
+
+    options = {"overwrite": True, "part_bytes": 1000, "workers": 0}
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fail)
+        with pytest.raises(OSError, match="Input/output"):
+            clean([str(tmp_path / "in.jsonl")], str(tmp_path / "out"), **options)
+    monkeypatch.setattr(cleaning, "read_batches", None)
+    done = clean([str(tmp_path / "in.jsonl")], str(tmp_path / "out"), **options)
+    assert kept(done) == texts
+    assert done.documents == done.kept == 9
+    names = [Path(file).name for file in done.files]
+    assert sorted(path.name for path in tmp_path.glob("out*")) == [*names, "out.cleaning.json", "out.removed.jsonl"]
+
+
+def test_what_a_killed_run_left_is_told(tmp_path, monkeypatch, capsys):
+    (tmp_path / "out-00000.incomplete.jsonl.zst").write_bytes(b"half a file")
+    path = corpus.write_jsonl(tmp_path / "in.jsonl", ["a", "b"])
+    with open(path, "rb") as file:
+        monkeypatch.setattr(sys, "stdin", file)
+        done = clean(["-"], str(tmp_path / "out"), workers=0)
+    assert "standard input, which cannot be read again from where it was: starting over" in capsys.readouterr().err
+    assert kept(done) == ["a", "b"]
+    (tmp_path / "new-00000.incomplete.jsonl.zst").write_bytes(b"half a file")
+    clean([str(path)], str(tmp_path / "new"), workers=0)
+    assert "stopped before its first file was full: starting over" in capsys.readouterr().err
+
+
+def test_two_runs_at_the_same_time(tmp_path):
+    with open(tmp_path / "out.incomplete.removed.jsonl", "w") as file:
+        take_lock(file, "out")
+        with pytest.raises(DataError, match="another process is writing"):
+            run(tmp_path, ["a"])
+    assert kept(run(tmp_path, ["a"])) == ["a"]

@@ -7,7 +7,7 @@ import corpus
 import pytest
 
 from megatron.data.errors import DataError
-from megatron.data.inputs import Checksums, find_inputs, format_of, spans_of
+from megatron.data.inputs import Checksums, empty_shards, find_inputs, format_of, spans_of
 
 
 def test_files_patterns_and_folders(tmp_path, monkeypatch):
@@ -56,6 +56,25 @@ def test_shards_that_cannot_be(tmp_path):
             spans_of([path], count, index)
     with pytest.raises(DataError, match="standard input cannot be cut"):
         spans_of(["-"], 2, 0)
+
+
+def test_whole_files_are_spread_by_their_sizes(tmp_path):
+    def shards(sizes, count):
+        paths = [tmp_path / f"{number}.jsonl.zst" for number in range(len(sizes))]
+        for path, size in zip(paths, sizes, strict=True):
+            path.write_bytes(bytes(size))
+        paths = [str(path) for path in paths]
+        found = [[span.size for span in spans_of(paths, count, index)] for index in range(count)]
+        return found, empty_shards(paths, count)
+
+    assert shards([1000, 1000, 3000, 1000], 2) == ([[1000, 1000], [3000, 1000]], None)
+    assert shards([100] * 4, 4) == ([[100]] * 4, None)
+    found, note = shards([100, 100], 5)
+    assert sorted(found, key=len) == [[], [], [], [100], [100]]
+    assert "there are 2 files" in note
+    assert "at least 3 shards are empty" in note
+    plain = str(corpus.write_jsonl(tmp_path / "a.jsonl", ["x"]))
+    assert empty_shards([plain], 5) is None
 
 
 def test_checksums(tmp_path):

@@ -1,5 +1,6 @@
 """Datasets into one and one into several: the documents stay the same, and what does not go together is refused."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -111,9 +112,66 @@ def test_all_shards_must_be_there(tmp_path):
         merge([*shards, str(tmp_path / "copy")], str(tmp_path / "out"))
 
 
+def test_shards_of_different_runs(tmp_path):
+    texts = corpus.english(40)
+    first, second = (make(tmp_path, "s", texts, num_shards=2, shard_index=index) for index in range(2))
+    third = make(tmp_path, "s", texts, num_shards=3, shard_index=1)
+    whole = make(tmp_path, "whole", texts)
+    for other, words in ((third, "one of 2 shards, .* is one of 3 shards"), (whole, "is no shard")):
+        with pytest.raises(DataError, match=words):
+            merge([first, second, other], str(tmp_path / "out"))
+    second = make(tmp_path, "s", texts[1:], num_shards=2, shard_index=1, overwrite=True)
+    with pytest.raises(DataError, match="are shards of different inputs or flags"):
+        merge([first, second], str(tmp_path / "out"))
+
+
+def test_the_same_merge_again_has_nothing_to_do(tmp_path):
+    parts = [make(tmp_path, name, corpus.english(5, seed=ord(name))) for name in "ab"]
+    done = merge(parts, str(tmp_path / "out"))
+    before = content(str(tmp_path / "out"))
+    assert merge(parts, str(tmp_path / "out")) == dataclasses.replace(done, existing=True)
+    with pytest.raises(DataError, match="exist already"):
+        merge(parts[::-1], str(tmp_path / "out"))
+    make(tmp_path, "b", corpus.english(5), overwrite=True)
+    with pytest.raises(DataError, match="exist already"):
+        merge(parts, str(tmp_path / "out"))
+    assert content(str(tmp_path / "out")) == before
+
+
 def test_a_disk_that_fills_leaves_nothing(tmp_path, monkeypatch):
     parts = [make(tmp_path, name, corpus.english(5)) for name in ("a", "b")]
     monkeypatch.setattr("os.fsync", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(OSError, match="No space left"):
         merge(parts, str(tmp_path / "out"))
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize(
+    ("suffix", "change", "words"),
+    [
+        (".bin", lambda data: data[:9] + b"\x00\x01" + data[11:], r"mine_text_document\.bin is not the file that its"),
+        (".idx", lambda data: data[:34] + b"\x01\x02" + data[36:], "the .idx is damaged between sequences 0"),
+        (".idx", lambda data: data[:-20] + b"\x01\x02" + data[-18:], "its documents do not end where its sequences do"),
+        (".json", lambda data: b"[]", "is no manifest"),
+        (
+            ".json",
+            lambda data: json.dumps(json.loads(data) | {"tokenizer": {}}).encode(),
+            r"tokenizer is \{\}, expected",
+        ),
+        (
+            ".json",
+            lambda data: json.dumps(json.loads(data) | {"shard": 3}).encode(),
+            "shard is 3, expected index, count",
+        ),
+        (".json", lambda data: json.dumps(json.loads(data) | {"inputs": None}).encode(), "inputs is None"),
+    ],
+)
+def test_damage_is_not_merged_and_not_cut(suffix, change, words, tmp_path):
+    mine, other = (make(tmp_path, name, corpus.english(30)) for name in ("mine", "other"))
+    path = Path(mine + suffix)
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(DataError, match=words):
+        merge([mine, other], str(tmp_path / "out"))
+    with pytest.raises(DataError, match=words):
+        split(mine, str(tmp_path / "out"), "90,10,0")
     assert not list(tmp_path.glob("out*"))

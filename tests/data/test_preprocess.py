@@ -1,5 +1,6 @@
 """JSON lines -> .bin/.idx: exactly Megatron's files, whole or not at all, the same for any number of workers."""
 
+import dataclasses
 import functools
 import hashlib
 import itertools
@@ -175,9 +176,27 @@ def test_existing_output_is_kept_unless_overwrite(tmp_path):
     with pytest.raises(DataError, match="--overwrite"):
         run(tmp_path, corpus.english(6))
     assert files(tmp_path) == before
+    with pytest.raises(DataError, match="--overwrite"):  # the input is of after the dataset
+        run(tmp_path, corpus.english(5))
     run(tmp_path, corpus.english(6), overwrite=True)
     assert files(tmp_path)[".bin"] != before[".bin"]
     assert len(everything_named(tmp_path)) == 3
+
+
+def test_the_same_command_again_has_nothing_to_do(tmp_path, monkeypatch):
+    (tmp_path / "in.jsonl").write_text('{"text": "a"}\n{"txt": "b"}\n{"text": "c"}\n')
+    done = run(tmp_path, None, max_rejected=0.5, num_shards=2, shard_index=0)
+    assert not done.existing
+    with monkeypatch.context() as patch:
+        patch.setattr(preprocess, "read_batches", None)
+        again = run(tmp_path, None, max_rejected=0.5, num_shards=2, shard_index=0, workers=1)
+    assert again == dataclasses.replace(done, existing=True)
+    for options in ({"append_eod": False}, {"make": corpus.byte_level}):
+        with pytest.raises(DataError, match="exist already"):
+            run(tmp_path, None, max_rejected=0.5, num_shards=2, shard_index=0, **options)
+    monkeypatch.setattr(manifest, "versions", lambda: {"tokenizers": "another"})
+    with pytest.raises(DataError, match="exist already"):
+        run(tmp_path, None, max_rejected=0.5, num_shards=2, shard_index=0)
 
 
 def test_lost_bytes_are_noticed(tmp_path):
@@ -194,6 +213,9 @@ def test_lost_bytes_are_noticed(tmp_path):
     [
         ({"json_keys": ("text", "text")}, "more than once"),
         ({"workers": -1}, "--workers -1"),
+        ({"workers": 100_000}, "--workers 100000: expected .* at most"),
+        ({"json_keys": ("../text",)}, "a key becomes part of a file's name"),
+        ({"name": "in.jsonl/out"}, r"in\.jsonl is a file, expected a folder"),
         ({"max_rejected": 2.0}, "--max-rejected 2"),
     ],
 )
@@ -201,6 +223,13 @@ def test_wrong_options(options, words, tmp_path):
     with pytest.raises(DataError, match=words):
         run(tmp_path, corpus.english(2), **options)
     assert everything_named(tmp_path) == []
+
+
+@pytest.mark.parametrize("prefix", ["", "folder/"])
+def test_a_prefix_without_a_name(prefix, tmp_path):
+    path = corpus.write_jsonl(tmp_path / "in.jsonl", ["x"])
+    with pytest.raises(DataError, match="expected a folder and the beginning of a name"):
+        preprocess.preprocess([str(path)], prefix, corpus.byte_level(tmp_path), workers=0)
 
 
 def test_nothing_but_empty_documents(tmp_path):
@@ -216,7 +245,7 @@ def test_several_formats_at_once_and_shards(tmp_path):
     texts = corpus.english(60) + corpus.NASTY
     corpus.write_jsonl(folder / "a.jsonl", texts)
     corpus.write_jsonl(folder / "b.jsonl.gz", texts[:30])
-    corpus.write_parquet(folder / "c.parquet", {"text": texts[30:]})
+    corpus.write_parquet(folder / "c.parquet", {"text": texts[30:]}, row_group_size=10)
     (folder / "d.txt").write_bytes("\ufeffone document\r\n\r\nas it is\n".encode())
     (folder / "e.jsonl").write_bytes(
         b"\xef\xbb\xbf" + (folder / "a.jsonl").read_bytes().replace(b"\n", b"\r\n") + b"{\n"
@@ -244,6 +273,25 @@ def test_several_formats_at_once_and_shards(tmp_path):
         merging.merge(shards[::-1], str(tmp_path / f"merged{count}"))
         assert files(tmp_path, f"merged{count}")[".bin"] == files(tmp_path)[".bin"]
         assert files(tmp_path, f"merged{count}")[".idx"] == files(tmp_path)[".idx"]
+
+
+def test_more_shards_than_compressed_files(tmp_path, capsys):
+    """Those without a file are empty, which is said, and merge all the same."""
+    paths = [
+        str(corpus.write_jsonl(tmp_path / name, corpus.english(9, seed=len(name)))) for name in ("a.jsonl.gz", "b.zst")
+    ]
+    data = corpus.gpt2(tmp_path)
+    whole = preprocess.preprocess(paths, str(tmp_path / "out"), data, workers=0).prefixes[0]
+    assert "empty" not in capsys.readouterr().err
+    shards = []
+    for index in range(4):
+        options = {"num_shards": 4, "shard_index": index, "workers": 0}
+        shards += preprocess.preprocess(paths, str(tmp_path / "part"), data, **options).prefixes
+        assert "there are 2 files" in capsys.readouterr().err
+    assert sorted(manifest.read(prefix).documents for prefix in shards) == [0, 0, 9, 9]
+    merged = merging.merge(shards, str(tmp_path / "merged")).prefix
+    for suffix in (".bin", ".idx"):
+        assert Path(merged + suffix).read_bytes() == Path(whole + suffix).read_bytes()
 
 
 def test_standard_input(tmp_path, monkeypatch):

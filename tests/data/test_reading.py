@@ -1,11 +1,13 @@
 """Reading records: any format and compression, from anywhere on, and damage is noticed."""
 
 import gzip
+import random
 
 import corpus
 import pytest
 import zstandard
 
+from megatron.data import reading
 from megatron.data.errors import DataError
 from megatron.data.inputs import spans_of
 from megatron.data.reading import lines_before, read_batches
@@ -132,3 +134,39 @@ def test_shards_are_all_records_once_and_in_order(shards, tmp_path):
                 if span.path == str(plain):
                     assert everything[before + batch.first - 1] == batch.records[0]
     assert seen == everything
+
+
+@pytest.mark.parametrize("shards", [1, 2, 3, 7, 40])
+def test_parquet_files_are_cut_between_groups_of_rows(shards, tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "_ROWS", 4)
+    texts = [str(number) * (number % 50) for number in range(300)]
+    paths = [str(tmp_path / name) for name in ("a.parquet", "b.parquet", "c.parquet")]
+    for path, part in zip(paths, (texts[:200], [], texts[200:]), strict=True):
+        corpus.write_parquet(path, {"id": list(range(len(part))), "text": part}, row_group_size=9)
+    seen, busy = [], 0
+    for index in range(shards):
+        before = len(seen)
+        for span in spans_of(paths, shards, index):
+            batches = list(read_batches([span]))
+            rows = [record["text"] for batch in batches for record in batch.records]
+            first = lines_before(span) + (200 if span.path == paths[2] else 0)
+            assert rows == texts[first : first + len(rows)]
+            for batch in batches:
+                rest = [record["text"] for other in read_batches([span], start=batch.end) for record in other.records]
+                assert rest == rows[batch.end.records :]
+                assert batch.consumed <= span.end - span.start
+            seen += rows
+        busy += len(seen) > before
+    assert seen == texts
+    assert busy >= min(shards, 15)
+
+
+def test_no_more_of_a_parquet_file_is_in_memory_than_a_few_groups(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    draw = random.Random(0)
+    texts = [draw.randbytes(10_000).hex() for _ in range(800)]
+    path = corpus.write_parquet(tmp_path / "a.parquet", {"text": texts}, row_group_size=20)
+    before, most = pyarrow.total_allocated_bytes(), 0
+    for _ in read_batches(spans(path)):
+        most = max(most, pyarrow.total_allocated_bytes() - before)
+    assert 0 < most < path.stat().st_size / 4

@@ -18,6 +18,14 @@ def test_merge_and_split(folder, capsys):
     ]
 
 
+def test_names_with_glob_characters(folder, capsys):
+    merge_datasets = tool("merge_datasets")
+    words = ["--input", "a_text_document", "b_text_document", "--output-prefix", "new/[a]*"]
+    assert merge_datasets.main(words) == 0
+    assert merge_datasets.main(["--input", "new/[a]*", "--output-prefix", "cut", "--split", "1,1"]) == 0
+    assert "cut_train: 20" in capsys.readouterr().out
+
+
 def test_errors(folder, capsys):
     merge_datasets = tool("merge_datasets")
     for words, said in (

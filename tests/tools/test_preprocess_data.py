@@ -29,6 +29,10 @@ def test_from_jsonl_to_a_dataset(tmp_path):
     assert manifest.read(str(tmp_path / "new" / "out_text_document")).documents == 1000
 
     again = start(tmp_path, *flags)
+    assert again.returncode == 0, again.stderr
+    assert "there already, nothing to do" in again.stdout
+    corpus.write_jsonl(tmp_path / "in.jsonl.zst", corpus.english(1001))
+    again = start(tmp_path, *flags)
     assert again.returncode == 1
     assert again.stderr.startswith("error: new/out_text_document.bin")
     assert "--overwrite" in again.stderr

@@ -1,0 +1,102 @@
+"""Documents that were there before, letter by letter or nearly; what is known of them outlives the process."""
+
+import os
+import struct
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from megatron.data.errors import DataError
+
+PERMUTATIONS, SEED = 128, 42
+_BANDS = 32
+_HEAD = struct.Struct("<16sHH")  # digest, bytes of the place, bytes of the signature
+
+
+class Duplicates:
+    """Remembers documents; says of which earlier one the next is a copy.
+
+    All that is remembered is also in PREFIX.incomplete.seen, so that a run that was stopped need not compute it anew.
+
+    Args:
+        prefix: the run's --output-prefix.
+        exact: whether texts that are the same are found.
+        near: similarity above which texts are near duplicates; None finds none.
+        size: how much of the file an earlier run had synced.
+
+    Raises:
+        DataError: that much is not there.
+    """
+
+    def __init__(self, prefix: str, exact: bool, near: float | None, size: int | None) -> None:
+        self._exact, self._seen, self._index = exact, set(), None
+        if near is not None:
+            import rensa
+
+            self._index = rensa.RMinHashDeduplicator(near, PERMUTATIONS, True, _BANDS, SEED)
+        self.path = Path(f"{prefix}.incomplete.seen")
+        self._file: BinaryIO = open(self.path, "ab")  # noqa: SIM115 - closed on exit
+        try:
+            self._replay(size or 0)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> "Duplicates":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def reason(self, digest: bytes, signature: Any, place: str) -> tuple[str | None, str | None]:
+        """Why a document has to go, and where the other one stands if that is known.
+
+        Args:
+            digest: 16 bytes, a checksum of the text.
+            signature: rensa's, of the text's runs of words; None where near duplicates are not looked for.
+            place: where the document stands.
+        """
+        if self._exact and digest in self._seen:
+            return "exact duplicate", None
+        like = self._add(digest, signature, place)
+        if like is not None:
+            signature = None
+        if self._exact or signature is not None:
+            state = b"" if signature is None else signature.__getstate__()
+            name = b"" if signature is None else os.fsencode(place)
+            self._file.write(_HEAD.pack(digest, len(name), len(state)) + name + state)
+        return (None, None) if like is None else ("near duplicate", like)
+
+    def sync(self) -> dict[str, int]:
+        """Bring all to the disk; the size is what a later run goes on from."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return {"seen": os.path.getsize(self.path)}
+
+    def _add(self, digest: bytes, signature: Any, place: str) -> str | None:
+        """Remember a document, unless it is like another one, whose place is returned."""
+        if self._exact:
+            self._seen.add(digest)
+        if self._index is None or signature is None or self._index.add(place, signature):
+            return None
+        return min(self._index.get_duplicates(signature))
+
+    def _replay(self, size: int) -> None:
+        if os.path.getsize(self.path) < size:
+            raise DataError(f"{self.path} is shorter than it was: the disk lost data. Start over with --overwrite")
+        self._file.truncate(size)
+        with open(self.path, "rb") as file:
+            while head := file.read(_HEAD.size):
+                digest, named, signed = _HEAD.unpack(head)
+                place, state = os.fsdecode(file.read(named)), file.read(signed)
+                self._add(digest, _signature(state), place)
+
+
+def _signature(state: bytes) -> Any:
+    """rensa's signature from its own bytes; they are numbers, never code."""
+    if not state:
+        return None
+    import rensa
+
+    signature = rensa.RMinHash(PERMUTATIONS, SEED)
+    signature.__setstate__(state)
+    return signature
