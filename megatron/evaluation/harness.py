@@ -1,6 +1,7 @@
 """A zero-shot evaluation from a checkpoint to files."""
 
 import dataclasses
+import time
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,7 @@ def evaluate(wanted: Evaluation) -> str | None:
         }
         log = RequestLog(Path(wanted.output) / "requests.jsonl", about)
     lm = MegatronLM(model, tokenizer, wanted.batch_size, processes, log)
+    begin = time.perf_counter()
     results: dict[str, Any] | None = lm_eval.simple_evaluate(
         lm,
         tasks=tasks,
@@ -72,4 +74,5 @@ def evaluate(wanted: Evaluation) -> str | None:
     if processes.rank != 0:
         return None
     results["config"] |= {"checkpoint": str(source.path), "dtype": dtype, "data_dir": wanted.data_dir}
+    results["total_evaluation_time_seconds"] = str(time.perf_counter() - begin)  # as lm-eval's own command has it
     return write(Path(wanted.output), wanted.name or source.path.parent.name, results)
