@@ -25,7 +25,6 @@ from typing import Any
 
 from benchmarks.output import make_parser, markdown, number, write_json
 from megatron.evaluation import report
-from megatron.evaluation.report import COLUMNS
 
 ROOT = Path(__file__).resolve().parent.parent
 TOLERANCE = 1e-4
@@ -53,7 +52,7 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("--load", required=True, metavar="DIR", help="Folder of checkpoints (the latest is taken), or one of them.")
-    add("--tasks", default=",".join(COLUMNS), metavar="A,B", help="Some of the six (default: all).")
+    add("--tasks", default=",".join(report.COLUMNS), metavar="A,B", help="Some of the six (default: all).")
     add("--data-dir", metavar="DIR", help="Folder with the tasks' files (default: the hub, as lm-eval does).")
     add("--limit", type=int, metavar="N", help="Only the first N documents of each task.")
     add("--batch-size", type=int, default=8, metavar="N", help="Sequences of one forward pass (default: 8).")
@@ -63,8 +62,8 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
         add("--" + name.replace("_", "-"), metavar="FILE", help="The tokenizer's, if it moved since training.")
     args = parser.parse_args(words)
     args.tasks = args.tasks.split(",")
-    if unknown := [task for task in args.tasks if task not in COLUMNS]:
-        parser.error(f"--tasks {','.join(unknown)}: expected some of {','.join(COLUMNS)}")
+    if unknown := [task for task in args.tasks if task not in report.COLUMNS]:
+        parser.error(f"--tasks {','.join(unknown)}: expected some of {','.join(report.COLUMNS)}")
     return args
 
 
@@ -168,7 +167,7 @@ def compare(task: str, processes: int, ours: dict[str, Any], theirs: dict[str, A
         exact = not name.startswith("perplexity")
         if not (got == want if exact else math.isclose(got, want, rel_tol=TOLERANCE)):
             wrong.append(f"{name}: {got}, hf {want}")
-    metric, scored = COLUMNS[task][1], len(expected) - texts
+    metric, scored = report.COLUMNS[task][1], len(expected) - texts
     documents = len({document for document, _ in expected})
     apart = difference if scored else None
     return Row(task, processes, documents, scored, apart, texts, equal, mine[metric], other[metric]), wrong
@@ -183,10 +182,7 @@ def _answers(task: str, results: dict[str, Any]) -> dict[tuple[int, int], Any]:
 
 
 def _metrics(task: str, results: dict[str, Any]) -> dict[str, float]:
-    found = results["results"][task].items()
-    return {
-        name: value for name, value in found if isinstance(value, float | int) and "," in name and "_stderr" not in name
-    }
+    return {name: value for _, name, value, _ in report.rows({task: results["results"][task]})}
 
 
 def table(rows: list[Row]) -> str:
