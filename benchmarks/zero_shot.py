@@ -24,12 +24,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.output import make_parser, markdown, number, write_json
+from megatron.config.model_flags import add_tokenizer_files, tokenizer_files
 from megatron.evaluation import report
 
 ROOT = Path(__file__).resolve().parent.parent
 TOLERANCE = 1e-4
 SHOWN = 5  # differences of a task that are printed
-TOKENIZER_FILES = ("vocab_file", "merge_file", "tokenizer_model")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +58,7 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     add("--batch-size", type=int, default=8, metavar="N", help="Sequences of one forward pass (default: 8).")
     add("--max-gen-toks", type=int, metavar="N", help="Longest generated answer (default: 256).")
     add("--processes", type=int, nargs="+", default=[1], metavar="N", help="Ours, one after the other (default: 1).")
-    for name in TOKENIZER_FILES:
-        add("--" + name.replace("_", "-"), metavar="FILE", help="The tokenizer's, if it moved since training.")
+    add_tokenizer_files(parser)
     args = parser.parse_args(words)
     args.tasks = args.tasks.split(",")
     if unknown := [task for task in args.tasks if task not in report.COLUMNS]:
@@ -96,8 +95,7 @@ def run_hf(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], floa
     from megatron.checkpoint.formats.convert import Conversion, convert
     from megatron.evaluation.tasks import build_tasks
 
-    files = {name: getattr(args, name) for name in TOKENIZER_FILES}
-    for line in convert(Conversion(args.load, str(folder / "hf"), "hf", **files)):
+    for line in convert(Conversion(args.load, str(folder / "hf"), "hf", **tokenizer_files(args))):
         print(line, flush=True)
     model = AutoModelForCausalLM.from_pretrained(folder / "hf", trust_remote_code=True, dtype="float32")
     tokenizer = AutoTokenizer.from_pretrained(folder / "hf")
@@ -124,7 +122,7 @@ def run_ours(args: argparse.Namespace, folder: Path, processes: int) -> tuple[di
         "limit": args.limit, "batch_size": args.batch_size, "max_gen_toks": args.max_gen_toks,
         "device": args.device, "dtype": "fp32",
         "expert_parallel": processes if find_checkpoint(args.load).config.moe.enabled else 1,
-    } | {name: getattr(args, name) for name in TOKENIZER_FILES}  # fmt: skip
+    } | tokenizer_files(args)  # fmt: skip
     words = [
         word for name, value in given.items() if value is not None for word in (f"--{name.replace('_', '-')}", value)
     ]
