@@ -7,6 +7,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout that is not installed
 
+from megatron.config.model_flags import add_tokenizer_files
+
 TOKENIZERS = ("GPT2BPETokenizer", "SentencePieceTokenizer", "HFTokenizer")
 FORMATS = ("native", "hf", "megatron-deepspeed")
 
@@ -50,12 +52,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--upcycle-noise", type=float, default=0.0, metavar="X", help="Noise on experts, as a part of the weights' std."
     )
     experts.add_argument("--upcycle-seed", type=int, default=0, metavar="N", help="Of the noise and the router.")
-    files = parser.add_argument_group(
-        "tokenizer", "Where its files are, if they moved since training or are not in --load."
-    )
+    files = add_tokenizer_files(parser, "Where its files are, if they moved since training or are not in --load.")
     files.add_argument("--tokenizer-type", choices=TOKENIZERS)
-    for flag in ("--vocab-file", "--merge-file", "--tokenizer-model"):
-        files.add_argument(flag, metavar="FILE")
     return parser.parse_args(argv)
 
 

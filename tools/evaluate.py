@@ -9,8 +9,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout that is not installed
 
+from megatron.config.model_flags import TOKENIZER_FILES, add_dtype_flag, add_tokenizer_files, check_counts
+
 TASKS = "lambada_openai,piqa,boolq,race,triviaqa,webqs"
-TOKENIZER_FILES = ("vocab_file", "merge_file", "tokenizer_model")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -31,19 +32,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max-gen-toks", type=int, metavar="N", help="Longest generated answer (default: the task's, else 256).")
     add("--expert-parallel", type=int, default=1, metavar="N", help="Processes that share the experts (default: 1).")
     add("--device", metavar="NAME", help="cpu or cuda (default: cuda where there is a GPU).")
-    add(
-        "--dtype", choices=("fp32", "bf16", "fp16"),
-        help="Number format of the model (default: fp32 on a CPU, that of the training run on a GPU).",
-    )  # fmt: skip
+    add_dtype_flag(parser)
     add("--name", help="The model's name in the tables (default: the folder's).")
     add("--log-samples", action="store_true", help="Keep every sample with its answers in results.json.")
-    files = parser.add_argument_group("tokenizer", "Where its files are now, if they moved since training.")
-    for flag in TOKENIZER_FILES:
-        files.add_argument("--" + flag.replace("_", "-"), metavar="FILE")
+    add_tokenizer_files(parser)
     args = parser.parse_args(argv)
-    for flag in ("limit", "batch_size", "max_gen_toks", "expert_parallel"):
-        if getattr(args, flag) is not None and getattr(args, flag) < 1:
-            parser.error(f"--{flag.replace('_', '-')} is {getattr(args, flag)}; expected at least 1")
+    check_counts(parser, args, "limit", "batch_size", "max_gen_toks", "expert_parallel")
     args.tasks = tuple(filter(None, args.tasks.split(",")))
     if not args.tasks:
         parser.error(f"--tasks names none; expected some of lm-eval's, such as {TASKS}")

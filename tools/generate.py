@@ -12,6 +12,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout that is not installed
 
+from megatron.config.model_flags import add_dtype_flag, add_tokenizer_files, check_counts, tokenizer_files
+
 DEFAULT_NEW_TOKENS = 128
 
 
@@ -60,18 +62,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     add("--batch-size", type=int, default=16, metavar="N", help="Continuations computed at a time (default: 16).")
     add("--device", metavar="NAME", help="cpu, cuda or cuda:N (default: cuda where there is a GPU).")
-    add(
-        "--dtype", choices=("fp32", "bf16", "fp16"),
-        help="Number format of the model (default: fp32 on a CPU, that of the training run on a GPU).",
-    )  # fmt: skip
+    add_dtype_flag(parser)
     add("--json", action="store_true", help="Print one JSON object a continuation, each on its own line, in order.")
-    files = parser.add_argument_group("tokenizer", "Where its files are now, if they moved since training.")
-    for flag in ("--vocab-file", "--merge-file", "--tokenizer-model"):
-        files.add_argument(flag, metavar="FILE")
+    add_tokenizer_files(parser)
     args = parser.parse_args(argv)
-    for flag in ("max_new_tokens", "num_samples", "batch_size"):
-        if getattr(args, flag) is not None and getattr(args, flag) < 1:
-            parser.error(f"--{flag.replace('_', '-')} is {getattr(args, flag)}; expected at least 1")
+    check_counts(parser, args, "max_new_tokens", "num_samples", "batch_size")
     if not args.prompt and args.prompt_file is None:
         parser.error("nothing to continue: give --prompt TEXT or --prompt-file FILE")
     return args
@@ -101,18 +96,16 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _generate(args: argparse.Namespace, sampling: Any) -> None:
-    from megatron.inference.load import DTYPES, choose_device, find_checkpoint, load_model, load_tokenizer
+    from megatron.inference.load import DTYPES, choose_device, choose_dtype, find_checkpoint, load_model, load_tokenizer
     from megatron.inference.text import stream_text
 
     prompts = _prompts(args)
     device = choose_device(args.device)
     source = find_checkpoint(args.load)
-    files = {name: getattr(args, name) for name in ("vocab_file", "merge_file", "tokenizer_model")}
-    tokenizer = load_tokenizer(source, **files)
+    tokenizer = load_tokenizer(source, **tokenizer_files(args))
     ids = [tokenizer.encode(prompt) or [tokenizer.eod] for prompt in prompts]
     count = _new_tokens(args.max_new_tokens, max(map(len, ids)), source.config.model.position_rows)
-    dtype = args.dtype or ("fp32" if device.type == "cpu" else source.config.optimizer.precision)
-    model = load_model(source, device, DTYPES[dtype])
+    model = load_model(source, device, DTYPES[choose_dtype(args.dtype, device, source)])
     several = len(prompts) * args.num_samples > 1
     requests = [
         Request(

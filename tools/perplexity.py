@@ -3,13 +3,14 @@
 
 import argparse
 import itertools
-import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout that is not installed
 
-TOKENIZER_FILES = ("vocab_file", "merge_file", "tokenizer_model")
+from megatron.config.model_flags import add_dtype_flag, add_tokenizer_files, check_counts, tokenizer_files
+
+FIGURES = 1 << 20  # bytes of --output, and more
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -31,14 +32,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batch-size", type=int, default=8, metavar="N", help="Windows of one forward pass (default: 8).")
     add("--expert-parallel", type=int, default=1, metavar="N", help="Processes that share the experts (default: 1).")
     add("--device", metavar="NAME", help="cpu or cuda (default: cuda where there is a GPU).")
-    add("--dtype", choices=("fp32", "bf16", "fp16"), help="Default: fp32 on a CPU, that of the training run on a GPU.")
+    add_dtype_flag(parser)
     add("--output", metavar="FILE", help="Write the figures there, as JSON.")
-    for flag in TOKENIZER_FILES:
-        add("--" + flag.replace("_", "-"), metavar="FILE", help="The tokenizer's, if it moved since training.")
+    add_tokenizer_files(parser)
     args = parser.parse_args(argv)
-    for flag in ("max_documents", "max_length", "stride", "batch_size", "expert_parallel"):
-        if getattr(args, flag) is not None and getattr(args, flag) < 1:
-            parser.error(f"--{flag.replace('_', '-')} is {getattr(args, flag)}; expected at least 1")
+    check_counts(parser, args, "max_documents", "max_length", "stride", "batch_size", "expert_parallel")
     return args
 
 
@@ -61,12 +59,18 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _measure(args: argparse.Namespace) -> None:
+    from megatron.evaluation.output import check_output, write_whole
     from megatron.evaluation.perplexity import documents_of_dataset, documents_of_files, measure, to_json
     from megatron.evaluation.processes import join, load_share
-    from megatron.inference.load import DTYPES, find_checkpoint, load_tokenizer
+    from megatron.inference.load import DTYPES, choose_dtype, find_checkpoint, load_tokenizer
 
+    output = Path(args.output) if args.output else None
+    if output and output.is_dir():
+        raise ValueError(f"--output {output} is a folder; expected the name of a file")
+    if output:
+        check_output(output.parent, FIGURES)
     source = find_checkpoint(args.load)
-    tokenizer = load_tokenizer(source, **{name: getattr(args, name) for name in TOKENIZER_FILES})
+    tokenizer = load_tokenizer(source, **tokenizer_files(args))
     if args.input:
         documents = documents_of_files(args.input, args.json_key, tokenizer)
     else:
@@ -76,7 +80,7 @@ def _measure(args: argparse.Namespace) -> None:
         raise ValueError("there is no document in the text")
     documents = itertools.islice(itertools.chain([first], documents), args.max_documents)
     processes, device = join(args.device, args.expert_parallel)
-    dtype = args.dtype or ("fp32" if device.type == "cpu" else source.config.optimizer.precision)
+    dtype = choose_dtype(args.dtype, device, source)
     model = load_share(source, processes, device, DTYPES[dtype])
     longest = args.max_length or model.config.position_rows
     stride = args.stride or max(1, longest // 2)
@@ -86,11 +90,9 @@ def _measure(args: argparse.Namespace) -> None:
     if processes.rank > 0:
         return
     text = to_json(found, checkpoint=str(source.path), dtype=dtype, max_length=longest, stride=stride)
-    if args.output:
-        temporary = Path(args.output).with_name(f".{Path(args.output).name}.tmp")
-        temporary.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, args.output)  # whole or not at all
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(output, text)
     print(text, end="")
 
 

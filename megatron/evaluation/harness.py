@@ -1,6 +1,7 @@
 """A zero-shot evaluation from a checkpoint to files."""
 
 import dataclasses
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,14 @@ from lm_eval.tasks import TaskManager
 
 from megatron.checkpoint.folder import hash_file
 from megatron.evaluation.lm import MegatronLM
+from megatron.evaluation.output import check_output
 from megatron.evaluation.processes import join, load_share
 from megatron.evaluation.report import write
 from megatron.evaluation.request_log import RequestLog
 from megatron.evaluation.tasks import build_tasks
-from megatron.inference.load import DTYPES, find_checkpoint, load_tokenizer
+from megatron.inference.load import DTYPES, choose_dtype, find_checkpoint, load_tokenizer
+
+REQUESTS, SAMPLES = 32 << 20, 256 << 20  # bytes of the six tasks' results, without and with samples, and more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,16 +42,17 @@ class Evaluation:
 def evaluate(wanted: Evaluation) -> str | None:
     """Run it, or go on with it; returns the Markdown table, on process 0.
 
-    Nothing is written before checkpoint, tokenizer, tasks and data are known to be good.
+    Nothing is written before checkpoint, tokenizer, tasks, data and the place of the results are known to be good.
 
     Raises:
         ValueError, OSError, CheckpointError: something that is missing, damaged or does not fit; it is named.
     """
+    check_output(Path(wanted.output), SAMPLES if wanted.log_samples else REQUESTS)
     source = find_checkpoint(wanted.load)
     tokenizer = load_tokenizer(source, **wanted.tokenizer_files)
     tasks = build_tasks(wanted.tasks, Path(wanted.data_dir) if wanted.data_dir else None)
     processes, device = join(wanted.device, wanted.expert_parallel)
-    dtype = wanted.dtype or ("fp32" if device.type == "cpu" else source.config.optimizer.precision)
+    dtype = choose_dtype(wanted.dtype, device, source)
     model = load_share(source, processes, device, DTYPES[dtype])
     log = None
     if processes.rank == 0:
@@ -59,6 +64,7 @@ def evaluate(wanted: Evaluation) -> str | None:
         }
         log = RequestLog(Path(wanted.output) / "requests.jsonl", about)
     lm = MegatronLM(model, tokenizer, wanted.batch_size, processes, log)
+    begin = time.perf_counter()
     results: dict[str, Any] | None = lm_eval.simple_evaluate(
         lm,
         tasks=tasks,
@@ -72,4 +78,5 @@ def evaluate(wanted: Evaluation) -> str | None:
     if processes.rank != 0:
         return None
     results["config"] |= {"checkpoint": str(source.path), "dtype": dtype, "data_dir": wanted.data_dir}
+    results["total_evaluation_time_seconds"] = str(time.perf_counter() - begin)  # as lm-eval's own command has it
     return write(Path(wanted.output), wanted.name or source.path.parent.name, results)

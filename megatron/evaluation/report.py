@@ -3,9 +3,10 @@
 import csv
 import io
 import json
-import os
 from pathlib import Path
 from typing import Any
+
+from megatron.evaluation.output import write_whole
 
 # task: heading, lm-eval's metric
 COLUMNS = {
@@ -65,9 +66,7 @@ def write(folder: Path, name: str, results: dict[str, Any]) -> str:
     writer.writerows([name, *row] for row in rows(results["results"]))
     dumped = json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False)
     for file, content in (("results.json", dumped + "\n"), ("results.md", table), ("results.csv", text.getvalue())):
-        temporary = folder / f".{file}.tmp"
-        temporary.write_text(content, encoding="utf-8")
-        os.replace(temporary, folder / file)
+        write_whole(folder / file, content)
     return table
 
 

@@ -31,13 +31,18 @@ def _lambada(line: Doc) -> Doc:
 
 
 def _piqa(line: Doc) -> Doc:
-    return {"goal": line["goal"], "sol1": line["sol1"], "sol2": line["sol2"], "label": int(line["label"])}
+    return {
+        "goal": line["goal"],
+        "sol1": line["sol1"],
+        "sol2": line["sol2"],
+        "label": _one_of((0, 1), int(line["label"])),
+    }
 
 
 def _boolq(line: Doc) -> Doc:
     if "query" not in line:
         label = line["label"] if "label" in line else line["answer"]
-        return {"passage": line["passage"], "question": line["question"], "label": int(label)}
+        return {"passage": line["passage"], "question": line["question"], "label": _one_of((0, 1), int(label))}
     passage, question = line["query"].rsplit("\nQuestion: ", 1)
     answer = line["choices"][line["gold"]]
     return {
@@ -49,7 +54,9 @@ def _boolq(line: Doc) -> Doc:
 
 def _race(line: Doc) -> Doc:
     keys = ("question", "answer", "options")
-    problems = zip(line["questions"], line["answers"], line["options"], strict=True)
+    problems = list(zip(line["questions"], line["answers"], line["options"], strict=True))
+    for _, answer, options in problems:
+        _one_of("ABCD"[: len(options)], answer)
     return {
         "article": line["article"],
         "problems": repr([dict(zip(keys, problem, strict=True)) for problem in problems]),
@@ -57,11 +64,23 @@ def _race(line: Doc) -> Doc:
 
 
 def _triviaqa(line: Doc) -> Doc:
-    return {"question": line["question"], "answer": {"aliases": list(line["answers"])}}
+    return {"question": line["question"], "answer": {"aliases": _texts(line["answers"])}}
 
 
 def _webqs(line: Doc) -> Doc:
-    return {"question": line["question"], "answers": list(line["answers"])}
+    return {"question": line["question"], "answers": _texts(line["answers"])}
+
+
+def _one_of(expected: Sequence[Any], found: Any) -> Any:
+    if found not in expected:
+        raise ValueError(f"expected one of {', '.join(map(str, expected))}, got {found!r}")
+    return found
+
+
+def _texts(answers: Any) -> list[str]:
+    if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
+        raise ValueError(f"answers are {answers!r}; expected a list of texts")
+    return answers
 
 
 LOCAL = {
@@ -88,7 +107,7 @@ def read_local(task: str, folder: Path) -> list[Doc]:
         raise ValueError(f"{task}: {folder} holds no {' or '.join(data.files)}; add it, or leave {task} out of --tasks")
     labels = _labels(path) if data.labels else None
     docs = []
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, text in enumerate(lines, 1):
             if not text.strip():
                 continue

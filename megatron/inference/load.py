@@ -43,6 +43,11 @@ def choose_device(name: str | None) -> torch.device:
     return device
 
 
+def choose_dtype(name: str | None, device: torch.device, source: Source) -> str:
+    """The number format called ``name``, of ``DTYPES``; by default fp32 on a CPU, that of the training run on a GPU."""
+    return name or ("fp32" if device.type == "cpu" else source.config.optimizer.precision)
+
+
 def find_checkpoint(folder: str | Path) -> Source:
     """The latest checkpoint in ``folder``, or ``folder`` itself where it is one.
 

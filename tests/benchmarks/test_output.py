@@ -31,7 +31,7 @@ def test_an_error_is_one_short_line():
     assert len(output.one_line(ValueError("x" * 9999))) < 400
 
 
-@pytest.mark.parametrize("name", ["moe_layer", "router", "train_step", "all_to_all", "preprocess"])
+@pytest.mark.parametrize("name", ["moe_layer", "router", "train_step", "all_to_all", "preprocess", "zero_shot"])
 def test_help_teaches(name, capsys):
     if name == "router":
         pytest.importorskip("triton")

@@ -11,7 +11,9 @@ import saved_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from zero_shot_data import write_data
 
+from benchmarks.zero_shot import compare
 from megatron.checkpoint.formats.convert import Conversion, convert
 from megatron.config import ModelConfig, MoEConfig
 from megatron.evaluation.harness import Evaluation, evaluate
@@ -27,54 +29,11 @@ def saved(tmp_path_factory):
     return saved_model.save_model(tmp_path_factory.mktemp("run"), MoEConfig(), SHAPE)
 
 
-def write_data(folder: Path) -> Path:
-    """Two samples of each task."""
-    options = [["w1 w2", "w3", "w4 w5", "w6"], ["w9", "w8", "w7", "w1"]]
-    lines = {
-        "lambada_test_openai.jsonl": [{"text": "w1 w2 w3 w4"}, {"text": "w7 " * 90 + "w8"}],  # longer than the model
-        "piqa_valid.jsonl": [{"goal": "w1", "sol1": "w2 w3", "sol2": "w4"}, {"goal": "w5", "sol1": "w6", "sol2": "w7"}],
-        "boolq_val.jsonl": [
-            {"query": f"Passage: w{n} w2\nQuestion: w3 w4?", "choices": ["no", "yes"], "gold": n} for n in (0, 1)
-        ],
-        "race_test_high.jsonl": [
-            {"article": "w1 w2", "questions": ["w3  _  .", "w4 ?"], "answers": ["B", "C"], "options": options},
-            {"article": "w5", "questions": ["w6 ?"], "answers": ["A"], "options": options[:1]},
-        ],
-        "triviaqa_dev.jsonl": [{"question": "w1 w2", "answers": ["w3", "w4"]}, {"question": "w5", "answers": ["w6"]}],
-        "webqs_test.jsonl": [{"question": "w1", "answers": ["w3", "w2"]}, {"question": "w5 w6", "answers": ["w7 w8"]}],
-    }
-    folder.mkdir()
-    for name, docs in lines.items():
-        (folder / name).write_text("".join(json.dumps(doc) + "\n" for doc in docs))
-    (folder / "piqa_valid-labels.lst").write_text("0\n1\n")
-    return folder
-
-
-def comparable(results: dict) -> dict:
-    """Per-sample answers and metrics by task."""
-    samples = {
-        (task, sample["doc_id"]): sample["resps"] for task, found in results["samples"].items() for sample in found
-    }
-    metrics = {
-        (task, key): value
-        for task, found in results["results"].items()
-        for key, value in found.items()
-        if isinstance(value, float) and "stderr" not in key
-    }
-    return {"samples": samples, "metrics": metrics}
-
-
 def assert_same(ours: dict, theirs: dict) -> None:
-    mine, expected = comparable(ours), comparable(theirs)
-    assert mine["samples"].keys() == expected["samples"].keys()
-    for where, answers in expected["samples"].items():
-        for (got,), (want,) in zip(mine["samples"][where], answers, strict=True):
-            if isinstance(want, str):
-                assert got == want, where
-            else:
-                assert float(got[0]) == pytest.approx(float(want[0]), abs=1e-4), where
-                assert str(got[1]) == str(want[1]), where
-    assert mine["metrics"] == pytest.approx(expected["metrics"], rel=1e-4)
+    for task in LOCAL:
+        row, wrong = compare(task, 1, ours, theirs)
+        assert wrong == []
+        assert row.documents == 2
 
 
 @pytest.fixture(scope="module", params=[MoEConfig(), saved_model.EXPERTS], ids=["dense", "moe"])
@@ -113,7 +72,7 @@ def test_scores_are_those_of_lm_evals_own_backend(case, tmp_path):
     kept = log.read_bytes().rpartition(b"\n")[0]
     evaluate(wanted)
     again = json.loads((tmp_path / "results.json").read_text())
-    assert comparable(again) == comparable(ours)
+    assert [again[part] for part in ("samples", "results")] == [ours[part] for part in ("samples", "results")]
     assert log.read_bytes().startswith(kept)
     assert {*log.read_bytes().splitlines()} == {*complete.splitlines()}
 

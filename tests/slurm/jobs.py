@@ -118,7 +118,7 @@ class Job:
     def log(self) -> str:
         """What the job has printed so far, in the file that the script's header names."""
         path = self.folder / self.name.format(self.number)
-        return path.read_text() if path.exists() else "(no log yet)"
+        return path.read_text(errors="replace") if path.exists() else "(no log yet)"
 
     def signal(self, name: str) -> None:
         """What SLURM does before the time limit: the signal goes to the tasks and not to the batch script."""

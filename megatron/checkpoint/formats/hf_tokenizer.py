@@ -62,6 +62,8 @@ def write_tokenizer(tokenizer: Tokenizer, files: Mapping[str, str], folder: Path
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": True,
         "model_max_length": positions,
+        # without this, transformers 4 makes token_type_ids too, and its GPT-2 adds their embeddings
+        "model_input_names": ["input_ids", "attention_mask"],
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(about, indent=1, ensure_ascii=False))
     return copies

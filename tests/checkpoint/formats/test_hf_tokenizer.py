@@ -54,6 +54,8 @@ def test_the_ids_of_training(tmp_path, kind):
     copies = write_tokenizer(ours, files, tmp_path / "hf", 64)
     theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert (theirs.eos_token_id, theirs.model_max_length) == (ours.eod, 64)
+    named = json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())["model_input_names"]
+    assert list(theirs("w1")) == named == ["input_ids", "attention_mask"]  # GPT-2 adds token_type_ids' embeddings
     for text in TEXTS:
         ids = ours.encode(text)
         assert theirs(text)["input_ids"] == ids, text

@@ -1,4 +1,4 @@
-"""A GPT with mixtures of experts for Hugging Face's transformers (4.50 or newer), on its own.
+"""A GPT with mixtures of experts for Hugging Face's transformers (4.57 or newer), on its own.
 
 No token is dropped: an expert takes all tokens that are routed to it.
 
@@ -78,13 +78,20 @@ class GPTMoEMLP(nn.Module):
         return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
 
 
+class GPTMoERouter(nn.Linear):
+    """Logits in fp32. A module of its own: accelerate fetches weights from a disk when their module is called."""
+
+    def forward(self, x_TH: torch.Tensor) -> torch.Tensor:
+        return F.linear(x_TH.float(), self.weight.float())
+
+
 class GPTMoESparseMLP(nn.Module):
     """Each token's K likeliest experts, weighted; with ``residual_moe`` mixed with a dense feed-forward."""
 
     def __init__(self, config: GPTMoEConfig, num_experts: int) -> None:
         super().__init__()
         self.topk = config.num_experts_per_tok
-        self.router = nn.Linear(config.hidden_size, num_experts, bias=False)
+        self.router = GPTMoERouter(config.hidden_size, num_experts, bias=False)
         self.experts = nn.ModuleList(GPTMoEMLP(config) for _ in range(num_experts))
         self.dense = GPTMoEMLP(config) if config.residual_moe else None
         if config.residual_moe:
@@ -93,7 +100,7 @@ class GPTMoESparseMLP(nn.Module):
     def forward(self, x_BSH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The output, [B, S, H], and the router's logits in fp32, [T, E]."""
         x_TH = x_BSH.reshape(-1, x_BSH.size(-1))
-        logits_TE = F.linear(x_TH.float(), self.router.weight.float())
+        logits_TE = self.router(x_TH)
         expert_TK = choose(logits_TE, self.topk)
         gate_TK = logits_TE.softmax(-1).gather(1, expert_TK)
         if self.topk > 1:
