@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -186,7 +187,10 @@ class MegatronLM(TemplateLM):
         left = [batch for batch in batches if any(key not in self._answers for key, _, _ in batch)]
         rank, size = self.processes.rank, self.processes.size
         done = len(order) - sum(map(len, left))
-        with tqdm(total=len(order), initial=done, desc=what, unit="", disable=not self._progress) as bar:
+        pace = 0.1 if sys.stderr.isatty() else 10.0  # seconds; a job's log gets a line of them now and then
+        with tqdm(
+            total=len(order), initial=done, desc=what, unit="", mininterval=pace, disable=not self._progress
+        ) as bar:
             for at in range(0, len(left), size):
                 mine = left[at + rank] if at + rank < len(left) else []
                 answers: dict[str, Any] = {}
