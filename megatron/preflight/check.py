@@ -47,7 +47,7 @@ def preflight(config: RunConfig, topology: Topology, line: Line | None) -> Outco
             facts.computes = False
             facts.problems.append(f"the device computes nothing: {next(iter(str(error).splitlines()), '')}")
         everyone = _gather(facts, topology)
-        if all(each.computes for each in everyone):
+        if all(each.computes and not each.crowded for each in everyone):  # NCCL hangs where it finds no memory
             _measure_links(facts, topology, nodes, watchdog)
             everyone = _gather(facts, topology)
         needs: list[Need | None] = [need]

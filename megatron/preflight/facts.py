@@ -43,6 +43,7 @@ class Facts:
     clock: float = 0.0  # s ahead of rank 0's
     disk_free: float | None = None  # bytes where checkpoints go
     data: dict[str, int] = dataclasses.field(default_factory=dict)  # file -> bytes
+    crowded: bool = False  # another program holds memory of the GPU
     computes: bool = True  # the device gave the right product
     tflops: float = 0.0
     inside: Links | None = None  # of the node
@@ -62,7 +63,8 @@ def look(config: RunConfig, topology: Topology, first_of_node: bool) -> Facts:
     facts = Facts(launch.rank, launch.node, launch.local_rank, socket.gethostname(), name, versions())
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        if total - free > TAKEN * total:
+        facts.crowded = total - free > TAKEN * total
+        if facts.crowded:
             facts.problems.append(
                 f"{(total - free) / 1e9:.1f} of the GPU's {total / 1e9:.1f} GB are in use before the run; another "
                 "program runs there, or the rest of one: nvidia-smi shows it"
