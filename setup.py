@@ -38,6 +38,7 @@ EXTRAS = {
         "matplotlib>=3.8",
         "pyarrow>=15",
         "pytest>=8",
+        "pytest-xdist>=3.5",
         "rensa>=0.5,<0.6",
         "ruff==0.17.6",
         "setuptools>=70",
