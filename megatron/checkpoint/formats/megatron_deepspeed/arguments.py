@@ -179,6 +179,8 @@ def _by_one_name(given: Mapping[str, Any]) -> dict[str, Any]:
     for theirs, name in _NAMES_LM.items():
         if isinstance(given.get(theirs), int | float):  # one coefficient; several are of losses that are not known here
             named.setdefault(name, given[theirs])
+    if given.get("seq_length") is None:  # the trainer's, not the model's
+        named["seq_length"] = given.get("max_position_embeddings")
     if "moe_expert_capacity_factor" in given:
         factor = given["moe_expert_capacity_factor"]
         named["moe_token_dropping"] = factor is not None

@@ -5,6 +5,8 @@ import contextlib
 import io
 import pickle
 import re
+import types
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ _reconstruct = numpy.empty(0).__reduce__()[0]
 # beyond tensors and plain containers: Megatron's arguments, and states of random generators
 ALLOWED = [
     argparse.Namespace,
+    types.SimpleNamespace,
     numpy.ndarray,
     numpy.dtype,
     type(numpy.dtype(numpy.uint32)),
@@ -58,7 +61,6 @@ _UNREAD = [
     "pathlib._local.PosixPath",
     "signal.Signals",
     "torch._C.Generator",
-    "types.SimpleNamespace",
 ]
 # of .metadata, beyond data types
 _METADATA = {
@@ -90,7 +92,8 @@ def load_pickle(path: Path) -> dict[str, Any]:
     with _nothing_run(path):
         unread = [(Unread, name) for name in _UNREAD]
         with torch.serialization.safe_globals([*ALLOWED, *unread]):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            # torch before 1.6 wrote files of another kind, which come into memory as a whole
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds {type(content).__name__}; expected a dictionary")
     return content
