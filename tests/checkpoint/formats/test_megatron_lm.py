@@ -188,6 +188,8 @@ def save_old(folder: Path, ours: dict[str, torch.Tensor], version: float, stages
             }
             if version < 2:
                 encoder = {name.replace("self_attention", "attention"): tensor for name, tensor in encoder.items()}
+            elif chunks > 1:  # since autumn 2023
+                encoder = {name.replace("_layernorm", "_norm"): tensor for name, tensor in encoder.items()}
             model = {"language_model": {"transformer" if version < 2 else "encoder": encoder}}
             if first == 0:
                 model["language_model"]["embedding"] = state["embedding"]

@@ -156,7 +156,8 @@ def from_arguments(
         if given.get(name) not in (None, expected):
             other.append(f"{name} {given[name]} beside {heads} heads and hidden_size {size}")
     fused = given.get("bias_gelu_fusion") is not False and given.get("add_bias_linear") is not False
-    if not (fused or tanh_gelu or (given.get("openai_gelu") and not core)):
+    tanh = fused or (given.get("openai_gelu") and not core)
+    if not (tanh or tanh_gelu or given.get("swiglu")):
         other.append(
             "the exact GELU (--no-bias-gelu-fusion or no biases), where a model here has the tanh form; "
             "--gelu-as-tanh takes the one for the other"

@@ -106,6 +106,7 @@ def named(name: str) -> str:
     """One spelling of the names that different versions use."""
     name = re.sub(r"^(module\.|moe_state_dict\.)*(language_model\.)?", "", name)
     name = re.sub(r"^transformer\.", "encoder.", name)
+    name = re.sub(r"\b(input|post_attention|final)_norm\.", r"\1_layernorm.", name)
     return name.replace(".attention.", ".self_attention.")
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from megatron.checkpoint.errors import CheckpointError
 from megatron.checkpoint.formats.contents import Lazy, some
-from megatron.checkpoint.formats.megatron_deepspeed.core_names import from_core, settle
+from megatron.checkpoint.formats.megatron_deepspeed.core_names import from_core
 from megatron.checkpoint.formats.megatron_deepspeed.layouts import Found, flat, lazy_of, named
 from megatron.checkpoint.formats.megatron_deepspeed.names import EXPERTS
 from megatron.checkpoint.formats.megatron_deepspeed.pickles import load_pickle
@@ -99,7 +99,7 @@ def _find_ranks(where: Path) -> Found:
         layers += here
     if lost := [f"{name} has {len(of)} of {tensor}" for name, of in found.items() if len(of) != tensor]:
         raise CheckpointError(f"{where} lacks pieces: {some(lost)}; copy the files of all ranks")
-    pieces = settle({name: [of[t] for t in range(tensor)] for name, of in found.items()}, where)
+    pieces = {name: [of[t] for t in range(tensor)] for name, of in found.items()}
     return Found(where, args, float(first.get("checkpoint_version") or 0), pieces, core)
 
 

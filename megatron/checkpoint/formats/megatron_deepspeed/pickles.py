@@ -39,6 +39,7 @@ ALLOWED = [
     (_reconstruct, "numpy.core.multiarray._reconstruct"),  # its name before and since numpy 2
     (_reconstruct, "numpy._core.multiarray._reconstruct"),
 ]
+_PATHS = ("pathlib.PosixPath", "pathlib._local.PosixPath")
 # what Megatron-LM's arguments, schedulers and optimizers hold, in any of its versions
 _UNREAD = [
     "_io.BytesIO",
@@ -57,8 +58,7 @@ _UNREAD = [
     "megatron.fp16.loss_scaler.DynamicLossScaler",
     "megatron.fp16.loss_scaler.LossScaler",
     "megatron.model.enums.ModelType",
-    "pathlib.PosixPath",
-    "pathlib._local.PosixPath",
+    *_PATHS,
     "signal.Signals",
     "torch._C.Generator",
 ]
@@ -130,6 +130,8 @@ def load_metadata(path: Path) -> Metadata:
 
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if f"{module}.{name}" in _PATHS:
+            return Unread
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if not is_dtype and f"{module}.{name}" not in _METADATA:
             raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")

@@ -13,6 +13,7 @@ import torch
 from megatron.checkpoint.errors import CheckpointError
 from megatron.checkpoint.formats.contents import MODEL, Contents, Lazy, is_stacked, some
 from megatron.checkpoint.formats.megatron_deepspeed.arguments import from_arguments
+from megatron.checkpoint.formats.megatron_deepspeed.core_names import settle
 from megatron.checkpoint.formats.megatron_deepspeed.layouts import Found, Pieces, find
 from megatron.checkpoint.formats.megatron_deepspeed.megatron_lm import find_megatron_lm
 from megatron.checkpoint.formats.megatron_deepspeed.names import EXPERTS, TABLE, Theirs, their_tensors
@@ -60,6 +61,7 @@ def _contents(found: Found, name: str, tokenizer_options: Mapping[str, str], tan
     config = from_arguments(
         found.args, _expert_counts(found), residual, found.where, core=found.core, tanh_gelu=tanh_gelu
     )
+    found = dataclasses.replace(found, pieces=settle(found.pieces, found.where))
     if not tokenizer_options:
         raise CheckpointError(
             f"{found.where} holds no tokenizer; give the model's by --tokenizer-type with --vocab-file and "

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from megatron.checkpoint import Box, ShardedTensor
 from megatron.checkpoint.errors import CheckpointError
 from megatron.checkpoint.formats.contents import Lazy, some
-from megatron.checkpoint.formats.megatron_deepspeed.core_names import from_core, settle
+from megatron.checkpoint.formats.megatron_deepspeed.core_names import from_core
 from megatron.checkpoint.formats.megatron_deepspeed.layouts import Found
 from megatron.checkpoint.formats.megatron_deepspeed.pickles import load_metadata, load_pickle, load_tensor
 from megatron.checkpoint.formats.shards import read_json
@@ -57,7 +57,7 @@ def find_distributed(where: Path) -> Found:
             for layer, lazy in _by_layer(name, chunks, stored.size):
                 pieces.update((new, [part]) for new, part in from_core(layer, lazy))
     version = float(common.get("checkpoint_version") or 0)
-    return Found(where, common.get("args"), version, settle(pieces, where), core=True)
+    return Found(where, common.get("args"), version, pieces, core=True)
 
 
 def _by_layer(name: str, chunks: "Chunks", shape: Sequence[int]) -> Iterator[tuple[str, Lazy]]:
