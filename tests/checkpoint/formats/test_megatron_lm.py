@@ -4,6 +4,7 @@ import argparse
 import itertools
 import json
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -81,6 +82,27 @@ def test_a_model_computes_what_megatron_core_computed(written, run, name, kind):
     assert contents.meta["origin"]["format"] == "megatron-lm"
 
 
+def test_transformer_engines_names_are_read(written, run, tmp_path):
+    """Its layer norms are parts of the matrices that read them, and its experts' matrices are numbered."""
+    file = f"{ITERATION}/mp_rank_00/model_optim_rng.pt"
+    shutil.copytree(written / "single" / "torch", tmp_path / "engine")
+    content = torch.load(tmp_path / "engine" / file, weights_only=False)
+    renamed = {}
+    for name, tensor in content["model"].items():
+        name = re.sub(r"input_layernorm\.", "self_attention.linear_qkv.layer_norm_", name)
+        name = re.sub(r"(layers\.1\.)pre_mlp_layernorm\.", r"\1mlp.linear_fc1.layer_norm_", name)  # a dense layer
+        name = re.sub(r"local_experts\.(\d)\.(.*)\.weight", r"\2.weight\1", name)
+        renamed[name] = tensor
+    assert "decoder.layers.0.mlp.experts.linear_fc2.weight3" in renamed
+    torch.save(content | {"model": renamed}, tmp_path / "engine" / file)
+    tensors = {name: lazy.read(None) for name, lazy in run(tmp_path / "engine", gelu_as_tanh=True).tensors.items()}
+    shutil.rmtree(tmp_path / "native")
+    expected = run(written / "single" / "torch_dist", gelu_as_tanh=True)
+    assert list(tensors) == list(expected.tensors)
+    for name, lazy in expected.tensors.items():
+        assert torch.equal(tensors[name], lazy.read(None)), name
+
+
 def test_what_is_missing_or_hostile_is_named(written, run, tmp_path):
     def fails(message: str, kind: str, damage, *, name: str = "ep2", **options: object) -> None:
         copy = tmp_path / "copy"
@@ -149,15 +171,21 @@ def test_files_of_a_distributed_checkpoint_are_neither_unpickled_nor_sought_else
     metadata = pickle.loads((folder / ".metadata").read_bytes())
     index, place = next(item for item in metadata.storage_data.items() if item[0].fqn.endswith("embeddings.weight"))
     torch.save({"run": subprocess.Popen}, folder / "hostile.distcp")
-    size = (folder / "hostile.distcp").stat().st_size
+    torch.save(torch.ones(1, 1), folder / "small.distcp")
     for path, message in (
+        ("small.distcp", "embeddings.weight has a chunk of another shape"),
         ("hostile.distcp", "hostile.distcp is damaged .*it names .*Popen, which is not allowed"),
         ("../hostile.distcp", "names files of other folders: ../hostile.distcp"),
     ):
+        size = (folder / path).stat().st_size if (folder / path).exists() else 0
         metadata.storage_data[index] = type(place)(relative_path=path, offset=0, length=size)
         (folder / ".metadata").write_bytes(pickle.dumps(metadata))
         with pytest.raises(CheckpointError, match=message):
             run(folder)
+    del metadata.storage_data[index]
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(CheckpointError, match=r"does not tell where .*embeddings.weight is"):
+        run(folder)
 
 
 # --------------------------------------------------------------------------------------------- older names

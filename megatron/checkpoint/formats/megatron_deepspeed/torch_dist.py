@@ -50,12 +50,15 @@ def find_distributed(where: Path) -> Found:
             "'torch_dist' of version 1 is read here"
         )
     metadata, common = load_metadata(where / METADATA), load_pickle(where / _COMMON)
-    chunks = Chunks(where, metadata)
     pieces = {}
-    for name, stored in metadata.state_dict_metadata.items():
-        if isinstance(stored, TensorStorageMetadata) and not _NOT_OF_MODEL.fullmatch(name):
-            for layer, lazy in _by_layer(name, chunks, stored.size):
-                pieces.update((new, [part]) for new, part in from_core(layer, lazy))
+    try:
+        chunks = Chunks(where, metadata)
+        for name, stored in metadata.state_dict_metadata.items():
+            if isinstance(stored, TensorStorageMetadata) and not _NOT_OF_MODEL.fullmatch(name):
+                for layer, lazy in _by_layer(name, chunks, stored.size):
+                    pieces.update((new, [part]) for new, part in from_core(layer, lazy))
+    except (AttributeError, IndexError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{where / METADATA} cannot be used: {type(error).__name__}: {error}") from None
     version = float(common.get("checkpoint_version") or 0)
     return Found(where, common.get("args"), version, pieces, core=True)
 
@@ -101,12 +104,19 @@ class Chunks:
 
     def _fill(self, plan: LoadPlan, planner: LoadPlanner) -> None:
         for item in plan.items:
-            region = zip(item.storage_offsets, item.lengths, strict=True)
-            chunk = self._chunk(item.storage_index)
-            planner.resolve_tensor(item).copy_(chunk[tuple(slice(start, start + size) for start, size in region)])
+            begins = zip(item.storage_offsets, item.lengths, strict=True)
+            chunk = self._chunk(item.storage_index)[tuple(slice(begin, begin + size) for begin, size in begins)]
+            if chunk.shape != item.lengths:
+                raise CheckpointError(
+                    f"{self._where}: {item.storage_index.fqn} has a chunk of another shape than {METADATA} says; copy "
+                    "the files again"
+                )
+            planner.resolve_tensor(item).copy_(chunk)
 
     def _read_chunk(self, index: MetadataIndex) -> torch.Tensor:
-        place: Any = self._metadata.storage_data[index]
+        place: Any = self._metadata.storage_data.get(index)
+        if place is None:
+            raise CheckpointError(f"{self._where / METADATA} does not tell where {index.fqn} is; copy the file again")
         if getattr(place, "transform_descriptors", None):
             raise CheckpointError(f"{self._where}: {index.fqn} is stored as {place.transform_descriptors}, not plainly")
         return load_tensor(self._where / place.relative_path, place.offset, place.length)
