@@ -134,7 +134,7 @@ def _gather(tag: Path, ranks: list[dict[str, Any]], layers: int | None) -> dict[
         if (
             name.startswith("embedding.") and len(of) == 2 * size
         ):  # of the first stage, and of the last one for its head
-            check_tied(tag, name, of[:size], of[size:])
+            _check_tied(tag, name, of[:size], of[size:])
             pieces[name] = of[:size]
     # of experts that all ranks hold alike, one rank writes each
     lost = [f"{name} has {len(of)} of {size}" for name, of in pieces.items() if len(of) != size and EXPERTS not in name]
@@ -143,7 +143,7 @@ def _gather(tag: Path, ranks: list[dict[str, Any]], layers: int | None) -> dict[
     return pieces
 
 
-def check_tied(tag: Path, name: str, *copies: Pieces) -> None:
+def _check_tied(tag: Path, name: str, *copies: Pieces) -> None:
     """Raises CheckpointError where what stages keep alike is not alike."""
     for copy in copies[1:]:
         pairs = zip(copies[0], copy, strict=False)
@@ -181,6 +181,6 @@ def _told_apart(tag: Path, found: dict[str, dict[int, torch.Tensor]], layers: in
             before = "embedding."
         for name, by in inside.items():
             copies = [told[before + name], by] if before + name in told else [by]
-            check_tied(tag, before + name, *([lazy_of(one[rank]) for rank in sorted(one)] for one in copies))
+            _check_tied(tag, before + name, *([lazy_of(one[rank]) for rank in sorted(one)] for one in copies))
             told[before + name] = by
     return told
