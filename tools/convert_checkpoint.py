@@ -10,7 +10,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a ch
 from megatron.config.model_flags import add_tokenizer_files
 
 TOKENIZERS = ("GPT2BPETokenizer", "SentencePieceTokenizer", "HFTokenizer")
-FORMATS = ("native", "hf", "megatron-deepspeed")
+WRITTEN = ("native", "hf", "megatron-deepspeed")
+READ = (*WRITTEN, "megatron-lm")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -25,13 +26,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     given.add_argument("--load", metavar="DIR", help="The checkpoint: a run's --save folder, or a folder of --from.")
     given.add_argument("--average", nargs="+", metavar="DIR", help="Several: the mean of their weights is taken.")
     add("--save", required=True, metavar="DIR", help="Where to; a new folder.")
-    add("--from", dest="source", choices=FORMATS, help="Format of --load (default: found out).")
-    add("--to", dest="target", choices=FORMATS, required=True, help="Format of --save.")
+    add("--from", dest="source", choices=READ, help="Format of --load (default: found out).")
+    add("--to", dest="target", choices=WRITTEN, required=True, help="Format of --save.")
     add("--dtype", choices=("fp32", "bf16", "fp16"), help="Number format of the weights (default: as they are).")
     add(
         "--drop-optimizer",
         action="store_true",
         help="Leave the optimizer's state out (always so but with --to native).",
+    )
+    add(
+        "--gelu-as-tanh",
+        action="store_true",
+        help="Take a Megatron model of the exact GELU, which is refused otherwise: here it is the tanh form, at most "
+        "0.0005 away.",
     )
     add("--max-shard-size", default="5GB", metavar="SIZE", help="Largest model file of --to hf (default: 5GB).")
     layout = parser.add_argument_group(

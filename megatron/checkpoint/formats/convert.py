@@ -10,8 +10,10 @@ from megatron.checkpoint.formats.hf import is_hf, read_hf, write_hf
 from megatron.checkpoint.formats.hf_tokenizer import FILES, files_of
 from megatron.checkpoint.formats.megatron_deepspeed import (
     is_megatron_deepspeed,
+    is_megatron_lm,
     no_place,
     read_megatron_deepspeed,
+    read_megatron_lm,
     write_megatron_deepspeed,
 )
 from megatron.checkpoint.formats.native import read_native, write_native
@@ -21,7 +23,7 @@ from megatron.config import MoEConfig
 from megatron.data.tokenizer import Tokenizer
 from megatron.inference.load import DTYPES, Source, load_tokenizer
 
-MEGATRON_DEEPSPEED = "megatron-deepspeed"
+MEGATRON_DEEPSPEED, MEGATRON_LM = "megatron-deepspeed", "megatron-lm"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Conversion:
     average: list[str] | None = None
     dtype: str | None = None
     drop_optimizer: bool = False
+    gelu_as_tanh: bool = False
     tp: int | None = None
     pp: int | None = None
     ep: list[int] | None = None
@@ -98,13 +101,18 @@ def _read_one(job: Conversion, folder: str) -> Contents:
     source = job.source or _format_of(folder)
     if source == "native":
         return read_native(folder)
-    return {"hf": read_hf, MEGATRON_DEEPSPEED: read_megatron_deepspeed}[source](folder, job.tokenizer_options)
+    if source == "hf":
+        return read_hf(folder, job.tokenizer_options)
+    read = read_megatron_lm if source == MEGATRON_LM else read_megatron_deepspeed
+    return read(folder, job.tokenizer_options, job.gelu_as_tanh)
 
 
 def _format_of(folder: str) -> str:
     if is_hf(folder):
         return "hf"
-    return MEGATRON_DEEPSPEED if is_megatron_deepspeed(folder) else "native"
+    if is_megatron_deepspeed(folder):  # first: it may have Megatron-LM's latest_checkpointed_iteration.txt too
+        return MEGATRON_DEEPSPEED
+    return MEGATRON_LM if is_megatron_lm(folder) else "native"
 
 
 def change(contents: Contents, job: Conversion) -> Contents:
