@@ -14,6 +14,11 @@ try:
 except ImportError:  # no such locks on this platform
     fcntl = None  # type: ignore[assignment]
 
+INDEX_CACHE = "index-cache"
+"""Name of the folder in which training keeps its sample index unless told otherwise."""
+ESCAPED = "backslashreplace"
+"""How JSON is written where a path may be no UTF-8: Python holds such a byte as a lone surrogate, and JSON escapes that
+in the same way."""
 _PIECE = 1 << 22
 
 
@@ -70,15 +75,16 @@ def take_lock(file: IO, prefix: str) -> None:
     """Keep other processes from writing what this one writes as ``prefix``, until ``file`` is closed.
 
     Raises:
-        DataError: another process has the lock.
+        DataError: another process has the lock, or had it and has just renamed or removed ``file``.
     """
     if fcntl is None:
         return
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        free = os.path.exists(file.name) and os.path.samestat(os.fstat(file.fileno()), os.stat(file.name))
     except BlockingIOError:
-        raise DataError(
-            f"{prefix}: another process is writing it; wait for that one or give another --output-prefix"
-        ) from None
+        free = False
     except OSError:  # a file system without locks
         return
+    if not free:
+        raise DataError(f"{prefix}: another process is writing it; wait for that one or give another --output-prefix")

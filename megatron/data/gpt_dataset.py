@@ -24,6 +24,7 @@ from megatron.data.dataset_checks import (
     token_problems,
 )
 from megatron.data.errors import DataError
+from megatron.data.files import INDEX_CACHE
 from megatron.data.loader import FIELDS, batches
 from megatron.data.tokenizer import Tokenizer
 
@@ -78,7 +79,7 @@ def build_datasets(
     if num_samples[0] and not shares[0]:
         raise DataError(f"--split {config.data.split!r} leaves nothing for training")
     wanted = [n if share else 0 for n, share in zip(num_samples, shares, strict=True)]
-    cache = Path(config.data.data_cache_path or Path(blend.prefixes[0]).parent / "index-cache")
+    cache = Path(config.data.data_cache_path or Path(blend.prefixes[0]).parent / INDEX_CACHE)
     _check(blend, shares, wanted, cache, config, tokenizer)
 
     sources = _build(blend, wanted, cache, config, tokenizer)

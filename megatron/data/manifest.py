@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.data.errors import DataError
+from megatron.data.files import ESCAPED
 from megatron.data.tokenizer import Tokenizer
 
 FORMAT = 2
@@ -81,7 +82,7 @@ def path_of(prefix: str) -> Path:
 
 def write(path: Path, manifest: Manifest) -> None:
     """Write ``manifest`` to ``path``."""
-    with open(path, "w", encoding="utf-8") as file:
+    with open(path, "w", encoding="utf-8", errors=ESCAPED) as file:
         file.write(json.dumps(dataclasses.asdict(manifest), indent=2, ensure_ascii=False) + "\n")
         file.flush()
         os.fsync(file.fileno())

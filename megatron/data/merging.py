@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -48,7 +49,8 @@ def merge(prefixes: Sequence[str], output: str, *, overwrite: bool = False) -> W
     check_prefix(output)
     if len(prefixes) < 2:
         raise DataError(f"{len(prefixes)} dataset(s) to merge; give two or more prefixes, or a pattern for them")
-    if twice := sorted({prefix for prefix in prefixes if prefixes.count(prefix) > 1}):
+    places = [os.path.realpath(f"{prefix}.idx") for prefix in prefixes]
+    if twice := sorted({prefix for prefix, place in zip(prefixes, places, strict=True) if places.count(place) > 1}):
         raise DataError(f"{', '.join(twice)} would be merged more than once")
     sources = _ordered([_open(prefix) for prefix in prefixes])
     _check_alike(sources)

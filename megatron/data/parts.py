@@ -13,7 +13,7 @@ from typing import Any
 import zstandard
 
 from megatron.data.errors import DataError
-from megatron.data.files import take_lock
+from megatron.data.files import ESCAPED
 from megatron.data.journal import Journal
 
 _UNFINISHED = ".incomplete."
@@ -32,7 +32,7 @@ class Parts:
         journal: of the run.
 
     Raises:
-        DataError: there is output, another process is writing it, or what a stopped run left is not what it wrote.
+        DataError: there is output, or what a stopped run left is not what it wrote.
     """
 
     def __init__(self, prefix: str, part_bytes: int, overwrite: bool, journal: Journal) -> None:
@@ -41,12 +41,9 @@ class Parts:
         if old and not overwrite:
             raise DataError(f"{', '.join(map(str, old))} exist already; give --overwrite or another --output-prefix")
         Path(prefix).parent.mkdir(parents=True, exist_ok=True)
-        self._removed = open(f"{prefix}{_UNFINISHED}removed.jsonl", "a", encoding="utf-8")  # noqa: SIM115 - see _close
-        try:
-            take_lock(self._removed, prefix)
-        except BaseException:
-            self._removed.close()
-            raise
+        self._removed = open(  # noqa: SIM115 - closed by publish and __exit__
+            f"{prefix}{_UNFINISHED}removed.jsonl", "a", encoding="utf-8", errors=ESCAPED
+        )
         self._sizes: list[int] = []
         """Bytes of the files that are full."""
         self._file: io.BufferedIOBase | None = None

@@ -90,6 +90,7 @@ def test_what_does_not_go_together(tmp_path):
         ([mine, wide], "has tokens of type int32, .* uint16"),
         ([mine], "two or more"),
         ([mine, mine], "more than once"),
+        ([mine, f"{tmp_path}/../{tmp_path.name}/mine_text_document"], "more than once"),
         ([mine, "/no/such"], r"there is no /no/such\.idx"),
     ):
         with pytest.raises(DataError, match=words):
