@@ -87,6 +87,9 @@ def main(argv: list[str] | None = None) -> int:
         where = f", writing {args.output_prefix}" if isinstance(error, OSError) and error.filename is None else ""
         print(f"error: {error}{where}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted; nothing was published, and the same command goes on", file=sys.stderr)
+        return 130
     print(f"{done.kept:,} of {done.documents:,} documents stay: {', '.join(done.files)}")
     for reason, count in done.removed.most_common():
         print(f"{count:>12,} removed, {reason}")

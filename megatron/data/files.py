@@ -60,15 +60,20 @@ def write_whole(contents: dict[Path, bytes]) -> None:
             path.unlink(missing_ok=True)
 
 
-def check_prefix(prefix: str) -> None:
-    """Raise DataError where no file's name can begin with ``prefix``."""
+def check_prefix(prefix: str, flag: str = "--output-prefix") -> None:
+    """Raise DataError where no file's name can begin with ``prefix``, which ``flag`` gave."""
     if not prefix or prefix.endswith(os.sep):
-        raise DataError(
-            f"--output-prefix {prefix!r}: expected a folder and the beginning of a name, such as data/corpus"
-        )
+        raise DataError(f"{flag} {prefix!r}: expected a folder and the beginning of a name, such as data/corpus")
     for folder in Path(prefix).parents:
         if folder.exists() and not folder.is_dir():
-            raise DataError(f"--output-prefix {prefix}: {folder} is a file, expected a folder")
+            raise DataError(f"{flag} {prefix}: {folder} is a file, expected a folder")
+
+
+def check_writable(prefix: str) -> None:
+    """Raise DataError where there is no permission to write files whose names begin with ``prefix``."""
+    folder = next(folder for folder in Path(prefix).absolute().parents if folder.exists())
+    if not os.access(folder, os.W_OK):
+        raise DataError(f"{prefix}: no permission to write to {folder}")
 
 
 def take_lock(file: IO, prefix: str) -> None:

@@ -17,6 +17,7 @@ from megatron.data.dataset_checks import (
     Blend,
     cache_problems,
     count_tokens,
+    damage_problems,
     open_problems,
     parse_blend,
     parse_split,
@@ -138,6 +139,9 @@ def _check(
     if not problems and (not distributed or torch.distributed.get_rank() == 0):
         problems += cache_problems(cache)
         for prefix in blend.prefixes:
+            if damage := damage_problems(prefix):
+                problems += damage
+                continue
             problems += token_problems(prefix, tokenizer, config.data.allow_tokenizer_mismatch)
             problems += _split_problems(prefix, shares, wanted, config, alone=len(blend.prefixes) == 1)
     if distributed:

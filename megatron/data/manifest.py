@@ -44,7 +44,7 @@ class Manifest:
     """SHA-256 of the ``bin`` and the ``idx``."""
     command: str = ""
     """:func:`digest` of the run's inputs (names and sizes), flags and tokenizer, the same for all shards of a corpus;
-    of a merged dataset, of the checksums of what it was made from; empty where it was cut."""
+    of a merged dataset, of the checksums of what it was made from; of one that was cut, of these and its documents."""
     versions: dict[str, str] = dataclasses.field(default_factory=lambda: versions())
     format: int = FORMAT
 

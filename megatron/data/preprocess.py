@@ -31,6 +31,7 @@ from megatron.data.inputs import (
     stamps_of,
 )
 from megatron.data.journal import Journal
+from megatron.data.journal import path_of as journal_of
 from megatron.data.processes import in_order
 from megatron.data.progress import Progress
 from megatron.data.reading import TEXT_DOCUMENTS, Batch, Position, read_batches
@@ -120,12 +121,13 @@ def preprocess(
     identity = flags | {"inputs": stamps, "shard": shard, "versions": manifest.versions()}
     total_bytes = sum(span.end - span.start for span in spans)
     listed = Rejects(output_prefix, max_rejected, total_bytes)
+    unfinished = journal_of(output_prefix).exists()  # else finished datasets can be where nobody may write
+    if not overwrite and not unfinished and (found := _finished(output_prefix, prefixes, command, shard, stamps)):
+        return found
     with Journal(output_prefix, identity, overwrite) as journal:
         if journal.last and "verified" in journal.last:  # nothing but the names is missing
             return _publish(journal, output_prefix, prefixes)
         if not overwrite:
-            if found := _finished(output_prefix, prefixes, command, shard, stamps):
-                return found
             for prefix in prefixes:
                 check_free(prefix)
             listed.check_free()
