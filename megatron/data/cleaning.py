@@ -26,7 +26,8 @@ from megatron.data.files import check_prefix
 from megatron.data.inputs import STANDARD_INPUT, UNREPEATABLE, find_inputs, spans_of, stamps_of
 from megatron.data.journal import Journal
 from megatron.data.jsonl import record_texts
-from megatron.data.parts import Parts, publish
+from megatron.data.manifest import digest
+from megatron.data.parts import Parts, finished, publish
 from megatron.data.processes import in_order
 from megatron.data.progress import Progress
 from megatron.data.reading import BATCH_BYTES, JSON, ROW, Batch, Position, read_batches
@@ -79,6 +80,8 @@ class Cleaned:
     kept: int = 0
     removed: Counter[str] = dataclasses.field(default_factory=Counter)
     """Documents by reason."""
+    existing: bool = False
+    """The same run was made before, and there was nothing to do."""
 
 
 @dataclasses.dataclass
@@ -170,7 +173,7 @@ def clean(
     What was removed is listed in OUTPUT_PREFIX.removed.jsonl (file, line, reason, and for near duplicates the file and
     line of the first), and counted in OUTPUT_PREFIX.cleaning.json. The files get their names when all are complete. The
     same arguments go on with a run that was stopped after the last file that was full, unless they name standard input;
-    ``workers``, ``overwrite`` and ``log_interval`` may change.
+    ``workers``, ``overwrite`` and ``log_interval`` may change. Finished, there is nothing to do.
 
     Args:
         inputs: as of :func:`megatron.data.inputs.find_inputs`.
@@ -205,7 +208,17 @@ def clean(
     settings = {"exact": exact, "near": near, "filters": dataclasses.asdict(filters), "inputs": paths}
     stamps = {"inputs": stamps_of(paths), "against": stamps_of(others)}
     identity = settings | stamps | {"json_key": json_key, "part_bytes": part_bytes, "versions": _versions(near)}
+    settings["run"] = digest(identity)
+
+    def before() -> Cleaned | None:
+        report = None if overwrite else finished(output_prefix, settings["run"])
+        return report and Cleaned(*report, existing=True)
+
+    if not Journal.begun(f"{output_prefix}.cleaning") and (found := before()):
+        return found
     with Journal(f"{output_prefix}.cleaning", identity, overwrite) as journal:
+        if not journal.last and (found := before()):
+            return found
         point = journal.last or {}
         counts = point.get("counts", {"documents": 0, "kept": 0, "removed": {}})
         done = Cleaned([], counts["documents"], counts["kept"], Counter(counts["removed"]))

@@ -10,11 +10,6 @@ from megatron.data.errors import DataError
 from megatron.data.files import take_lock
 
 
-def path_of(prefix: str) -> Path:
-    """Where the journal of the run ``prefix`` lies, if it is not finished."""
-    return Path(f"{prefix}.incomplete.journal")
-
-
 class Journal:
     """PREFIX.incomplete.journal: what the run is, and the newest point up to which everything is on the disk.
 
@@ -30,7 +25,7 @@ class Journal:
     """
 
     def __init__(self, prefix: str, identity: dict[str, Any], overwrite: bool) -> None:
-        self.path = path_of(prefix)
+        self.path = Path(f"{prefix}.incomplete.journal")
         self._identity = json.loads(json.dumps(identity))
         self.last: dict[str, Any] | None = None
         """The newest point; None where the run begins."""
@@ -46,6 +41,11 @@ class Journal:
         except BaseException:
             self.close()
             raise
+
+    @staticmethod
+    def begun(prefix: str) -> bool:
+        """Whether a run under this prefix is under way, or was stopped."""
+        return any(os.path.exists(f"{prefix}.incomplete.{name}") for name in ("journal", "lock"))
 
     def __enter__(self) -> "Journal":
         return self

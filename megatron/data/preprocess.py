@@ -31,7 +31,6 @@ from megatron.data.inputs import (
     stamps_of,
 )
 from megatron.data.journal import Journal
-from megatron.data.journal import path_of as journal_of
 from megatron.data.processes import in_order
 from megatron.data.progress import Progress
 from megatron.data.reading import TEXT_DOCUMENTS, Batch, Position, read_batches
@@ -121,12 +120,17 @@ def preprocess(
     identity = flags | {"inputs": stamps, "shard": shard, "versions": manifest.versions()}
     total_bytes = sum(span.end - span.start for span in spans)
     listed = Rejects(output_prefix, max_rejected, total_bytes)
-    unfinished = journal_of(output_prefix).exists()  # else finished datasets can be where nobody may write
-    if not overwrite and not unfinished and (found := _finished(output_prefix, prefixes, command, shard, stamps)):
-        return found
+
+    def finished() -> Summary | None:
+        return None if overwrite else _finished(output_prefix, prefixes, command, shard, stamps)
+
+    if not Journal.begun(output_prefix) and (found := finished()):
+        return found  # before anything is written: finished datasets may be where nobody can
     with Journal(output_prefix, identity, overwrite) as journal:
         if journal.last and "verified" in journal.last:  # nothing but the names is missing
             return _publish(journal, output_prefix, prefixes)
+        if found := finished():
+            return found
         if not overwrite:
             for prefix in prefixes:
                 check_free(prefix)
