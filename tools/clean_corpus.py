@@ -17,7 +17,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Write the documents that stay as PREFIX-00000.jsonl.zst ..., and what was removed, with reasons, "
         "as PREFIX.removed.jsonl. Without flags that remove something only broken lines are. Stopped, the same command "
-        "goes on after the last file that was full."
+        "goes on after the last file that was full; finished, it has nothing to do."
     )
     parser.add_argument(
         "--input", nargs="+", required=True, metavar="PATH",
@@ -87,7 +87,11 @@ def main(argv: list[str] | None = None) -> int:
         where = f", writing {args.output_prefix}" if isinstance(error, OSError) and error.filename is None else ""
         print(f"error: {error}{where}", file=sys.stderr)
         return 1
-    print(f"{done.kept:,} of {done.documents:,} documents stay: {', '.join(done.files)}")
+    except KeyboardInterrupt:
+        print("interrupted; nothing was published, and the same command goes on", file=sys.stderr)
+        return 130
+    there = " (there already, nothing to do)" if done.existing else ""
+    print(f"{done.kept:,} of {done.documents:,} documents stay{there}: {', '.join(done.files)}")
     for reason, count in done.removed.most_common():
         print(f"{count:>12,} removed, {reason}")
     return 0

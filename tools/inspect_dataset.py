@@ -4,6 +4,7 @@
 import argparse
 import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -41,9 +42,12 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     data = tokenizer_config(args)
     broken = False
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr] - samples are of any language
     try:
         if args.plot and len(args.prefix) > 1:
             raise DataError(f"--plot draws one dataset, got {len(args.prefix)}")
+        if args.samples < 0:
+            raise DataError(f"--samples {args.samples}: expected 0 or more")
         tokenizer = build_tokenizer(data) if args.samples or data != DataConfig() else None
         reports = []
         for number, word in enumerate(args.prefix):
@@ -64,9 +68,14 @@ def main(argv: list[str] | None = None) -> int:
                 plot(reports[-1], args.plot)
         if args.json:
             Path(args.json).write_text(json.dumps([dataclasses.asdict(report) for report in reports], indent=2) + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
     return int(broken)
 
 

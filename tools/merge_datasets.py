@@ -46,6 +46,9 @@ def main(argv: list[str] | None = None) -> int:
         where = f", writing {args.output_prefix}" if isinstance(error, OSError) and error.filename is None else ""
         print(f"error: {error}{where}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted; give the same command again", file=sys.stderr)
+        return 130
     for made in written:
         there = " there already, nothing to do" if made.existing else ""
         print(f"{made.prefix}: {made.documents:,} documents, {made.tokens:,} tokens{there}")

@@ -66,6 +66,9 @@ def main(argv: list[str] | None = None) -> int:
     except (DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
     print(f"{path}: {args.vocab_size} pieces in {time.monotonic() - start:.1f} s")
     return 0
 

@@ -55,6 +55,7 @@ case "${1:-shard}" in
     shard)
         shard=${SLURM_ARRAY_TASK_ID:?error: this is no task of an array job; submit it with sbatch}
         shards=${NUM_SHARDS:-${SLURM_ARRAY_TASK_COUNT:-1}}
+        ((shards > 1)) || fail "one task makes no shards that could be merged: give --array=0-1 or more, or NUM_SHARDS"
         "$python" "$root/tools/preprocess_data.py" --input "${inputs[@]}" --output-prefix "$OUTPUT" \
             --json-keys "$key" --append-eod --workers "${SLURM_CPUS_PER_TASK:-1}" \
             --num-shards "$shards" --shard-index "$shard" "${tokenizer[@]}" ${more[@]+"${more[@]}"} &

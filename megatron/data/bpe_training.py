@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron.data.errors import DataError
-from megatron.data.files import write_whole
+from megatron.data.files import check_prefix, check_writable, write_whole
 from megatron.data.text_sample import sample_texts
 
 _SMALLEST = 257
@@ -45,6 +45,8 @@ def train_bpe(
     vocab_path, merge_path = Path(f"{output_prefix}-vocab.json"), Path(f"{output_prefix}-merges.txt")
     if vocab_size < _SMALLEST:
         raise DataError(f"--vocab-size {vocab_size}: expected {_SMALLEST} or more, the bytes and <|endoftext|>")
+    check_prefix(output_prefix, "--output")
+    check_writable(output_prefix)
     existing = [str(path) for path in (vocab_path, merge_path) if path.exists()]
     if existing and not overwrite:
         raise DataError(f"{', '.join(existing)} exist already; give --overwrite or another --output")

@@ -26,7 +26,8 @@ from megatron.data.files import check_prefix
 from megatron.data.inputs import STANDARD_INPUT, UNREPEATABLE, find_inputs, spans_of, stamps_of
 from megatron.data.journal import Journal
 from megatron.data.jsonl import record_texts
-from megatron.data.parts import Parts, publish
+from megatron.data.manifest import digest
+from megatron.data.parts import Parts, finished, publish
 from megatron.data.processes import in_order
 from megatron.data.progress import Progress
 from megatron.data.reading import BATCH_BYTES, JSON, ROW, Batch, Position, read_batches
@@ -79,6 +80,8 @@ class Cleaned:
     kept: int = 0
     removed: Counter[str] = dataclasses.field(default_factory=Counter)
     """Documents by reason."""
+    existing: bool = False
+    """The same run was made before, and there was nothing to do."""
 
 
 @dataclasses.dataclass
@@ -170,7 +173,7 @@ def clean(
     What was removed is listed in OUTPUT_PREFIX.removed.jsonl (file, line, reason, and for near duplicates the file and
     line of the first), and counted in OUTPUT_PREFIX.cleaning.json. The files get their names when all are complete. The
     same arguments go on with a run that was stopped after the last file that was full, unless they name standard input;
-    ``workers``, ``overwrite`` and ``log_interval`` may change.
+    ``workers``, ``overwrite`` and ``log_interval`` may change. Finished, there is nothing to do.
 
     Args:
         inputs: as of :func:`megatron.data.inputs.find_inputs`.
@@ -205,62 +208,78 @@ def clean(
     settings = {"exact": exact, "near": near, "filters": dataclasses.asdict(filters), "inputs": paths}
     stamps = {"inputs": stamps_of(paths), "against": stamps_of(others)}
     identity = settings | stamps | {"json_key": json_key, "part_bytes": part_bytes, "versions": _versions(near)}
-    journal = Journal(f"{output_prefix}.cleaning", identity, overwrite)
-    point = journal.last or {}
-    counts = point.get("counts", {"documents": 0, "kept": 0, "removed": {}})
-    done = Cleaned([], counts["documents"], counts["kept"], Counter(counts["removed"]))
-    if "complete" in point:  # nothing but the names is missing
-        done.files = publish(output_prefix, point["complete"])
-        journal.remove()
+    settings["run"] = digest(identity)
+
+    def before() -> Cleaned | None:
+        report = None if overwrite else finished(output_prefix, settings["run"])
+        return report and Cleaned(*report, existing=True)
+
+    if not Journal.begun(f"{output_prefix}.cleaning") and (found := before()):
+        return found
+    with Journal(f"{output_prefix}.cleaning", identity, overwrite) as journal:
+        if not journal.last and (found := before()):
+            return found
+        point = journal.last or {}
+        counts = point.get("counts", {"documents": 0, "kept": 0, "removed": {}})
+        done = Cleaned([], counts["documents"], counts["kept"], Counter(counts["removed"]))
+        if "complete" in point:  # nothing but the names is missing
+            done.files = publish(output_prefix, point["complete"])
+            journal.remove()
+            return done
+        with Parts(output_prefix, part_bytes, overwrite, journal) as writer:
+            spans, piped = spans_of(paths), STANDARD_INPUT in paths
+            if point:
+                print(f"going on after {done.documents:,} documents of an earlier run", file=sys.stderr)
+            elif writer.leftovers:
+                print(f"an earlier run was stopped {UNREPEATABLE if piped else _EARLY}: starting over", file=sys.stderr)
+
+            def save(position: Position) -> None:
+                if not piped:
+                    writer.save({"position": dataclasses.asdict(position), "counts": _counts(done)} | duplicates.sync())
+
+            with (
+                in_order(_Judge, (json_key, filters, near), workers) as judge,
+                Duplicates(output_prefix, exact, near, point.get("seen")) as duplicates,
+                Progress(sum(span.size for span in spans), log_interval) as bar,
+            ):
+                if not point and others:
+                    for batch, judged_batch in judge(read_batches(spans_of(others), (json_key,))):
+                        for judged in judged_batch:
+                            if judged.reason is None:
+                                duplicates.reason(judged.digest, judged.signature, f"{batch.span.path}:{judged.number}")
+                    save(Position())
+                batch_bytes = min(BATCH_BYTES, part_bytes)  # files end where batches do
+                start = Position(**point.get("position", {}))
+                batches = read_batches(spans, (json_key,), start=start, batch_bytes=batch_bytes)
+                for batch, judged_batch in judge(batches):
+                    _keep_or_remove(batch.span.path, judged_batch, duplicates, writer, done)
+                    if writer.full:
+                        writer.close_part()
+                        save(batch.end)
+                    size = sum(len(judged.line) for judged in judged_batch)
+                    bar.update(batch.consumed, len(judged_batch), size, sum(done.removed.values()))
+            if stamps != {"inputs": stamps_of(paths), "against": stamps_of(others)}:
+                raise DataError("--input: a file was changed while it was read; run again when nobody writes to it")
+            if not done.kept:
+                raise DataError(f"not one of {done.documents} documents stays: {dict(done.removed)}")
+            done.files = writer.publish(_counts(done), settings)
         return done
-    with Parts(output_prefix, part_bytes, overwrite, journal) as writer:
-        spans, piped = spans_of(paths), STANDARD_INPUT in paths
-        if point:
-            print(f"going on after {done.documents:,} documents of an earlier run", file=sys.stderr)
-        elif writer.leftovers:
-            print(f"an earlier run was stopped {UNREPEATABLE if piped else _EARLY}: starting over", file=sys.stderr)
 
-        def save(position: Position) -> None:
-            if not piped:
-                writer.save({"position": dataclasses.asdict(position), "counts": _counts(done)} | duplicates.sync())
 
-        with (
-            in_order(_Judge, (json_key, filters, near), workers) as judge,
-            Duplicates(output_prefix, exact, near, point.get("seen")) as duplicates,
-            Progress(sum(span.size for span in spans), log_interval) as bar,
-        ):
-            if not point and others:
-                for batch, judged_batch in judge(read_batches(spans_of(others), (json_key,))):
-                    for judged in judged_batch:
-                        if judged.reason is None:
-                            duplicates.reason(judged.digest, judged.signature, f"{batch.span.path}:{judged.number}")
-                save(Position())
-            batch_bytes = min(BATCH_BYTES, part_bytes)  # files end where batches do
-            start = Position(**point.get("position", {}))
-            for batch, judged_batch in judge(read_batches(spans, (json_key,), start=start, batch_bytes=batch_bytes)):
-                for judged in judged_batch:
-                    reason, first = judged.reason, None
-                    if reason is None:
-                        place = f"{batch.span.path}:{judged.number}"
-                        reason, first = duplicates.reason(judged.digest, judged.signature, place)
-                    if reason is None:
-                        writer.add(judged.line)
-                        done.kept += 1
-                    else:
-                        writer.remove(batch.span.path, judged.number, reason, first)
-                        done.removed[reason.partition(":")[0]] += 1
-                done.documents += len(judged_batch)
-                if writer.full:
-                    writer.close_part()
-                    save(batch.end)
-                size = sum(len(judged.line) for judged in judged_batch)
-                bar.update(batch.consumed, len(judged_batch), size, sum(done.removed.values()))
-        if stamps != {"inputs": stamps_of(paths), "against": stamps_of(others)}:
-            raise DataError("--input: a file was changed while it was read; run again when nobody writes to it")
-        if not done.kept:
-            raise DataError(f"not one of {done.documents} documents stays: {dict(done.removed)}")
-        done.files = writer.publish(_counts(done), settings)
-    return done
+def _keep_or_remove(
+    path: str, judged_batch: Sequence[_Judged], duplicates: Duplicates, writer: Parts, done: Cleaned
+) -> None:
+    for judged in judged_batch:
+        reason, first = judged.reason, None
+        if reason is None:
+            reason, first = duplicates.reason(judged.digest, judged.signature, f"{path}:{judged.number}")
+        if reason is None:
+            writer.add(judged.line)
+            done.kept += 1
+        else:
+            writer.remove(path, judged.number, reason, first)
+            done.removed[reason.partition(":")[0]] += 1
+    done.documents += len(judged_batch)
 
 
 def _counts(done: Cleaned) -> dict[str, Any]:

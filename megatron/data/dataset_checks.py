@@ -11,7 +11,7 @@ import numpy as np
 
 from megatron.data import manifest
 from megatron.data.errors import DataError
-from megatron.data.index_file import read_index
+from megatron.data.index_file import ANEW, index_problems, read_index
 from megatron.data.tokenizer import Tokenizer
 
 SPLITS = ("train", "valid", "test")
@@ -75,6 +75,11 @@ def open_problems(prefix: str) -> list[str]:
     except (DataError, OSError) as error:
         return [f"--data-path {error}"]
     return []
+
+
+def damage_problems(prefix: str) -> list[str]:
+    """What in the .idx of the dataset ``prefix``, which can be opened, contradicts itself; reads all of it."""
+    return [f"--data-path {prefix}: {problem}. {ANEW}" for problem in index_problems(read_index(prefix))]
 
 
 def token_problems(prefix: str, tokenizer: Tokenizer, allow_mismatch: bool = False) -> list[str]:

@@ -14,6 +14,11 @@ try:
 except ImportError:  # no such locks on this platform
     fcntl = None  # type: ignore[assignment]
 
+INDEX_CACHE = "index-cache"
+"""Name of the folder in which training keeps its sample index unless told otherwise."""
+ESCAPED = "backslashreplace"
+"""How JSON is written where a path may be no UTF-8: Python holds such a byte as a lone surrogate, and JSON escapes that
+in the same way."""
 _PIECE = 1 << 22
 
 
@@ -55,30 +60,36 @@ def write_whole(contents: dict[Path, bytes]) -> None:
             path.unlink(missing_ok=True)
 
 
-def check_prefix(prefix: str) -> None:
-    """Raise DataError where no file's name can begin with ``prefix``."""
+def check_prefix(prefix: str, flag: str = "--output-prefix") -> None:
+    """Raise DataError where no file's name can begin with ``prefix``, which ``flag`` gave."""
     if not prefix or prefix.endswith(os.sep):
-        raise DataError(
-            f"--output-prefix {prefix!r}: expected a folder and the beginning of a name, such as data/corpus"
-        )
+        raise DataError(f"{flag} {prefix!r}: expected a folder and the beginning of a name, such as data/corpus")
     for folder in Path(prefix).parents:
         if folder.exists() and not folder.is_dir():
-            raise DataError(f"--output-prefix {prefix}: {folder} is a file, expected a folder")
+            raise DataError(f"{flag} {prefix}: {folder} is a file, expected a folder")
+
+
+def check_writable(prefix: str) -> None:
+    """Raise DataError where there is no permission to write files whose names begin with ``prefix``."""
+    folder = next(folder for folder in Path(prefix).absolute().parents if folder.exists())
+    if not os.access(folder, os.W_OK):
+        raise DataError(f"{prefix}: no permission to write to {folder}")
 
 
 def take_lock(file: IO, prefix: str) -> None:
     """Keep other processes from writing what this one writes as ``prefix``, until ``file`` is closed.
 
     Raises:
-        DataError: another process has the lock.
+        DataError: another process has the lock, or had it and has just renamed or removed ``file``.
     """
     if fcntl is None:
         return
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        free = os.path.exists(file.name) and os.path.samestat(os.fstat(file.fileno()), os.stat(file.name))
     except BlockingIOError:
-        raise DataError(
-            f"{prefix}: another process is writing it; wait for that one or give another --output-prefix"
-        ) from None
+        free = False
     except OSError:  # a file system without locks
         return
+    if not free:
+        raise DataError(f"{prefix}: another process is writing it; wait for that one or give another --output-prefix")

@@ -17,6 +17,7 @@ from megatron.data.dataset_checks import (
     Blend,
     cache_problems,
     count_tokens,
+    damage_problems,
     open_problems,
     parse_blend,
     parse_split,
@@ -24,6 +25,7 @@ from megatron.data.dataset_checks import (
     token_problems,
 )
 from megatron.data.errors import DataError
+from megatron.data.files import INDEX_CACHE
 from megatron.data.loader import FIELDS, batches
 from megatron.data.tokenizer import Tokenizer
 
@@ -78,7 +80,7 @@ def build_datasets(
     if num_samples[0] and not shares[0]:
         raise DataError(f"--split {config.data.split!r} leaves nothing for training")
     wanted = [n if share else 0 for n, share in zip(num_samples, shares, strict=True)]
-    cache = Path(config.data.data_cache_path or Path(blend.prefixes[0]).parent / "index-cache")
+    cache = Path(config.data.data_cache_path or Path(blend.prefixes[0]).parent / INDEX_CACHE)
     _check(blend, shares, wanted, cache, config, tokenizer)
 
     sources = _build(blend, wanted, cache, config, tokenizer)
@@ -137,6 +139,9 @@ def _check(
     if not problems and (not distributed or torch.distributed.get_rank() == 0):
         problems += cache_problems(cache)
         for prefix in blend.prefixes:
+            if damage := damage_problems(prefix):
+                problems += damage
+                continue
             problems += token_problems(prefix, tokenizer, config.data.allow_tokenizer_mismatch)
             problems += _split_problems(prefix, shares, wanted, config, alone=len(blend.prefixes) == 1)
     if distributed:

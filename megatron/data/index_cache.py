@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -114,7 +115,8 @@ def _through_cache(dataset: Any, build: Callable[[], Any], names: tuple[str, ...
             )
     elif not _whole(paths, folder / f"{base}-checksums.json"):
         start = time.monotonic()
-        aside = folder / f".{base}.{os.getpid()}"
+        folder.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{base}.", dir=folder))  # no other run's, on whatever node
         dataset.config = copy.copy(config)
         # megatron.core asks for the rank of a process group where it may save a blend
         unsaved = isinstance(dataset, BlendedDataset) and not distributed

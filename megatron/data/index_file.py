@@ -21,7 +21,7 @@ DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.
 _CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
 CHUNK = 1 << 20
 """Numbers that are held in memory at a time."""
-_ANEW = "Copy it anew, or preprocess anew"
+ANEW = "Copy it anew, or preprocess anew"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,11 +66,11 @@ def read_index(prefix: str) -> Index:
         head = file.read(HEAD.size)
     magic, version, code, sequences, documents = HEAD.unpack(head) if len(head) == HEAD.size else (b"", 0, 0, 0, 0)
     if magic != MAGIC or version != 1 or code not in DTYPES:
-        raise DataError(f"{path} is no index of a dataset, or a damaged one: it begins with {head[:18]!r}. {_ANEW}")
+        raise DataError(f"{path} is no index of a dataset, or a damaged one: it begins with {head[:18]!r}. {ANEW}")
     expected = HEAD.size + 12 * sequences + 8 * documents
     if size != expected:
         raise DataError(
-            f"{path} is no index of a dataset, or a damaged one: it has {size} bytes, expected {expected}. {_ANEW}"
+            f"{path} is no index of a dataset, or a damaged one: it has {size} bytes, expected {expected}. {ANEW}"
         )
     lengths_at, places_at = HEAD.size, HEAD.size + 4 * sequences
     index = Index(
@@ -99,7 +99,7 @@ def index_problems(index: Index) -> list[str]:
         if lengths.min() < 0 or not np.array_equal(places, np.concatenate([[place], ends[:-1]])):
             problems.append(f"the .idx is damaged between sequences {first} and {first + len(lengths)}")
         place = int(ends[-1])
-    rising = all((np.diff(part) >= 0).all() for part in _overlapping(index.ends))
+    rising = len(index.ends) > 0 and all((np.diff(part) >= 0).all() for part in _overlapping(index.ends))
     if not rising or int(index.ends[0]) != 0 or int(index.ends[-1]) != len(index.lengths):
         problems.append("the .idx is damaged: its documents do not end where its sequences do")
     return problems

@@ -58,6 +58,8 @@ class IndexedWriter:
         self._bin = open(f"{self._unfinished}.bin", "ab")  # noqa: SIM115 - held until publish or discard
         try:
             take_lock(self._bin, prefix)
+            if not overwrite:
+                check_free(prefix)  # again: whoever had the lock may have published
         except BaseException:
             self._bin.close()
             raise

@@ -3,12 +3,13 @@
 import dataclasses
 import glob
 import os
+import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from megatron.data.errors import DataError
-from megatron.data.files import sha256
+from megatron.data.files import INDEX_CACHE, sha256
 
 STANDARD_INPUT = "-"
 UNREPEATABLE = "while it read standard input, which cannot be read again from where it was"
@@ -45,28 +46,32 @@ def find_inputs(words: Sequence[str]) -> list[str]:
     """The files that ``words`` name, each a file, a glob pattern, a folder or ``-``.
 
     Patterns and folders give their files in the order of their names, so that a corpus is the same on every machine. Of
-    a folder and those below it files with a known suffix count, hidden ones not.
+    a folder and those below it files with a known suffix count, hidden ones not. What the tools of this code base write
+    is no input unless it is named itself, so that output may stand beside its input.
 
     Raises:
         DataError: names every word that leads to no readable file, and every file that is there twice.
+        OSError: a folder cannot be read.
     """
     paths: list[str] = []
     problems: list[str] = []
+    output: list[str] = []
     for word in words:
-        if word == STANDARD_INPUT or os.path.isfile(word):
+        if word == STANDARD_INPUT or (os.path.exists(word) and not os.path.isdir(word)):
             found = [word]
         elif os.path.isdir(word):
-            found = _below(word)
+            found = _not_output(_below(word), output)
             if not found:
                 problems.append(f"{word} is a folder without any file that ends in {', '.join(FORMATS)} (.gz, .zst)")
         elif glob.has_magic(word):
-            found = sorted(path for path in glob.glob(word, recursive=True) if os.path.isfile(path))
+            matches = (path for path in glob.glob(word, recursive=True) if not os.path.isdir(path))
+            found = _not_output(sorted(matches), output)
             if not found:
                 problems.append(f"{word}: no file fits this pattern")
         else:
             found = []
             problems.append(f"{word}: there is no such file")
-        problems += [f"{path}: no permission to read it" for path in found if not _readable(path)]
+        problems += [f"{path}: {problem}" for path in found if (problem := _problem(path))]
         paths += found
     places = [os.path.realpath(path) for path in paths]
     problems += (
@@ -83,6 +88,9 @@ def find_inputs(words: Sequence[str]) -> list[str]:
         problems.append("no file is given")
     if problems:
         raise DataError("--input: " + "; ".join(problems))
+    if output:
+        more = f" and {len(output) - 3} more" if len(output) > 3 else ""
+        print(f"left out, as these tools wrote them: {', '.join(output[:3])}{more}", file=sys.stderr)
     return paths
 
 
@@ -169,18 +177,53 @@ class Checksums:
 
 
 def _below(folder: str) -> list[str]:
-    found = []
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            plain = name.removesuffix(".gz").removesuffix(".zst")
-            if plain.endswith(FORMATS) and not name.startswith("."):
-                found.append(os.path.join(parent, name))
-    return sorted(found)
+    return sorted(_walk(folder, ()))
 
 
-def _readable(path: str) -> bool:
-    return path == STANDARD_INPUT or os.access(path, os.R_OK)
+def _walk(folder: str, above: tuple[str, ...]) -> Iterator[str]:
+    """Files below ``folder``; links to folders are followed, but not back to one of those ``above``."""
+    place = os.path.realpath(folder)
+    if place in above:
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            path = os.path.join(folder, entry.name)
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                if entry.name != INDEX_CACHE:
+                    yield from _walk(path, (*above, place))
+            elif entry.name.removesuffix(".gz").removesuffix(".zst").endswith(FORMATS):
+                yield path
+
+
+def _not_output(paths: Sequence[str], output: list[str]) -> list[str]:
+    """Those that no tool wrote; the others are added to ``output``."""
+    output += [path for path in paths if _is_output(path)]
+    return [path for path in paths if not _is_output(path)]
+
+
+def _is_output(path: str) -> bool:
+    """Whether it is what a run has left or is writing: unfinished files, lists, reports, manifests."""
+    name = os.path.basename(path)
+    if ".incomplete." in name or name.endswith((".rejected.jsonl", ".removed.jsonl", ".cleaning.json")):
+        return True
+    return path.endswith(".json") and os.path.exists(path.removesuffix(".json") + ".bin")
+
+
+def _problem(path: str) -> str | None:
+    """Why a file cannot be read; None where it can."""
+    if path == STANDARD_INPUT:
+        return None if sys.stdin is not None else "standard input is closed"
+    if not os.path.exists(path):
+        return "a link that leads nowhere"
+    if not os.path.isfile(path):
+        return "no regular file, and it must be read more than once; pipe it into --input -"
+    if not os.access(path, os.R_OK):
+        return "no permission to read it"
+    if path.endswith(COMPRESSIONS) and os.path.getsize(path) == 0:
+        return "it has 0 bytes, so it was cut off; copy or compress the file anew"
+    return None
 
 
 def _divisible(path: str, by_line: bool) -> bool:

@@ -11,7 +11,7 @@ import numpy as np
 from megatron.data import manifest
 from megatron.data.errors import DataError
 from megatron.data.files import sha256
-from megatron.data.index_file import CHUNK, Index, chunks, index_problems, read_index
+from megatron.data.index_file import ANEW, CHUNK, Index, chunks, index_problems, read_index
 from megatron.data.tokenizer import Tokenizer
 
 _BAR = 40
@@ -42,6 +42,8 @@ class Report:
 def inspect(prefix: str) -> Report:
     """Count. Raises DataError where the dataset is missing or damaged."""
     index = read_index(prefix)
+    if problems := index_problems(index):
+        raise DataError(f"{prefix}: {'; '.join(problems)}. {ANEW}")
     counts = np.zeros(64, dtype=np.int64)  # by the number of binary digits of the length
     shortest, longest, tokens = 2**62, 0, 0
     for lengths in _document_lengths(index):
@@ -94,7 +96,7 @@ def plot(report: Report, path: str) -> None:
     """The histogram as a picture.
 
     Raises:
-        DataError: matplotlib is not installed.
+        DataError: matplotlib is not installed, or does not know the kind of picture that the name asks for.
     """
     try:
         from matplotlib.figure import Figure
@@ -108,7 +110,10 @@ def plot(report: Report, path: str) -> None:
     axes.set_ylabel("documents")
     axes.set_title(f"{Path(report.prefix).name}: {report.documents:,} documents, {report.tokens:,} tokens")
     axes.tick_params(axis="x", rotation=45)
-    figure.savefig(path, dpi=150)
+    try:
+        figure.savefig(path, dpi=150)
+    except ValueError as error:
+        raise DataError(f"--plot {path}: {error}") from error
 
 
 def samples(

@@ -3,13 +3,17 @@
 import json
 import os
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from megatron.data.errors import DataError
+from megatron.data.files import take_lock
 
 
 class Journal:
     """PREFIX.incomplete.journal: what the run is, and the newest point up to which everything is on the disk.
+
+    Until :meth:`close` no other process can have a journal of the same prefix; PREFIX.incomplete.lock sees to that.
 
     Args:
         prefix: the run's --output-prefix.
@@ -17,7 +21,7 @@ class Journal:
         overwrite: whether the journal of another run may be dropped.
 
     Raises:
-        DataError: there is one of another run.
+        DataError: there is one of another run, or another process has it.
     """
 
     def __init__(self, prefix: str, identity: dict[str, Any], overwrite: bool) -> None:
@@ -25,6 +29,38 @@ class Journal:
         self._identity = json.loads(json.dumps(identity))
         self.last: dict[str, Any] | None = None
         """The newest point; None where the run begins."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = open(f"{prefix}.incomplete.lock", "ab")  # noqa: SIM115 - held until close
+        try:
+            take_lock(self._lock, prefix)
+        except BaseException:
+            self._lock.close()
+            raise
+        try:
+            self._read(overwrite)
+        except BaseException:
+            self.close()
+            raise
+
+    @staticmethod
+    def begun(prefix: str) -> bool:
+        """Whether a run under this prefix is under way, or was stopped."""
+        return any(os.path.exists(f"{prefix}.incomplete.{name}") for name in ("journal", "lock"))
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let other processes have the prefix."""
+        Path(self._lock.name).unlink(missing_ok=True)
+        self._lock.close()
+
+    def _read(self, overwrite: bool) -> None:
         if not self.path.exists():
             return
         try:

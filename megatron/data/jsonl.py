@@ -72,6 +72,8 @@ def fields(record: dict[str, Any], keys: Sequence[str]) -> list[str]:
             has = ", ".join(map(repr, list(record)[:5])) or "none"
             raise DataError(f"no key {key!r}; its keys: {has}")
         text = record[key]
+        if isinstance(text, bytes):  # of a Parquet file
+            raise DataError(f"{key!r} is bytes, expected a string in UTF-8")
         if not isinstance(text, str):
             raise DataError(f"{key!r} is a JSON {_NAMES.get(type(text), type(text).__name__)}, expected a string")
         try:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.data.errors import DataError
+from megatron.data.files import ESCAPED
 from megatron.data.tokenizer import Tokenizer
 
 FORMAT = 2
@@ -43,7 +44,7 @@ class Manifest:
     """SHA-256 of the ``bin`` and the ``idx``."""
     command: str = ""
     """:func:`digest` of the run's inputs (names and sizes), flags and tokenizer, the same for all shards of a corpus;
-    of a merged dataset, of the checksums of what it was made from; empty where it was cut."""
+    of a merged dataset, of the checksums of what it was made from; of one that was cut, of these and its documents."""
     versions: dict[str, str] = dataclasses.field(default_factory=lambda: versions())
     format: int = FORMAT
 
@@ -81,7 +82,7 @@ def path_of(prefix: str) -> Path:
 
 def write(path: Path, manifest: Manifest) -> None:
     """Write ``manifest`` to ``path``."""
-    with open(path, "w", encoding="utf-8") as file:
+    with open(path, "w", encoding="utf-8", errors=ESCAPED) as file:
         file.write(json.dumps(dataclasses.asdict(manifest), indent=2, ensure_ascii=False) + "\n")
         file.flush()
         os.fsync(file.fileno())

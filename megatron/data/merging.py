@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -11,7 +12,7 @@ from megatron.data.dataset_checks import SPLITS, parse_split
 from megatron.data.errors import DataError
 from megatron.data.files import check_prefix, sha256
 from megatron.data.index_file import CHUNK, Index, index_problems, read_index
-from megatron.data.indexed_writer import IndexedWriter
+from megatron.data.indexed_writer import IndexedWriter, check_free
 from megatron.data.progress import Progress
 
 
@@ -48,7 +49,8 @@ def merge(prefixes: Sequence[str], output: str, *, overwrite: bool = False) -> W
     check_prefix(output)
     if len(prefixes) < 2:
         raise DataError(f"{len(prefixes)} dataset(s) to merge; give two or more prefixes, or a pattern for them")
-    if twice := sorted({prefix for prefix in prefixes if prefixes.count(prefix) > 1}):
+    places = [os.path.realpath(f"{prefix}.idx") for prefix in prefixes]
+    if twice := sorted({prefix for prefix, place in zip(prefixes, places, strict=True) if places.count(place) > 1}):
         raise DataError(f"{', '.join(twice)} would be merged more than once")
     sources = _ordered([_open(prefix) for prefix in prefixes])
     _check_alike(sources)
@@ -65,7 +67,8 @@ def split(prefix: str, output: str, shares: str, *, overwrite: bool = False) -> 
         prefix: the dataset.
         output: beginning of the names.
         shares: as of --split, such as ``98,1,1``; a share of 0 makes no dataset.
-        overwrite: whether existing datasets may be replaced.
+        overwrite: whether existing datasets may be replaced. Those that were cut in the same way before are left as
+            they are, so that a run that was stopped can be started again.
 
     Raises:
         DataError: the dataset is missing or damaged, or a share leaves no document.
@@ -75,21 +78,37 @@ def split(prefix: str, output: str, shares: str, *, overwrite: bool = False) -> 
     expected = source.facts.checksums.get("bin") if source.facts else None
     if expected and sha256(f"{prefix}.bin") != expected:
         raise DataError(_changed(prefix, "bin"))
-    written, start = [], 0.0
-    cuts = []
+    cuts, start = [], 0.0
     for name, share in zip(SPLITS, parse_split(shares), strict=True):
-        first, last = (round(bound * float(source.index.documents)) for bound in (start, start + share))
+        first, last = (_document_at(source.index, bound) for bound in (start, start + share))
         start += share
         if share and first == last:
             raise DataError(f"--split {shares} leaves no document for {name}: {prefix} has {source.index.documents}")
         if share:
             cuts.append((name, first, last))
+    found: list[Written | None] = []
+    parts = []
     for name, first, last in cuts:
-        facts = None
+        facts, target = None, f"{output}_{name}"
         if source.facts:
-            facts = dataclasses.replace(source.facts, made_from=[f"{prefix}[{first}:{last}]"], shard=None, command="")
-        written.append(_write(f"{output}_{name}", [source], [(first, last)], facts, overwrite))
-    return written
+            command = manifest.digest([source.facts.checksums, first, last])
+            made_from = [f"{prefix}[{first}:{last}]"]
+            facts = dataclasses.replace(source.facts, made_from=made_from, shard=None, command=command)
+        parts.append((target, (first, last), facts))
+        found.append(_existing(target, facts) if facts and not overwrite else None)
+        if not overwrite and not found[-1]:
+            check_free(target)
+    return [
+        made or _write(target, [source], [documents], facts, overwrite)
+        for made, (target, documents, facts) in zip(found, parts, strict=True)
+    ]
+
+
+def _document_at(index: Index, share: float) -> int:
+    """The document with which this share of the sequences ends; training cuts between sequences, as empty documents
+    have none."""
+    sequences = round(share * float(len(index.lengths)))
+    return index.documents if sequences == len(index.lengths) else int(np.searchsorted(index.ends, sequences))
 
 
 def _open(prefix: str) -> _Source:

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import zstandard
 
 from megatron.data.errors import DataError
-from megatron.data.files import take_lock
+from megatron.data.files import ESCAPED
 from megatron.data.journal import Journal
 
 _UNFINISHED = ".incomplete."
@@ -32,7 +33,7 @@ class Parts:
         journal: of the run.
 
     Raises:
-        DataError: there is output, another process is writing it, or what a stopped run left is not what it wrote.
+        DataError: there is output, or what a stopped run left is not what it wrote.
     """
 
     def __init__(self, prefix: str, part_bytes: int, overwrite: bool, journal: Journal) -> None:
@@ -41,12 +42,9 @@ class Parts:
         if old and not overwrite:
             raise DataError(f"{', '.join(map(str, old))} exist already; give --overwrite or another --output-prefix")
         Path(prefix).parent.mkdir(parents=True, exist_ok=True)
-        self._removed = open(f"{prefix}{_UNFINISHED}removed.jsonl", "a", encoding="utf-8")  # noqa: SIM115 - see _close
-        try:
-            take_lock(self._removed, prefix)
-        except BaseException:
-            self._removed.close()
-            raise
+        self._removed = open(  # noqa: SIM115 - closed by publish and __exit__
+            f"{prefix}{_UNFINISHED}removed.jsonl", "a", encoding="utf-8", errors=ESCAPED
+        )
         self._sizes: list[int] = []
         """Bytes of the files that are full."""
         self._file: io.BufferedIOBase | None = None
@@ -109,7 +107,7 @@ class Parts:
         """Write the report and give all files their names; returns those with documents."""
         self.close_part()
         report = Path(f"{self._prefix}{_UNFINISHED}cleaning.json")
-        report.write_text(json.dumps(counts | settings, indent=2) + "\n", encoding="utf-8")
+        report.write_text(json.dumps(counts | {"bytes": self._sizes} | settings, indent=2) + "\n", encoding="utf-8")
         _sync(report)
         old = [str(path) for path in _existing(self._prefix)]
         self.save({"counts": counts, "complete": {"parts": len(self._sizes), "old": old}})
@@ -155,6 +153,18 @@ def publish(prefix: str, complete: dict[str, Any]) -> list[str]:
             os.replace(name, _final(name))
     Path(f"{prefix}{_UNFINISHED}seen").unlink(missing_ok=True)
     return [_final(name) for name in names]
+
+
+def finished(prefix: str, run: str) -> tuple[list[str], int, int, Counter[str]] | None:
+    """What this very run has published: files, documents, those that stay, and removed ones by reason."""
+    try:
+        report = json.loads(Path(f"{prefix}.cleaning.json").read_text(encoding="utf-8"))
+        files = {f"{prefix}-{number:05d}.jsonl.zst": size for number, size in enumerate(report["bytes"])}
+        same = report["run"] == run and all(os.path.getsize(path) == size for path, size in files.items())
+        counts = report["documents"], report["kept"], Counter(report["removed"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return (list(files), *counts) if same else None
 
 
 def _final(name: str) -> str:

@@ -118,44 +118,51 @@ def preprocess(
     command = manifest.digest(flags | {"inputs": [stamp[:2] for stamp in stamps], "shards": num_shards})
     shard = {"index": shard_index, "count": num_shards} if num_shards > 1 else None
     identity = flags | {"inputs": stamps, "shard": shard, "versions": manifest.versions()}
-    journal = Journal(output_prefix, identity, overwrite)
     total_bytes = sum(span.end - span.start for span in spans)
     listed = Rejects(output_prefix, max_rejected, total_bytes)
-    if journal.last and "verified" in journal.last:  # nothing but the names is missing
-        return _publish(journal, output_prefix, prefixes)
-    if not overwrite:
-        if found := _finished(output_prefix, prefixes, command, shard, stamps):
+
+    def finished() -> Summary | None:
+        return None if overwrite else _finished(output_prefix, prefixes, command, shard, stamps)
+
+    if not Journal.begun(output_prefix) and (found := finished()):
+        return found  # before anything is written: finished datasets may be where nobody can
+    with Journal(output_prefix, identity, overwrite) as journal:
+        if journal.last and "verified" in journal.last:  # nothing but the names is missing
+            return _publish(journal, output_prefix, prefixes)
+        if found := finished():
             return found
-        for prefix in prefixes:
-            check_free(prefix)
-    with _Run(journal, listed, prefixes, tokenizer, overwrite, STANDARD_INPUT in paths) as run:
-        with (
-            in_order(make_encoder, (data, tuple(json_keys), append_eod), workers) as encode,
-            Progress(total_bytes, log_interval) as bar,
-        ):
-            batches = encode(read_batches(spans, json_keys, text_documents=text_documents, start=run.position))
-            digests = _write(run, batches, bar, spans)
-        if stamps_of(paths) != stamps:
-            raise DataError("--input: a file was changed while it was read; run again when nobody writes to it")
-        for key, writer in zip(json_keys, run.writers, strict=True):
-            if writer.tokens == 0 and num_shards == 1:
-                raise DataError(f"--input: not one token under the key {key!r} in {len(paths)} file(s)")
-            writer.finish(
-                manifest.Manifest(
-                    tokenizer=manifest.describe_tokenizer(tokenizer),
-                    json_key=key,
-                    append_eod=append_eod,
-                    dtype=writer.dtype.name,
-                    documents=writer.documents,
-                    tokens=writer.tokens,
-                    rejected=listed.count,
-                    inputs=_describe(spans, digests),
-                    shard=shard,
-                    command=command,
+        if not overwrite:
+            for prefix in prefixes:
+                check_free(prefix)
+            listed.check_free()
+        with _Run(journal, listed, prefixes, tokenizer, overwrite, STANDARD_INPUT in paths) as run:
+            with (
+                in_order(make_encoder, (data, tuple(json_keys), append_eod), workers) as encode,
+                Progress(total_bytes, log_interval) as bar,
+            ):
+                batches = encode(read_batches(spans, json_keys, text_documents=text_documents, start=run.position))
+                digests = _write(run, batches, bar, spans)
+            if stamps_of(paths) != stamps:
+                raise DataError("--input: a file was changed while it was read; run again when nobody writes to it")
+            for key, writer in zip(json_keys, run.writers, strict=True):
+                if writer.tokens == 0 and num_shards == 1:
+                    raise DataError(f"--input: not one token under the key {key!r} in {len(paths)} file(s)")
+                writer.finish(
+                    manifest.Manifest(
+                        tokenizer=manifest.describe_tokenizer(tokenizer),
+                        json_key=key,
+                        append_eod=append_eod,
+                        dtype=writer.dtype.name,
+                        documents=writer.documents,
+                        tokens=writer.tokens,
+                        rejected=listed.count,
+                        inputs=_describe(spans, digests),
+                        shard=shard,
+                        command=command,
+                    )
                 )
-            )
-        run.verified()
-        return _publish(journal, output_prefix, prefixes)
+            run.verified()
+            return _publish(journal, output_prefix, prefixes)
 
 
 def _write(

@@ -166,6 +166,8 @@ def _read_rows(span: Span, keys: Sequence[str], offset: int, batch_bytes: int) -
         names = file.schema_arrow.names
         if missing := [key for key in keys if key not in names]:
             raise DataError(f"{span.path} has no column {', '.join(missing)}; its columns: {', '.join(names)}")
+        if twice := [key for key in keys if names.count(key) > 1]:
+            raise DataError(f"{span.path} has more than one column {', '.join(twice)}")
         begins = _group_begins(file, span.size)
         groups = [group for group in range(file.num_row_groups) if span.start <= begins[group] < span.end]
         sizes = {group: file.metadata.row_group(group).num_rows for group in groups}
@@ -182,11 +184,25 @@ def _read_rows(span: Span, keys: Sequence[str], offset: int, batch_bytes: int) -
             if skip >= len(table):
                 skip -= len(table)
                 continue
-            columns = [table.column(key).slice(skip).to_pylist() for key in keys]
+            columns = [_values(table.column(key).slice(skip)) for key in keys]
             skip = 0
             records = [dict(zip(keys, values, strict=True)) for values in zip(*columns, strict=True)]
             done += len(records)
             yield records, done, (span.end - span.start) * done // max(rows, 1)
+
+
+def _values(column: Any) -> list[Any]:
+    """What a column holds; a text that is no UTF-8 as the bytes that it is, so that only its row is broken."""
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        import pyarrow
+
+        values: list[Any] = column.cast(pyarrow.large_binary()).to_pylist()
+        for place, value in enumerate(values):
+            with contextlib.suppress(UnicodeDecodeError, AttributeError):  # AttributeError: of None
+                values[place] = value.decode("utf-8")
+        return values
 
 
 @contextlib.contextmanager
@@ -197,9 +213,9 @@ def _parquet(span: Span) -> Iterator[Any]:
     except ImportError as error:
         raise DataError(f'{span.path}: reading Parquet needs pyarrow; pip install "megatron-moe[data]"') from error
     try:
-        with parquet.ParquetFile(span.path, pre_buffer=False) as file:
+        with parquet.ParquetFile(span.path, pre_buffer=False, page_checksum_verification=True) as file:
             yield file
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{span.path} is no Parquet file, or a damaged one: {error}") from error
 
 

@@ -1,5 +1,6 @@
 """The broken records of a corpus: written down, counted, and too many are an error."""
 
+import contextlib
 import functools
 import json
 import os
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron.data.errors import DataError
+from megatron.data.files import ESCAPED
 from megatron.data.reading import Batch, lines_before
 
 _EXAMPLES = 3
@@ -29,19 +31,27 @@ class Rejects:
     def __init__(self, prefix: str, largest_share: float, total_bytes: int) -> None:
         if not 0 <= largest_share <= 1:
             raise DataError(f"--max-rejected {largest_share}: expected a share between 0 and 1, such as 0.001")
-        self.path = Path(f"{prefix}.incomplete.rejected.jsonl")
+        self.path, self._final = Path(f"{prefix}.incomplete.rejected.jsonl"), Path(f"{prefix}.rejected.jsonl")
         self.count = 0
         self._share, self._total_bytes = largest_share, total_bytes
         self._records = 0
         self._examples: list[str] = []
         self._lines_before = functools.cache(lines_before)
 
+    def check_free(self) -> None:
+        """Raise DataError where there is a list of another run, such as one of other keys under the same prefix."""
+        if os.path.lexists(self._final):
+            raise DataError(f"{self._final} exists already; give --overwrite or another --output-prefix")
+
     def open(self, state: dict[str, int] | None = None) -> None:
         """Begin, or go on from a state that :meth:`sync` gave."""
         state = state or {"records": 0, "count": 0, "bytes": 0}
         self._records, self.count = state["records"], state["count"]
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self.path, "a+", encoding="utf-8")  # noqa: SIM115 - closed by close()
+        self._file = open(self.path, "a+", encoding="utf-8", errors=ESCAPED)  # noqa: SIM115 - closed by close()
+        if os.path.getsize(self.path) < state["bytes"]:
+            self._file.close()
+            raise DataError(f"{self.path} is shorter than it was: the disk lost data. Start over with --overwrite")
         self._file.truncate(state["bytes"])
         self._file.seek(0)
         for line in self._file:
@@ -80,7 +90,8 @@ class Rejects:
 
     def close(self) -> None:
         """Let go of the list, and leave it where it is if there is something in it."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # flushing to a full disk
+            self._file.close()
         if self.count == 0:
             self.path.unlink(missing_ok=True)
 

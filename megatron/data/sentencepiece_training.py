@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatron.data.errors import DataError
-from megatron.data.files import write_whole
+from megatron.data.files import check_prefix, check_writable, write_whole
 from megatron.data.text_sample import sample_texts
 
 MODEL_TYPES = ("unigram", "bpe")
@@ -54,6 +54,11 @@ def train(
     """
     import sentencepiece
 
+    for flag, value in (("--vocab-size", vocab_size), ("--threads", threads)):
+        if value < 1:
+            raise DataError(f"{flag} {value}: expected 1 or more")
+    check_prefix(output_prefix, "--output")
+    check_writable(output_prefix)
     path = Path(f"{output_prefix}.model")
     if path.exists() and not overwrite:
         raise DataError(f"{path} exists already; give --overwrite or another --output")

@@ -21,6 +21,8 @@ def sample_texts(inputs: Sequence[str], key: str, most_bytes: int, seed: int) ->
     Raises:
         DataError: the inputs are wrong, or there is no text.
     """
+    if most_bytes < 1:
+        raise DataError(f"--sample-bytes {most_bytes}: expected 1 or more, such as 10M")
     spans = spans_of(find_inputs(inputs))
     draw = random.Random(seed)
     kept: list[tuple[float, int, str]] = []  # a heap whose top has the largest draw

@@ -14,7 +14,7 @@ import zstandard
 from megatron.data import cleaning
 from megatron.data.cleaning import Filters, clean
 from megatron.data.errors import DataError
-from megatron.data.files import take_lock
+from megatron.data.journal import Journal
 from megatron.data.reading import read_batches
 
 
@@ -233,8 +233,17 @@ def test_what_a_killed_run_left_is_told(tmp_path, monkeypatch, capsys):
 
 
 def test_two_runs_at_the_same_time(tmp_path):
-    with open(tmp_path / "out.incomplete.removed.jsonl", "w") as file:
-        take_lock(file, "out")
-        with pytest.raises(DataError, match="another process is writing"):
-            run(tmp_path, ["a"])
+    with Journal(f"{tmp_path}/out.cleaning", {}, False), pytest.raises(DataError, match="another process is writing"):
+        run(tmp_path, ["a"])
     assert kept(run(tmp_path, ["a"])) == ["a"]
+
+
+def test_names_that_are_no_utf_8(tmp_path):
+    """Lists and reports stay JSON, from which Python reads the very name."""
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.jsonl")
+    Path(path).write_text('{"text": "a"}\n{\n')
+    done = clean([path], str(tmp_path / "out"), workers=0)
+    assert kept(done) == ["a"]
+    (entry,) = map(json.loads, (tmp_path / "out.removed.jsonl").read_text(encoding="utf-8").splitlines())
+    assert entry["file"] == path
+    assert json.loads((tmp_path / "out.cleaning.json").read_text(encoding="utf-8"))["inputs"] == [path]

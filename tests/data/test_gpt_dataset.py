@@ -258,6 +258,11 @@ def test_damaged_files(config, tmp_path):
     for wrong in (b"", b"something else, and long enough to have a header", index[:-1], index[:30]):
         Path(f"{path}.idx").write_bytes(wrong)
         refused(config, "is no index of a dataset, or a damaged one")
+    for place, words in ((40, "the .idx is damaged between sequences"), (-12, "its documents do not end where")):
+        wrong = bytearray(index)
+        wrong[place] ^= 64  # would train on what stands elsewhere
+        Path(f"{path}.idx").write_bytes(wrong)
+        refused(config, words)
     Path(f"{path}.idx").write_bytes(index)
     build(config, 20, 5, 0)
 

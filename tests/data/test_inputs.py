@@ -49,6 +49,67 @@ def test_everything_wrong_is_told_at_once(tmp_path):
         find_inputs([])
 
 
+def test_links(tmp_path):
+    """Those to a folder are followed, but not in circles; those that lead nowhere are told, not left out."""
+    for name in ("in/a.jsonl", "in/b/c.jsonl", "elsewhere/d.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "in" / "b" / "up").symlink_to("../../in")
+    (tmp_path / "in" / "z").symlink_to("../elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to("../elsewhere")
+    folder = str(tmp_path / "in")
+    assert find_inputs([folder]) == [f"{folder}/{name}" for name in ("a.jsonl", "b/c.jsonl", "z/d.jsonl")]
+    (tmp_path / "in" / "gone.jsonl").symlink_to("nowhere")
+    for word in (folder, f"{folder}/*.jsonl"):
+        with pytest.raises(DataError, match=r"gone\.jsonl: a link that leads nowhere"):
+            find_inputs([word])
+
+
+def test_files_that_cannot_be_read_twice_or_were_cut_off(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    for name in ("a.jsonl.gz", "b.zst", "c.jsonl"):
+        (tmp_path / name).touch()
+    monkeypatch.setattr("sys.stdin", None)
+    for words, told in (
+        ([str(tmp_path / "pipe.jsonl")], "no regular file, .* pipe it into --input -"),
+        ([str(tmp_path / "a*")], "a.jsonl.gz: it has 0 bytes"),
+        ([str(tmp_path / "b.zst")], "b.zst: it has 0 bytes"),
+        (["-"], "standard input is closed"),
+    ):
+        with pytest.raises(DataError, match=told):
+            find_inputs(words)
+    assert find_inputs([str(tmp_path / "c.jsonl")])
+
+
+def test_a_folder_that_cannot_be_read_is_not_left_out(tmp_path, monkeypatch):
+    corpus.write_jsonl(tmp_path / "a.jsonl", ["x"])
+    (tmp_path / "closed").mkdir()
+    scan = os.scandir
+
+    def closed(folder):
+        if str(folder).endswith("closed"):
+            raise PermissionError(13, "Permission denied", folder)
+        return scan(folder)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    with pytest.raises(PermissionError, match="closed"):
+        find_inputs([str(tmp_path)])
+
+
+def test_what_the_tools_write_beside_their_input_is_no_input(tmp_path, capsys):
+    path = corpus.write_jsonl(tmp_path / "a.jsonl", ["x"])
+    output = ["o_text_document.json", "o.rejected.jsonl", "o.incomplete.rejected.jsonl", "c-00000.incomplete.jsonl.zst"]
+    output += ["c.removed.jsonl", "c.cleaning.json", "index-cache/description.txt"]
+    (tmp_path / "index-cache").mkdir()
+    for name in [*output, "o_text_document.bin"]:
+        (tmp_path / name).write_text("{}")
+    assert find_inputs([str(tmp_path)]) == [str(path)]
+    assert "left out, as these tools wrote them: " in capsys.readouterr().err
+    assert find_inputs([f"{tmp_path}/*.jsonl"]) == [str(path)]
+    named = str(tmp_path / "o.rejected.jsonl")
+    assert find_inputs([named]) == [named]
+
+
 def test_shards_that_cannot_be(tmp_path):
     path = str(corpus.write_jsonl(tmp_path / "a.jsonl", ["x"]))
     for count, index in ((0, 0), (2, 2), (2, -1)):

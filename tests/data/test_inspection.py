@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from megatron.data import inspection, manifest
+from megatron.data.errors import DataError
 from megatron.data.index_file import read_index
 from megatron.data.inspection import inspect, plot, samples, text_of, verify
 from megatron.data.preprocess import preprocess
@@ -68,6 +69,19 @@ def flip(path: str, place: int) -> None:
     content = bytearray(Path(path).read_bytes())
     content[place] ^= 1
     Path(path).write_bytes(content)
+
+
+@pytest.mark.parametrize("place", [40, -20])
+def test_damage_is_not_counted(place, prefix):
+    flip(f"{prefix}.idx", place)
+    with pytest.raises(DataError, match=r"the \.idx is damaged"):
+        inspect(prefix)
+
+
+def test_a_kind_of_picture_that_is_not_known(prefix, tmp_path):
+    pytest.importorskip("matplotlib")
+    with pytest.raises(DataError, match=r"--plot .*supported formats: .*png"):
+        plot(inspect(prefix), str(tmp_path / "lengths.foo"))
 
 
 @pytest.mark.parametrize(

@@ -106,23 +106,31 @@ PROGRAM = """
 """
 
 
-@pytest.mark.parametrize("end", ["pass", "raise SystemExit(3)", "1 / 0", "sys.stdin.read()"])
-def test_programs_end(end, tmp_path):
-    """With an iterator still open: normally, with a status, with an exception, and killed."""
-    program = tmp_path / "program.py"
-    program.write_text(textwrap.dedent(PROGRAM).format(folder=str(Path(__file__).parent), end=end))
-    killed = "stdin" in end
-    process = subprocess.Popen(
-        [sys.executable, program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        workers = [int(pid) for pid in process.stdout.readline().split()]
-        assert len(workers) == 2
-        if killed:
-            process.kill()
-        process.communicate(timeout=60)
-    finally:
+ENDS = {"pass": 0, "raise SystemExit(3)": 3, "1 / 0": 1, "sys.stdin.read()": -signal.SIGKILL}
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory):
+    """One with each end, all started at once: nearly all of their time is imports."""
+    started, pipes = {}, {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    for end in ENDS:
+        program = tmp_path_factory.mktemp("program") / "program.py"
+        program.write_text(textwrap.dedent(PROGRAM).format(folder=str(Path(__file__).parent), end=end))
+        started[end] = subprocess.Popen([sys.executable, program], **pipes)
+    yield started
+    for process in started.values():
         process.kill()
         process.wait()
-    assert process.returncode == {"pass": 0, "raise SystemExit(3)": 3, "1 / 0": 1}.get(end, -signal.SIGKILL)
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_programs_end(end, programs):
+    """With an iterator still open: normally, with a status, with an exception, and killed."""
+    process = programs[end]
+    workers = [int(pid) for pid in process.stdout.readline().split()]
+    assert len(workers) == 2
+    if "stdin" in end:
+        process.kill()
+    process.communicate(timeout=60)
+    assert process.returncode == ENDS[end]
     wait_for_end(workers, 30)

@@ -72,6 +72,49 @@ def test_splits_are_those_of_training(tmp_path):
     assert not list(tmp_path.glob("none*"))
 
 
+def test_empty_documents_are_cut_as_training_cuts(tmp_path):
+    """Which counts sequences, and empty documents have none."""
+    from megatron.data.dataset_checks import parse_split, split_tokens
+
+    texts = [*[""] * 30, *corpus.english(40), *[""] * 9]
+    prefix = make(tmp_path, "whole", texts)
+    written = split(prefix, str(tmp_path / "cut"), "50,30,20")
+    assert [w.tokens for w in written] == [tokens for _, tokens in split_tokens(prefix, parse_split("50,30,20"))]
+    assert [w.documents for w in written] == [30 + 20, 12, 8 + 9]
+    merge([w.prefix for w in written], str(tmp_path / "back"))
+    assert content(str(tmp_path / "back")) == content(prefix)
+
+
+def test_a_split_that_was_stopped_is_finished_by_the_same_command(tmp_path, monkeypatch):
+    prefix, out = make(tmp_path, "whole", corpus.english(40)), str(tmp_path / "cut")
+    written = split(prefix, str(tmp_path / "whole"), "2,1,1")
+    write = merging._write
+
+    def stop(target, *arguments):
+        if target.endswith("_valid"):
+            raise OSError(28, "No space left on device")
+        return write(target, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(merging, "_write", stop)
+        with pytest.raises(OSError, match="No space"):
+            split(prefix, out, "2,1,1")
+    assert [made.existing for made in split(prefix, out, "2,1,1")] == [True, False, False]
+    for made in written:
+        assert content(made.prefix.replace("whole_", "cut_")) == content(made.prefix)
+    assert all(made.existing for made in split(prefix, out, "2,1,1"))
+    with pytest.raises(DataError, match="exist already"):
+        split(prefix, out, "1,1,2")
+
+
+def test_a_split_whose_last_part_exists_writes_nothing(tmp_path):
+    prefix = make(tmp_path, "whole", corpus.english(40))
+    (tmp_path / "cut_test.bin").write_bytes(b"mine")
+    with pytest.raises(DataError, match=r"cut_test\.bin exist already"):
+        split(prefix, str(tmp_path / "cut"), "2,1,1")
+    assert [path.name for path in tmp_path.glob("cut*")] == ["cut_test.bin"]
+
+
 def test_what_does_not_go_together(tmp_path):
     texts = corpus.english(5)
     mine = make(tmp_path, "mine", texts)
@@ -90,6 +133,7 @@ def test_what_does_not_go_together(tmp_path):
         ([mine, wide], "has tokens of type int32, .* uint16"),
         ([mine], "two or more"),
         ([mine, mine], "more than once"),
+        ([mine, f"{tmp_path}/../{tmp_path.name}/mine_text_document"], "more than once"),
         ([mine, "/no/such"], r"there is no /no/such\.idx"),
     ):
         with pytest.raises(DataError, match=words):

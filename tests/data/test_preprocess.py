@@ -5,6 +5,7 @@ import functools
 import hashlib
 import itertools
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from preprocessing import everything_named, files, run
 
-from megatron.data import manifest, merging, preprocess
+from megatron.data import inspection, manifest, merging, preprocess
 from megatron.data.errors import DataError
 from megatron.data.indexed_writer import IndexedWriter
 from megatron.data.reading import read_batches
@@ -181,6 +182,41 @@ def test_existing_output_is_kept_unless_overwrite(tmp_path):
     run(tmp_path, corpus.english(6), overwrite=True)
     assert files(tmp_path)[".bin"] != before[".bin"]
     assert len(everything_named(tmp_path)) == 3
+
+
+def test_the_list_of_another_run_is_kept_unless_overwrite(tmp_path):
+    """Of other keys under the same prefix, so that its datasets do not stand in the way."""
+    broken_file(tmp_path, 5, [b"{"])
+    before = Path(run(tmp_path, None, max_rejected=0.5).rejected_file).read_text()
+    (tmp_path / "titles.jsonl").write_text('{"title": "a"}\n')
+    options = {"source": "titles.jsonl", "json_keys": ("title",)}
+    with pytest.raises(DataError, match=r"out\.rejected\.jsonl exists already.*--overwrite"):
+        run(tmp_path, None, **options)
+    assert (tmp_path / "out.rejected.jsonl").read_text() == before
+    run(tmp_path, None, overwrite=True, **options)
+
+
+def test_output_beside_its_input(tmp_path):
+    """In one folder, where a second run would read what the first has left out."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    broken_file(folder, 20, [b"{"])
+    options = {"workers": 0, "max_rejected": 0.5, "num_shards": 2}
+    shards = []
+    for index in (0, 1):
+        data = corpus.byte_level(tmp_path)
+        shards += preprocess.preprocess([str(folder)], f"{folder}/out", data, shard_index=index, **options).prefixes
+    assert merging.merge(shards, f"{folder}/all").documents == 20
+
+
+def test_names_that_are_no_utf_8(tmp_path):
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.jsonl")
+    Path(path).write_text('{"text": "a"}\n{\n')
+    done = preprocess.preprocess([path], f"{tmp_path}/out", corpus.byte_level(tmp_path), workers=0, max_rejected=0.5)
+    (entry,) = map(json.loads, Path(done.rejected_file).read_text(encoding="utf-8").splitlines())
+    assert entry["file"] == path
+    assert [part["path"] for part in manifest.read(done.prefixes[0]).inputs] == [path]
+    assert inspection.verify(done.prefixes[0]) == ([], [])
 
 
 def test_the_same_command_again_has_nothing_to_do(tmp_path, monkeypatch):

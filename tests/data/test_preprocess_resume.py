@@ -17,6 +17,7 @@ from preprocessing import alive, children, everything_named, files, run
 from megatron.data import encoding, indexed_writer, manifest, preprocess
 from megatron.data.errors import DataError
 from megatron.data.indexed_writer import IndexedWriter
+from megatron.data.journal import Journal
 from megatron.data.reading import read_batches
 
 
@@ -132,6 +133,31 @@ def test_two_writers_of_one_dataset(tmp_path):
         run(tmp_path, corpus.english(5))
     writer.discard()
     assert run(tmp_path, corpus.english(5)).documents == 5
+
+
+def test_two_runs_under_one_prefix(tmp_path):
+    """Of different keys, whose datasets do not meet but whose journal and list of broken lines do."""
+    with Journal(f"{tmp_path}/out", {}, False), pytest.raises(DataError, match="another process is writing"):
+        run(tmp_path, ["x"])
+    assert everything_named(tmp_path) == []
+    assert run(tmp_path, ["x"]).documents == 1
+
+
+def test_a_run_that_starts_while_another_one_publishes(tmp_path, monkeypatch):
+    """It has opened the unfinished file when that gets its final name and the lock is let go: it must not cut it."""
+    prefix, lock = str(tmp_path / "d"), indexed_writer.take_lock
+    first = IndexedWriter(prefix, np.uint16)
+    first.add(b"\1\0\2\0", np.array([2]))
+    first.finish(None)
+
+    def late(*arguments):
+        first.publish()
+        lock(*arguments)
+
+    monkeypatch.setattr(indexed_writer, "take_lock", late)
+    with pytest.raises(DataError, match="another process is writing"):
+        IndexedWriter(prefix, np.uint16)
+    assert (tmp_path / "d.bin").read_bytes() == b"\1\0\2\0"
 
 
 DRIVER = """

@@ -10,6 +10,7 @@ import zstandard
 from megatron.data import reading
 from megatron.data.errors import DataError
 from megatron.data.inputs import spans_of
+from megatron.data.jsonl import record_texts
 from megatron.data.reading import lines_before, read_batches
 
 
@@ -113,6 +114,46 @@ def test_parquet(tmp_path):
         list(read_batches(spans(path), ("body",)))
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(DataError, match=r"a\.parquet is no Parquet file, or a damaged one"):
+        list(read_batches(spans(path)))
+
+
+def test_damaged_pages_of_a_parquet_file_are_an_error_that_names_it(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    path = tmp_path / "a.parquet"
+    for compression in ("snappy", "zstd", "gzip", "none"):  # the last one by its checksum
+        table = pyarrow.table({"text": corpus.english(50)})
+        parquet.write_table(
+            table, path, compression=compression, use_dictionary=False, write_page_checksum=compression == "none"
+        )
+        content = bytearray(path.read_bytes())
+        middle = len(content) // 2
+        content[middle : middle + 40] = b"x" * 40
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=r"a\.parquet is no Parquet file, or a damaged one"):
+            list(read_batches(spans(path)))
+
+
+def test_a_text_in_parquet_that_is_no_utf_8_breaks_its_row_only(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    for text, raw in ((pyarrow.string(), pyarrow.binary()), (pyarrow.large_string(), pyarrow.large_binary())):
+        buffers = pyarrow.array([b"ok", b"\xff", None, "ä".encode()], raw).buffers()
+        column = pyarrow.Array.from_buffers(text, 4, buffers)  # which nobody has checked
+        path = corpus.write_parquet(tmp_path / "a.parquet", {"text": column})
+        (batch,) = read_batches(spans(path))
+        assert [record["text"] for record in batch.records] == ["ok", b"\xff", None, "ä"]
+        with pytest.raises(DataError, match="'text' is bytes, expected a string in UTF-8"):
+            record_texts(batch.records[1], batch.kind, ("text",))
+
+
+def test_a_parquet_column_that_is_there_twice(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table([pyarrow.array(["a"])] * 2, names=["text", "text"]), path)
+    with pytest.raises(DataError, match="more than one column text"):
         list(read_batches(spans(path)))
 
 

@@ -1,5 +1,7 @@
 """The sample that a tokenizer is trained on, and what the trained model keeps."""
 
+import os
+
 import corpus
 import pytest
 
@@ -11,7 +13,8 @@ from megatron.data.tokenizer import build_tokenizer
 
 def train(folder, texts, vocab_size=400, **options):
     path = corpus.write_jsonl(folder / "in.jsonl", texts)
-    return sentencepiece_training.train([str(path)], str(folder / "model"), vocab_size, threads=1, **options)
+    options = {"threads": 1} | options
+    return sentencepiece_training.train([str(path)], str(folder / "model"), vocab_size, **options)
 
 
 def test_same_arguments_same_model(tmp_path):
@@ -50,12 +53,24 @@ def test_long_lines_are_cut_not_left_out():
         (["abc"] * 50, {"vocab_size": 10}, "--vocab-size 10"),
         ([""], {}, "no document has text under the key 'text'"),
         (["abc"], {"json_key": "body"}, "no document has text under the key 'body'"),
+        (["abc"], {"vocab_size": 0}, "--vocab-size 0: expected 1 or more"),
+        (["abc"], {"threads": 0}, "--threads 0: expected 1 or more"),
+        (["abc"], {"sample_bytes": -5}, "--sample-bytes -5: expected 1 or more"),
     ],
 )
 def test_errors_write_nothing(texts, options, words, tmp_path):
     with pytest.raises(DataError, match=words):
         train(tmp_path, texts, **options)
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_a_folder_that_cannot_be_written_to_is_told_before_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    with pytest.raises(DataError, match="no permission to write to"):
+        train(tmp_path, corpus.english(3))
+    monkeypatch.undo()
+    with pytest.raises(DataError, match="expected a folder and the beginning of a name"):
+        sentencepiece_training.train([str(tmp_path / "in.jsonl")], f"{tmp_path}/", 400)
 
 
 def test_an_existing_model_is_kept(tmp_path):

@@ -179,3 +179,11 @@ def test_broken_lines_in_one_shard_keep_the_merge_from_running(array, expected):
     array.submit(INPUT="corpus/*.gz corpus/*.jsonl", EXTRA_ARGS="--max-rejected 0.1")
     assert array.wait() == (["COMPLETED"] * SHARDS, "COMPLETED")
     assert "3 broken lines were left out" in array.log(array.shards, 2)
+
+
+def test_an_array_of_one_task(tmp_path):
+    variables = {"INPUT": "x", "OUTPUT": "x", "TOKENIZER": "x", "ROOT": str(ROOT)}
+    variables |= {"SLURM_ARRAY_TASK_ID": "0", "SLURM_ARRAY_TASK_COUNT": "1"}
+    done = subprocess.run(["bash", str(SCRIPT)], env=os.environ | variables, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "one task makes no shards" in done.stderr

@@ -18,5 +18,11 @@ def test_counts_by_reason_and_errors(tmp_path, monkeypatch, capsys):
         "1 removed, too short",
         "1 removed, repetitive",
     }
-    assert clean_corpus.main(words) == 1
-    assert "--overwrite" in capsys.readouterr().err
+    assert clean_corpus.main(words) == 0
+    again = capsys.readouterr().out
+    assert again.startswith("20 of 23 documents stay (there already, nothing to do): out-00000.jsonl.zst")
+    assert len(again.splitlines()) == 4
+    (tmp_path / "out-00000.jsonl.zst").write_bytes(b"something else")
+    for changed in (words, [*words, "--max-characters", "9K"]):
+        assert clean_corpus.main(changed) == 1
+        assert "--overwrite" in capsys.readouterr().err
