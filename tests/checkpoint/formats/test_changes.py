@@ -87,7 +87,7 @@ def test_a_layout_that_cannot_resume_is_refused_at_once(saved, tmp_path):
     fails("a dense model has no experts to share", dense.folder, ep=[2])
     with pytest.raises(ValueError, match="have no meaning for --to hf"):
         run(saved.folder, tmp_path / "new", "hf", tp=2)
-    with pytest.raises(ValueError, match="with --upcycle only"):
+    with pytest.raises(ValueError, match="--num-experts: of --upcycle"):
         run(saved.folder, tmp_path / "new", num_experts=[8])
     new = run(saved.folder, tmp_path / "new", tp=2, pp=2, ep=[4])
     about = inspect(str(tmp_path / "new"), verify=True)
