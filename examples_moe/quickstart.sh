@@ -115,7 +115,7 @@ data=(
 train() { # NAME FLAGS...
     local name=$1
     shift
-    "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$processes" pretrain_gpt_moe.py \
+    "$PYTHON" tools/torchrun.py --standalone --nproc-per-node "$processes" pretrain_gpt_moe.py \
         "${model[@]}" "${training[@]}" "${data[@]}" \
         --run-name "$name" --save "$out/$name" --load "$out/$name" "$@"
 }

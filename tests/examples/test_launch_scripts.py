@@ -207,8 +207,8 @@ def test_without_tensor_parallelism_nothing_that_needs_it():
 
 def test_several_nodes_without_slurm():
     starter, _ = parts(command(MOE, NNODES=2, GPUS_PER_NODE=8, NODE_RANK=1, MASTER_ADDR="first"))
-    assert starter[:3] == [sys.executable, "-m", "torch.distributed.run"]
-    options = dict(zip(starter[3::2], starter[4::2], strict=False))
+    assert starter[:2] == [sys.executable, str(ROOT / "tools" / "torchrun.py")]
+    options = dict(zip(starter[2::2], starter[3::2], strict=False))
     assert options["--nnodes"] == "2"
     assert (options["--node-rank"], options["--master-addr"], options["--master-port"]) == ("1", "first", "29500")
 
@@ -231,6 +231,8 @@ def test_several_nodes_without_slurm():
         ({"DATA_PATH": "x", "NNODES": 2, "NODE_RANK": 2, "MASTER_ADDR": "a"}, "a whole number from 0 to 1, one less"),
         ({"DATA_PATH": "x", "NNODES": 2, "NODE_RANK": -1, "MASTER_ADDR": "a"}, "NODE_RANK is '-1'"),
         ({"DATA_PATH": "x", "MASTER_PORT": "free"}, "MASTER_PORT is 'free'; give the number of a free port"),
+        ({"DATA_PATH": "0.7 text"}, "DATA_PATH is '0.7 text', 2 words; expected one PREFIX, or a blend"),
+        ({"DATA_PATH": "0.7 a b"}, "DATA_PATH is '0.7 a b', 3 words"),
         ({"DATA_PATH": "x", "MASTER_PORT": 65536}, "from 1 to 65535"),
         ({"DATA_PATH": "x", "PYTHON": "/none/python"}, "PYTHON is '/none/python', which is no program here"),
         ({"DATA_PATH": "x", "SLURM_JOB_ID": 7}, "SLURM_JOB_ID is '7' and SLURM_JOB_NODELIST ''"),

@@ -119,6 +119,15 @@ def test_a_finished_run_is_not_started(slurm):
     assert len(called(slurm, "srun")) == 1
 
 
+@pytest.mark.parametrize("launcher", ["srun", "deepspeed"])
+def test_a_folder_that_cannot_be_written_is_named(slurm, launcher):
+    (Path(slurm["CALLED"]).parent / "file").touch()
+    done = start(MOE, slurm, SAVE="file/run", LAUNCHER=launcher)
+    assert (done.returncode, called(slurm, "srun")) == (2, [])
+    assert "error: SAVE is 'file/run', and " in done.stderr
+    assert "examples_moe/common.sh: line" not in done.stderr, "bash's own words"
+
+
 def test_the_deepspeed_launcher_gets_a_hostfile(slurm):
     done = start(MOE, slurm, LAUNCHER="deepspeed")
     assert done.returncode == 0, done.stderr
