@@ -25,6 +25,7 @@ fail() {
     exit 1
 }
 
+[[ -z "${DRY_RUN:-}" ]] || fail "DRY_RUN is for the other launch scripts; this one has no dry run, and takes minutes"
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 root="$(dirname "$here")"
 corpus=
