@@ -70,6 +70,19 @@ def test_a_signal_saves_and_ends_the_run(corpus, uninterrupted, tmp_path, number
     assert len(list(tmp_path.glob("step_*"))) == 1
 
 
+def test_an_interrupt_ends_the_run_without_a_traceback(corpus):
+    command = [sys.executable, str(tiny_run.ROOT / "pretrain_gpt_moe.py"), *tiny_run.flags(corpus, train_tokens="1M")]
+    process = subprocess.Popen(
+        command, env=tiny_run.environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    wait_for("step      2", process)
+    process.send_signal(signal.SIGINT)
+    output = output_until_the_end(process, 30)
+    assert process.returncode == 1
+    assert output.endswith("error: interrupted, without a save; SIGTERM and SIGUSR1 have a run save before it ends\n")
+    assert "Traceback" not in output
+
+
 @pytest.mark.parametrize(("processes", "expert_parallel"), [(1, 1), (4, 4), (4, 1)])
 def test_other_layouts_resume_the_same_run(corpus, uninterrupted, tmp_path, processes, expert_parallel):
     arguments = tiny_run.flags(
