@@ -7,9 +7,12 @@ from megatron.training.signals import StopSignals
 
 if __name__ == "__main__":
     with StopSignals() as signals:  # before all other imports: a signal may come at any time
-        from megatron.config.flags import parse_args
+        try:
+            from megatron.config.flags import parse_args
 
-        config = parse_args()  # before the heavy imports: --help and a wrong flag answer at once
-        from megatron.training.pretrain import pretrain
+            config = parse_args()  # before the heavy imports: --help and a wrong flag answer at once
+            from megatron.training.pretrain import pretrain
 
-        sys.exit(pretrain(config, signals))
+            sys.exit(pretrain(config, signals))
+        except KeyboardInterrupt:
+            sys.exit("error: interrupted, without a save; SIGTERM and SIGUSR1 have a run save before it ends")

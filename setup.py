@@ -27,7 +27,7 @@ EXTRAS = {
     "8bit": ["torchao==0.18.0"],  # pinned: megatron/engine/eight_bit.py uses its 8-bit tensor
     "data": ["pyarrow>=15", "rensa>=0.5,<0.6", "tiktoken>=0.9"],
     "eval": ["datasets>=3", "lm_eval==0.4.13"],  # pinned: megatron/evaluation builds on its model class and task files
-    "hf": ["transformers>=4.57"],  # to run exported models; exporting needs nothing more
+    "hf": ["accelerate>=1", "transformers>=4.57"],  # to run exported models; exporting needs nothing more
     "plot": ["matplotlib>=3.8"],
     "wandb": ["wandb>=0.17"],
     "dev": [
@@ -38,6 +38,7 @@ EXTRAS = {
         "matplotlib>=3.8",
         "pyarrow>=15",
         "pytest>=8",
+        "pytest-xdist>=3.5",
         "rensa>=0.5,<0.6",
         "ruff==0.17.6",
         "setuptools>=70",

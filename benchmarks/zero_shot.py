@@ -98,7 +98,7 @@ def run_hf(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], floa
     for line in convert(Conversion(args.load, str(folder / "hf"), "hf", **tokenizer_files(args))):
         print(line, flush=True)
     model = AutoModelForCausalLM.from_pretrained(folder / "hf", trust_remote_code=True, dtype="float32")
-    tokenizer = AutoTokenizer.from_pretrained(folder / "hf")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "hf", trust_remote_code=True)  # it looks at the model's class
     tasks = build_tasks(args.tasks, Path(args.data_dir) if args.data_dir else None)
     backend = HFLM(model.to(args.device).eval(), tokenizer=tokenizer, batch_size=args.batch_size)
     begin = time.perf_counter()

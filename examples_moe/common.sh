@@ -136,6 +136,10 @@ find_data() { # sets the array data
         fi
         prefixes=(DATA_PATH)
     fi
+    if [[ ${#prefixes[@]} -eq 2 || (${#prefixes[@]} -gt 1 && $((${#prefixes[@]} % 2)) -eq 1) ]]; then
+        fail "DATA_PATH is '$DATA_PATH', ${#prefixes[@]} words; expected one PREFIX, or a blend of at least two of them" \
+            "with a weight before each: DATA_PATH=\"0.7 PREFIX1 0.3 PREFIX2\""
+    fi
     : "${TOKENIZER_TYPE:=GPT2BPETokenizer}"
     data=(--data-path "${prefixes[@]}" --tokenizer-type "$TOKENIZER_TYPE")
     if [[ "$TOKENIZER_TYPE" == GPT2BPETokenizer ]]; then
@@ -162,7 +166,7 @@ find_layout() { # PRESET'S TP PP EP: sets TP, PP, EP; what was published is lowe
 start_with() { # sets the array command, before the trainer's own words
     local -a more=() torchrun srun
     read -r -a more <<<"${SRUN_ARGS:-}"
-    torchrun=("$interpreter" -m torch.distributed.run --nproc-per-node "$GPUS_PER_NODE")
+    torchrun=("$interpreter" "$root/tools/torchrun.py" --nproc-per-node "$GPUS_PER_NODE")
     srun=(srun --nodes "$NNODES" --kill-on-bad-exit=1 --distribution=block)
     # --ntasks: without it the number of the job's tasks wins over --ntasks-per-node
     # --cpus-per-task: since SLURM 22.05 a step does not take this over from its job
@@ -225,8 +229,13 @@ start_with() { # sets the array command, before the trainer's own words
 
 write_hostfile() { # SAVE/hostfile, of the job's nodes
     if [[ -n "${DRY_RUN:-}" ]]; then return; fi
-    mkdir -p "$SAVE"
+    make_empty hostfile
     scontrol show hostnames "$SLURM_JOB_NODELIST" | sed "s/$/ slots=$GPUS_PER_NODE/" >"$SAVE/hostfile"
+}
+
+make_empty() { # FILE of SAVE; an old one is emptied and not removed, since other nodes may not see a new one at once over NFS
+    { mkdir -p "$SAVE" && : >"$SAVE/$1"; } 2>/dev/null ||
+        fail "SAVE is '$SAVE', and $HOSTNAME cannot write there; give a folder that all nodes can write to"
 }
 
 # -------------------------------------------------------------------------------------------------------- SLURM's jobs
@@ -235,8 +244,7 @@ run_in_job() { # COMMAND...: runs it, unless the run is finished; requeues the j
     local status=0 reason
     if [[ " ${flags[*]} " == *" --preflight-only "* ]]; then exec "$@"; fi # trains nothing
     if [[ -s "$SAVE/ended.json" ]] && "$PYTHON" "$root/tools/run_finished.py" "${flags[@]}" 2>/dev/null; then return; fi
-    # emptied, and not removed: over NFS this node might not see for a while that another one has made the file anew
-    mkdir -p "$SAVE" && : >"$SAVE/ended.json"
+    make_empty ended.json
     trap : TERM USR1 # SLURM tells the tasks, and they save; wait for them
     "$@" || status=$?
     reason=$(sed -n 's/.*"reason": "\([^"]*\)".*/\1/p' "$SAVE/ended.json" || true)

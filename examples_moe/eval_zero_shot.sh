@@ -17,12 +17,18 @@
 # MASTER_PORT, PYTHON: as in the launch scripts. DRY_RUN=1 prints the command.
 set -euo pipefail
 
-script="${BASH_SOURCE[0]}" # sbatch runs a copy elsewhere; scontrol knows where it came from
-if [[ ! -L "$script" && ! -f "$(dirname "$script")/common.sh" ]]; then
-    script="$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\(.*eval_zero_shot\.sh\).*/\1/p')"
+script="${BASH_SOURCE[0]}"
+if [[ -n "${SLURM_JOB_ID:-}" && ! -L "$script" && ! -f "$(dirname "$script")/common.sh" ]]; then
+    # sbatch runs a copy elsewhere; scontrol knows where it came from, and what words were given to it
+    script="$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=//p' | tail -n 1)"
+    while [[ ! -f "$script" && "$script" == *" "* ]]; do script="${script% *}"; done
 fi
 if [[ -L "$script" ]]; then script="$(readlink -f "$script")"; fi
 root="$(cd "$(dirname "$script")/.." && pwd)"
+if [[ ! -f "$root/examples_moe/common.sh" ]]; then
+    echo "error: $script is a copy; start the script of a checkout's examples_moe/, or a link to it" >&2
+    exit 2
+fi
 # shellcheck source=examples_moe/common.sh
 source "$root/examples_moe/common.sh"
 

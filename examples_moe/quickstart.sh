@@ -25,6 +25,7 @@ fail() {
     exit 1
 }
 
+[[ -z "${DRY_RUN:-}" ]] || fail "DRY_RUN is for the other launch scripts; this one has no dry run, and takes minutes"
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 root="$(dirname "$here")"
 corpus=
@@ -115,7 +116,7 @@ data=(
 train() { # NAME FLAGS...
     local name=$1
     shift
-    "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$processes" pretrain_gpt_moe.py \
+    "$PYTHON" tools/torchrun.py --standalone --nproc-per-node "$processes" pretrain_gpt_moe.py \
         "${model[@]}" "${training[@]}" "${data[@]}" \
         --run-name "$name" --save "$out/$name" --load "$out/$name" "$@"
 }

@@ -18,7 +18,11 @@ if not torch.cuda.is_available():
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests by their folder, and skip those for a GPU where there is none."""
+    """Mark tests by their folder, skip those for a GPU where there is none, and say which are run one after another.
+
+    Several workers share the files. But tests of several processes, which have limits of time, go to one worker, and
+    with them those that need a GPU: they would get into each other's way.
+    """
     for item in items:
         folders = item.path.relative_to(ROOT / "tests").parts
         if folders[0] == "distributed":
@@ -29,3 +33,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.gpu)
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        alone = any(item.get_closest_marker(name) for name in ("distributed", "gpu", "slurm"))
+        item.add_marker(pytest.mark.xdist_group("alone" if alone else str(item.path)))

@@ -8,17 +8,20 @@
 #   bash tests/run.sh --slurm          only tests/slurm: the launch scripts as jobs of a SLURM cluster that they start here;
 #                                      needs root and SLURM's programs (bash tests/slurm/cluster.sh install)
 #   bash tests/run.sh -k router -x     other arguments go to pytest
+#
+# Two workers of pytest-xdist share the tests (tests/conftest.py says how); -n 0 makes it one process.
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 arguments=()
 selection=(-m "not exhaustive and not slurm")
+workers=(-n 2 --dist loadgroup)
 for argument in "$@"; do
     case "$argument" in
         --all) selection=() ;;
         --fast) selection=(-m "not slow and not exhaustive and not slurm") ;;
         --distributed) selection=() && arguments+=(tests/distributed) ;;
-        --slurm) selection=() && arguments+=(tests/slurm) ;;
+        --slurm) selection=() && workers=() && arguments+=(tests/slurm) ;;
         *) arguments+=("$argument") ;;
     esac
 done
@@ -31,4 +34,4 @@ export OMP_NUM_THREADS=1
 
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
-exec "$PYTHON" -m pytest -q "${selection[@]+"${selection[@]}"}" "${arguments[@]+"${arguments[@]}"}"
+exec "$PYTHON" -m pytest -q "${workers[@]+"${workers[@]}"}" "${selection[@]+"${selection[@]}"}" "${arguments[@]+"${arguments[@]}"}"

@@ -2,6 +2,7 @@
 """Convert checkpoints between formats. ``--help`` lists the flags."""
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
@@ -10,7 +11,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a ch
 from megatron.config.model_flags import add_tokenizer_files
 
 TOKENIZERS = ("GPT2BPETokenizer", "SentencePieceTokenizer", "HFTokenizer")
-FORMATS = ("native", "hf", "megatron-deepspeed")
+WRITTEN = ("native", "hf", "megatron-deepspeed")
+READ = (*WRITTEN, "megatron-lm")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -25,15 +27,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     given.add_argument("--load", metavar="DIR", help="The checkpoint: a run's --save folder, or a folder of --from.")
     given.add_argument("--average", nargs="+", metavar="DIR", help="Several: the mean of their weights is taken.")
     add("--save", required=True, metavar="DIR", help="Where to; a new folder.")
-    add("--from", dest="source", choices=FORMATS, help="Format of --load (default: found out).")
-    add("--to", dest="target", choices=FORMATS, required=True, help="Format of --save.")
+    add("--from", dest="source", choices=READ, help="Format of --load (default: found out).")
+    add("--to", dest="target", choices=WRITTEN, required=True, help="Format of --save.")
     add("--dtype", choices=("fp32", "bf16", "fp16"), help="Number format of the weights (default: as they are).")
     add(
         "--drop-optimizer",
         action="store_true",
         help="Leave the optimizer's state out (always so but with --to native).",
     )
-    add("--max-shard-size", default="5GB", metavar="SIZE", help="Largest model file of --to hf (default: 5GB).")
+    add(
+        "--gelu-as-tanh",
+        action="store_true",
+        help="Take a Megatron model of the exact GELU, which is refused otherwise: here it is the tanh form, at most "
+        "0.0005 away.",
+    )
+    add("--max-shard-size", metavar="SIZE", help="Largest model file of --to hf (default: 5GB).")
     layout = parser.add_argument_group(
         "layout",
         "Native checkpoints know no layout: these check that one can resume the result, and are recorded in it. With "
@@ -45,13 +53,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     experts = parser.add_argument_group("upcycling", "The other flags of these names are those of training.")
     experts.add_argument("--upcycle", action="store_true", help="A dense model gets experts, copies of its own layers.")
     experts.add_argument("--num-experts", type=int, nargs="+", metavar="N")
-    experts.add_argument("--expert-interval", type=int, default=2, metavar="N")
-    experts.add_argument("--topk", type=int, default=1, metavar="N")
-    experts.add_argument("--mlp-type", choices=("standard", "residual"), default="standard")
+    experts.add_argument("--expert-interval", type=int, metavar="N")
+    experts.add_argument("--topk", type=int, metavar="N")
+    experts.add_argument("--mlp-type", choices=("standard", "residual"))
     experts.add_argument(
-        "--upcycle-noise", type=float, default=0.0, metavar="X", help="Noise on experts, as a part of the weights' std."
+        "--upcycle-noise", type=float, metavar="X", help="Noise on experts, as a part of the weights' std (default: 0)."
     )
-    experts.add_argument("--upcycle-seed", type=int, default=0, metavar="N", help="Of the noise and the router.")
+    experts.add_argument("--upcycle-seed", type=int, metavar="N", help="Of the noise and the router (default: 0).")
     files = add_tokenizer_files(parser, "Where its files are, if they moved since training or are not in --load.")
     files.add_argument("--tokenizer-type", choices=TOKENIZERS)
     return parser.parse_args(argv)
@@ -69,8 +77,12 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted; nothing was left behind", file=sys.stderr)
+        return 128 + signal.SIGINT
     return 0
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # what is half-written is deleted
     sys.exit(main())

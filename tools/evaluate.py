@@ -38,7 +38,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_tokenizer_files(parser)
     args = parser.parse_args(argv)
     check_counts(parser, args, "limit", "batch_size", "max_gen_toks", "expert_parallel")
-    args.tasks = tuple(filter(None, args.tasks.split(",")))
+    args.tasks = tuple(filter(None, (name.strip() for name in args.tasks.split(","))))
     if not args.tasks:
         parser.error(f"--tasks names none; expected some of lm-eval's, such as {TASKS}")
     return args

@@ -126,9 +126,16 @@ def _generate(args: argparse.Namespace, sampling: Any) -> None:
 
 
 def _prompts(args: argparse.Namespace) -> list[str]:
+    for prompt in args.prompt:
+        if any("\ud800" <= letter <= "\udfff" for letter in prompt):  # how Python passes on bytes that are no text
+            raise ValueError(f"--prompt {prompt!r} is not UTF-8; give text in that encoding")
     if args.prompt_file is None:
         return args.prompt
-    lines = [line for line in Path(args.prompt_file).read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        text = Path(args.prompt_file).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompt-file {args.prompt_file} is not UTF-8: {error}") from None
+    lines = [line for line in text.splitlines() if line.strip()]
     if not lines:
         raise ValueError(f"--prompt-file {args.prompt_file} holds no prompt; expected one on each line")
     return args.prompt + lines

@@ -6,10 +6,10 @@
     python tools/plan_run.py --compare [FILE ...]
 
 The first prints the plan of the run that the flags of ``pretrain_gpt_moe.py`` describe; if it does not fit, the nearest
-layout that does. ``--search`` ranks all layouts that fit. ``--all-scripts`` makes a table of the launch scripts in
-examples_moe/, each on the GPUs that its #SBATCH lines ask for. ``--compare`` sets measured peaks of memory beside
-planned ones: those that the planner was made with, or those of files that ``python -m benchmarks.train_step --json
-FILE`` has written.
+layout that does. ``--search`` ranks all layouts that fit, whatever layout the flags give; it looks at what it can in
+half a minute. ``--all-scripts`` makes a table of the launch scripts in examples_moe/, each on the GPUs that its #SBATCH
+lines ask for. ``--compare`` sets measured peaks of memory beside planned ones: those that the planner was made with, or
+those of files that ``python -m benchmarks.train_step --json FILE`` has written.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from megatron.planning.plan import (
     micro_batches,
     needs,
 )
-from megatron.planning.search import fitting, flags_of, nearest_fitting
+from megatron.planning.search import Found, fitting, flags_of, nearest
 
 GPT2_VOCAB = 50257
 SCRIPTS = Path(__file__).parents[1] / "examples_moe"
@@ -100,8 +100,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             runs = [(name, found, replace(machine, world=world, node=node)) for name, found, world, node in scripts()]
             print(table([(name, plan_of(found, place, args.vocab_size)) for name, found, place in runs]))
             return 0
-        plan = plan_of(run, machine, args.vocab_size)
-        return _search(plan, args.top) if args.search else _show(plan)
+        if args.search:
+            return _search(fitting(run, machine, args.vocab_size), args.top)
+        return _show(plan_of(run, machine, args.vocab_size))
     except (ConfigError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -176,24 +177,31 @@ def _show(plan: Plan) -> int:
     print(aligned(needs(plan)))
     if plan.fits:
         return 0
-    nearest = nearest_fitting(plan)
-    if nearest is None:
-        print("\nNo layout of this run fits into this many GPUs of this kind. Take more of them, or larger ones.")
+    found = fitting(plan.config, machine, plan.vocab_size)
+    other = nearest(plan.config, found)
+    if other is None:
+        print(f"\n{_none_fits(found)}")
     else:
-        print(f"\nThe nearest layout that fits, with {nearest.memory.peak / GB:.1f} GB a GPU:")
-        print(f"  {flags_of(nearest.config)}")
+        print(f"\nThe nearest layout that fits, with {other.memory.peak / GB:.1f} GB a GPU:")
+        print(f"  {flags_of(other.config)}")
     return 1
 
 
-def _search(plan: Plan, top: int) -> int:
-    found = fitting(plan.config, plan.machine, plan.vocab_size)
-    if not found:
-        print("No layout of this run fits into this many GPUs of this kind. Take more of them, or larger ones.")
+def _none_fits(found: Found) -> str:
+    return (
+        f"No layout of this run fits into this many GPUs of this kind ({found.in_words}). Take more of them, or larger "
+        "ones."
+    )
+
+
+def _search(found: Found, top: int) -> int:
+    if not found.plans:
+        print(_none_fits(found))
         return 1
-    print(f"{len(found)} layouts fit; the fastest:\n")
-    print(table([(str(rank), other) for rank, other in enumerate(found[:top], start=1)]))
+    print(f"{len(found.plans)} of {found.in_words} fit; the fastest:\n")
+    print(table([(str(rank), other) for rank, other in enumerate(found.plans[:top], start=1)]))
     print()
-    for rank, other in enumerate(found[:top], start=1):
+    for rank, other in enumerate(found.plans[:top], start=1):
         print(f"{rank}. {flags_of(other.config)}")
     return 0
 

@@ -26,7 +26,11 @@ set -euo pipefail
 
 read -r -a rates <<<"${RATES:-3e-4 6e-4 1.2e-3}"
 read -r -a seeds <<<"${SEEDS:-1 2}"
-task=${SLURM_ARRAY_TASK_ID:?"not a task of a job array; submit with: sbatch ${BASH_SOURCE[0]}"}
+if [[ -z "${SLURM_ARRAY_TASK_ID:-}" ]]; then
+    echo "error: this is no task of a job array; submit with: sbatch ${BASH_SOURCE[0]}" >&2
+    exit 2
+fi
+task=$SLURM_ARRAY_TASK_ID
 pairs=$((${#rates[@]} * ${#seeds[@]}))
 if ((task >= pairs)); then
     echo "error: task $task of the array, but RATES and SEEDS make $pairs pairs: sbatch --array=0-$((pairs - 1))" >&2
@@ -35,8 +39,10 @@ fi
 rate=${rates[task / ${#seeds[@]}]}
 seed=${seeds[task % ${#seeds[@]}]}
 
-# sbatch runs a copy elsewhere; scontrol knows where it came from
-folder="$(dirname "$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\(.*array\.sh\).*/\1/p' | tail -n 1)")"
+# sbatch runs a copy elsewhere; scontrol knows where it came from, and what words were given to it
+script="$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=//p' | tail -n 1)"
+while [[ ! -f "$script" && "$script" == *" "* ]]; do script="${script% *}"; done
+folder="$(dirname "$(readlink -f "$script")")"
 export RUN_NAME="lr$rate-seed$seed"
 export SAVE="${SAVE:-checkpoints/sweep}/$RUN_NAME"
 exec bash "$folder/../${SCRIPT:-pretrain_gpt_125M_dense.sh}" --lr "$rate" --seed "$seed" "$@"

@@ -24,12 +24,14 @@ link that finds the run finished ends at once; of a run that is finished already
 END
 }
 
-finished() { # says so and succeeds if no link has anything to do
-    local words=() line
-    line=$(DRY_RUN="command" bash "$script" ${arguments[@]+"${arguments[@]}"} 2>/dev/null) || return 1
+finished() { # says so and succeeds if no link has anything to do; what would be wrong with every link ends the script
+    local words=() line status=0
+    line=$(DRY_RUN="command" bash "$script" ${arguments[@]+"${arguments[@]}"}) || exit 2
     eval "words=($line)" # quoted by the script
     while [[ ${#words[@]} -gt 0 && "${words[0]}" != */pretrain_gpt_moe.py ]]; do words=("${words[@]:1}"); done
-    "$PYTHON" "$root/tools/run_finished.py" "${words[@]:1}" 2>/dev/null
+    "$PYTHON" "$root/tools/run_finished.py" "${words[@]:1}" || status=$?
+    if ((status > 1)); then exit 2; fi # a flag that is wrong
+    return "$status"
 }
 
 case "${1:-}" in -h | --help) chain_usage && exit 0 ;; esac

@@ -30,9 +30,9 @@ fail() {
     exit 2
 }
 
-: "${INPUT:?error: INPUT is not set: files, folders or patterns of the corpus}"
-: "${OUTPUT:?error: OUTPUT is not set: the prefix of what is written}"
-: "${TOKENIZER:?error: TOKENIZER is not set: the flags of the tokenizer, such as --tokenizer-type ByteTokenizer}"
+[[ -n "${INPUT:-}" ]] || fail "INPUT is not set: files, folders or patterns of the corpus"
+[[ -n "${OUTPUT:-}" ]] || fail "OUTPUT is not set: the prefix of what is written"
+[[ -n "${TOKENIZER:-}" ]] || fail "TOKENIZER is not set: the flags of the tokenizer, such as --tokenizer-type ByteTokenizer"
 key=${JSON_KEY:-text}
 root=${ROOT:-${SLURM_SUBMIT_DIR:-$PWD}} # sbatch runs a copy of this script elsewhere
 [[ -f "$root/tools/preprocess_data.py" ]] || fail "$root is no checkout: submit from there, or set ROOT"
@@ -53,7 +53,8 @@ requeue() { # what the tool has noted in its journal is where the next start goe
 
 case "${1:-shard}" in
     shard)
-        shard=${SLURM_ARRAY_TASK_ID:?error: this is no task of an array job; submit it with sbatch}
+        [[ -n "${SLURM_ARRAY_TASK_ID:-}" ]] || fail "this is no task of an array job; submit it with sbatch"
+        shard=$SLURM_ARRAY_TASK_ID
         shards=${NUM_SHARDS:-${SLURM_ARRAY_TASK_COUNT:-1}}
         ((shards > 1)) || fail "one task makes no shards that could be merged: give --array=0-1 or more, or NUM_SHARDS"
         "$python" "$root/tools/preprocess_data.py" --input "${inputs[@]}" --output-prefix "$OUTPUT" \

@@ -41,3 +41,9 @@ def around(value: float, valid: Iterable[int]) -> str:
 def remainder(number: int, by: int) -> str:
     """The division of ``number`` by ``by`` as an equation."""
     return f"{number} = {number // by} x {by} + {number % by}"
+
+
+def multiples(value: int, step: int) -> list[int]:
+    """The multiples of ``step`` just below and above ``value``; without 0."""
+    below = value // step * step
+    return [x for x in (below, below + step) if x > 0]

@@ -22,6 +22,12 @@ def _data_problems(data_path: tuple[str, ...]) -> Iterator[str]:
     if not data_path:
         yield "--data-path is missing; give a PREFIX of tools/preprocess_data.py, or a blend 0.7 PREFIX1 0.3 PREFIX2"
         return
+    if len(data_path) == 2:
+        yield (
+            f"--data-path {' '.join(data_path)} has 2 words; give one prefix alone, or a blend of at least two prefixes"
+            " with a weight before each: 0.7 PREFIX1 0.3 PREFIX2"
+        )
+        return
     if len(data_path) > 1 and len(data_path) % 2:
         yield (
             f"--data-path has {len(data_path)} words; a blend has a weight before each prefix, an even number of words:"

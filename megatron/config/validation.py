@@ -8,12 +8,20 @@ all problems are reported at once. Each names what was got, the rule with its nu
 import math
 from collections.abc import Callable, Iterable, Iterator
 
-from megatron.config.errors import ConfigError, around, divisors, remainder
+from megatron.config.batch_rules import batch_problems, count_replicas, rampup_problems, train_tokens_problems
+from megatron.config.errors import ConfigError, around, divisors, multiples, remainder
 from megatron.config.exchange_rules import exchange_problems
 from megatron.config.expert_rules import expert_layer_problems, expert_parallel_problems
 from megatron.config.files import file_problems
 from megatron.config.graph_rules import graph_problems
 from megatron.config.guard_rules import skip_problems, spike_problems
+from megatron.config.optimizer_rules import (
+    gradient_reduction_problems,
+    loss_scale_problems,
+    optimizer_state_problems,
+    rates_problems,
+    warmup_problems,
+)
 from megatron.config.options import OPTIONS, Option, flatten
 from megatron.config.pipeline_rules import pipeline_problems
 from megatron.config.run import RunConfig
@@ -117,12 +125,6 @@ def _words(value: object) -> str:
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def _multiples(value: int, step: int) -> list[int]:
-    """The multiples of ``step`` just below and above ``value``; without 0."""
-    below = value // step * step
-    return [x for x in (below, below + step) if x > 0]
-
-
 @_rule("hidden_size", "num_attention_heads")
 def _heads(config: RunConfig, world_size: int) -> Iterator[str]:
     hidden, heads = config.model.hidden_size, config.model.num_attention_heads
@@ -138,7 +140,7 @@ def _model_parallel(config: RunConfig, world_size: int) -> Iterator[str]:
     tensor, stages = config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size
     if world_size % (tensor * stages) == 0:
         return
-    start = " or ".join(str(x) for x in _multiples(world_size, tensor * stages))
+    start = " or ".join(str(x) for x in multiples(world_size, tensor * stages))
     if world_size % stages == 0:
         sizes = divisors(math.gcd(config.model.num_attention_heads, world_size // stages))
         fix = f"--tensor-model-parallel-size {around(tensor, sizes)}"
@@ -181,7 +183,7 @@ def _sequence_parallel(config: RunConfig, world_size: int) -> Iterator[str]:
     elif length % size:
         yield (
             f"--sequence-parallel: --tensor-model-parallel-size {size} must divide --seq-length {length}"
-            f" ({remainder(length, size)}); use --seq-length {around(length, _multiples(length, size))}"
+            f" ({remainder(length, size)}); use --seq-length {around(length, multiples(length, size))}"
         )
 
 
@@ -226,28 +228,12 @@ def _pipeline(config: RunConfig, world_size: int) -> Iterator[str]:
     *("tensor_model_parallel_size", "pipeline_model_parallel_size"),
 )
 def _expert_parallel(config: RunConfig, world_size: int) -> Iterator[str]:
-    yield from expert_parallel_problems(config, world_size, *_replicas(config, world_size))
-
-
-def _replicas(config: RunConfig, world_size: int) -> tuple[int, str]:
-    """The number of data-parallel replicas, and what to call them."""
-    replicas = max(config.parallel.data_parallel_size(world_size), 1)
-    return replicas, "processes" if replicas == world_size else "data-parallel replicas"
+    yield from expert_parallel_problems(config, world_size, *count_replicas(config, world_size))
 
 
 @_rule("micro_batch_size", "global_batch_size", "tensor_model_parallel_size", "pipeline_model_parallel_size")
 def _batch(config: RunConfig, world_size: int) -> Iterator[str]:
-    micro, batch = config.training.micro_batch_size, config.training.global_batch_size
-    replicas, what = _replicas(config, world_size)
-    step = micro * replicas
-    if batch % step:
-        fix = f"--global-batch-size {around(batch, _multiples(batch, step))}"
-        if batch % replicas == 0:
-            fix += f", or --micro-batch-size {around(micro, divisors(batch // replicas))}"
-        yield (
-            f"--global-batch-size {batch} must be a multiple of --micro-batch-size {micro} x {replicas} {what}"
-            f" = {step} ({remainder(batch, step)}); use {fix}"
-        )
+    yield from batch_problems(config, world_size)
 
 
 @_rule(
@@ -255,116 +241,37 @@ def _batch(config: RunConfig, world_size: int) -> Iterator[str]:
     *("tensor_model_parallel_size", "pipeline_model_parallel_size"),
 )
 def _rampup(config: RunConfig, world_size: int) -> Iterator[str]:
-    ramp, batch = config.training.rampup_batch_size, config.training.global_batch_size
-    replicas, what = _replicas(config, world_size)
-    step = config.training.micro_batch_size * replicas
-    if ramp is None:
-        return
-    flag = f"--rampup-batch-size {_words(ramp)}"
-    if len(ramp) != 3:
-        yield f"{flag} has {len(ramp)} numbers; expected 3, START INCREMENT SAMPLES, such as {step} {step} 100000"
-        return
-    start, increment, samples = ramp
-    fix = f"use {_nearest_ramp(start, increment, samples, batch, step)}"
-    unit = f"--micro-batch-size {config.training.micro_batch_size} x {replicas} {what} = {step}"
-    uneven = [(name, value) for name, value in (("START", start), ("INCREMENT", increment)) if value % step]
-    for name, value in uneven:
-        yield f"{flag}: {name} {value} must be a multiple of {unit} ({remainder(value, step)}); {fix}"
-    if start > batch:
-        yield f"{flag}: START {start} must not exceed --global-batch-size {batch}; {fix}"
-    elif (batch - start) % increment and not uneven:
-        yield (
-            f"{flag}: INCREMENT {increment} must divide --global-batch-size {batch} - START {start} = {batch - start}"
-            f" ({remainder(batch - start, increment)}); {fix}"
-        )
-
-
-def _nearest_ramp(start: int, increment: int, samples: int, batch: int, step: int) -> str:
-    """The flag with the valid START nearest to that given and then the nearest valid INCREMENT."""
-    starts = [x for x in _multiples(start, step) if x < batch] or _multiples(batch - 1, step)[:1]
-    start = min(starts, key=lambda x: abs(x - start))
-    if batch % step or start >= batch:
-        return "--rampup-batch-size none" + (f", or first a multiple of {step} as global batch" if batch % step else "")
-    increments = [step * d for d in divisors((batch - start) // step)]
-    increment = min(increments, key=lambda x: abs(x - increment))
-    return f"--rampup-batch-size {start} {increment} {samples}, or none"
+    yield from rampup_problems(config, world_size)
 
 
 @_rule("train_tokens", "global_batch_size", "seq_length")
 def _train_tokens(config: RunConfig, world_size: int) -> Iterator[str]:
-    tokens, batch, length = config.training.train_tokens, config.training.global_batch_size, config.model.seq_length
-    if tokens is None:
-        yield "--train-tokens is missing: nothing says how long to train; add, for example, --train-tokens 300B"
-    elif tokens < batch * length:
-        yield (
-            f"--train-tokens {tokens} must be at least one update, --global-batch-size {batch} x --seq-length {length}"
-            f" = {batch * length}; use --train-tokens {batch * length} or a smaller batch"
-        )
+    yield from train_tokens_problems(config)
 
 
 @_rule("lr", "min_lr")
 def _rates(config: RunConfig, world_size: int) -> Iterator[str]:
-    lr, min_lr = config.optimizer.lr, config.optimizer.min_lr
-    if min_lr > lr:
-        yield f"--min-lr {min_lr} must not exceed --lr {lr}; use --min-lr {lr / 10:.3g} (a tenth), or a higher --lr"
+    yield from rates_problems(config)
 
 
 @_rule("lr_warmup_tokens", "lr_decay_tokens", "train_tokens")
 def _warmup(config: RunConfig, world_size: int) -> Iterator[str]:
-    warmup, decay, train = (
-        config.optimizer.lr_warmup_tokens,
-        config.optimizer.lr_decay_tokens,
-        config.training.train_tokens,
-    )
-    ends = [(decay, "--lr-decay-tokens"), (train, "--train-tokens")]
-    end, flag = min((pair for pair in ends if pair[0] is not None), default=(None, ""))
-    if end is not None and warmup >= end:
-        yield (
-            f"--lr-warmup-tokens {warmup} must be below {flag} {end}, or --lr is never reached; use"
-            f" --lr-warmup-tokens {end // 100} (1%), or keep the schedule long and stop early with --exit-tokens"
-        )
+    yield from warmup_problems(config)
 
 
 @_rule("precision", "min_loss_scale", "initial_loss_scale_power", "loss_scale")
 def _loss_scale(config: RunConfig, world_size: int) -> Iterator[str]:
-    opt = config.optimizer
-    if opt.precision == "fp16" and opt.loss_scale == 0 and opt.min_loss_scale > 2**opt.initial_loss_scale_power:
-        yield (
-            f"--min-loss-scale {opt.min_loss_scale} must not exceed the first loss scale, 2 to the power"
-            f" --initial-loss-scale-power {opt.initial_loss_scale_power} = {2**opt.initial_loss_scale_power};"
-            f" use --initial-loss-scale-power {math.ceil(math.log2(opt.min_loss_scale))} or more"
-        )
+    yield from loss_scale_problems(config)
 
 
 @_rule("precision", "grad_reduce_in_bf16")
 def _gradient_reduction(config: RunConfig, world_size: int) -> Iterator[str]:
-    precision = config.optimizer.precision
-    if config.optimizer.grad_reduce_in_bf16 and precision != "bf16":
-        yield f"--grad-reduce-in-bf16 must have --bf16, and the precision is {precision}; drop it, or use --bf16"
+    yield from gradient_reduction_problems(config)
 
 
 @_rule("precision", "optimizer_name", "optimizer_cpu_offload", "exp_avg_dtype", "exp_avg_sq_dtype")
 def _optimizer_state(config: RunConfig, world_size: int) -> Iterator[str]:
-    optimizer = config.optimizer.optimizer_name
-    if config.optimizer.optimizer_cpu_offload and optimizer != "adamw":
-        yield (
-            f"--optimizer-cpu-offload must have --optimizer adamw, and the optimizer is {optimizer}; 8-bit moments are"
-            f" for GPU memory: use --optimizer adamw, or drop --optimizer-cpu-offload"
-        )
-    for flag, dtype in (
-        ("--exp-avg-dtype", config.optimizer.exp_avg_dtype),
-        ("--exp-avg-sq-dtype", config.optimizer.exp_avg_sq_dtype),
-    ):
-        if dtype == "fp32":
-            continue
-        if config.optimizer.precision != "bf16":
-            yield (
-                f"{flag} {dtype} must have --bf16, and the precision is {config.optimizer.precision}; drop it, or use"
-                f" --bf16"
-            )
-        if optimizer != "adamw" or config.optimizer.optimizer_cpu_offload:
-            other = f"--optimizer {optimizer}" if optimizer != "adamw" else "--optimizer-cpu-offload"
-            yield f"{flag} {dtype} does not go with {other}, which has moments of its own; drop one of the two"
+    yield from optimizer_state_problems(config)
 
 
 @_rule("device", "distributed_backend")

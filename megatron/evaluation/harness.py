@@ -2,14 +2,16 @@
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lm_eval
+from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 
-from megatron.checkpoint.folder import hash_file
-from megatron.evaluation.lm import MegatronLM
+from megatron.checkpoint.folder import MANIFEST, hash_file
+from megatron.evaluation.lm import LONGEST_TEXT, MegatronLM
 from megatron.evaluation.output import check_output
 from megatron.evaluation.processes import join, load_share
 from megatron.evaluation.report import write
@@ -51,18 +53,19 @@ def evaluate(wanted: Evaluation) -> str | None:
     source = find_checkpoint(wanted.load)
     tokenizer = load_tokenizer(source, **wanted.tokenizer_files)
     tasks = build_tasks(wanted.tasks, Path(wanted.data_dir) if wanted.data_dir else None)
+    _check_lengths(tasks, wanted.max_gen_toks, source.config.model.position_rows)
     processes, device = join(wanted.device, wanted.expert_parallel)
     dtype = choose_dtype(wanted.dtype, device, source)
-    model = load_share(source, processes, device, DTYPES[dtype])
     log = None
     if processes.rank == 0:
         about = {
             "checkpoint": source.path.name,
-            "contents": {file.name: hash_file(file) for file in sorted(source.path.glob("*.json"))},
+            "contents": hash_file(source.path / MANIFEST),  # which holds the checksums of all other files
             "tokenizer": tokenizer.fingerprint,
             "dtype": dtype,
         }
         log = RequestLog(Path(wanted.output) / "requests.jsonl", about)
+    model = load_share(source, processes, device, DTYPES[dtype])
     lm = MegatronLM(model, tokenizer, wanted.batch_size, processes, log)
     begin = time.perf_counter()
     results: dict[str, Any] | None = lm_eval.simple_evaluate(
@@ -80,3 +83,15 @@ def evaluate(wanted: Evaluation) -> str | None:
     results["config"] |= {"checkpoint": str(source.path), "dtype": dtype, "data_dir": wanted.data_dir}
     results["total_evaluation_time_seconds"] = str(time.perf_counter() - begin)  # as lm-eval's own command has it
     return write(Path(wanted.output), wanted.name or source.path.parent.name, results)
+
+
+def _check_lengths(tasks: Sequence[Task], wanted: int | None, positions: int) -> None:
+    """Raises ValueError if a task's generated texts leave no room for a prompt."""
+    for task in tasks:
+        if task.OUTPUT_TYPE == "generate_until":
+            count = wanted or (task.config.generation_kwargs or {}).get("max_gen_toks", LONGEST_TEXT)
+            if count >= positions:
+                raise ValueError(
+                    f"{task.config.task}: texts of {count} tokens leave no room for a prompt in the model's "
+                    f"{positions} positions; use --max-gen-toks {max(positions // 2, 1)}, for example"
+                )

@@ -21,6 +21,7 @@ from megatron.inference.generate import stream
 from megatron.inference.sampling import Sampling
 from megatron.model.gpt import GPTModel
 
+LONGEST_TEXT = 256  # tokens that a task generates which names no length; as lm-eval's own models
 Item = tuple[str, Any, int]  # key, what to compute it from, tokens
 
 
@@ -69,8 +70,8 @@ class MegatronLM(TemplateLM):
 
     @property
     def max_gen_toks(self) -> int:
-        """Longest continuation of a task that names none; as lm-eval's own models."""
-        return 256
+        """Longest continuation of a task that names none."""
+        return LONGEST_TEXT
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Token ids."""

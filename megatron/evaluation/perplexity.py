@@ -53,19 +53,25 @@ class Perplexity:
         """Mean negative log-likelihood of a token."""
         return self.nll / self.tokens
 
-    def report(self) -> dict[str, float | int]:
-        """All figures by name."""
-        per_word = math.exp(self.nll / self.words) if self.words else math.nan
+    def report(self) -> dict[str, float | int | None]:
+        """All figures by name; None for what is not defined (no word, no byte) or is beyond the largest float."""
         return {
             "documents": self.documents,
             "tokens": self.tokens,
             "words": self.words,
             "bytes": self.bytes,
             "loss": self.loss,
-            "token_perplexity": math.exp(self.loss),
-            "word_perplexity": per_word,
-            "bits_per_byte": self.nll / math.log(2) / self.bytes if self.bytes else math.nan,
+            "token_perplexity": self._perplexity(self.tokens),
+            "word_perplexity": self._perplexity(self.words),
+            "bits_per_byte": self.nll / math.log(2) / self.bytes if self.bytes else None,
         }
+
+    def _perplexity(self, units: int) -> float | None:
+        """exp(nll / units). Text without white space has words of hundreds of tokens, each of which is unlikely."""
+        try:
+            return math.exp(self.nll / units) if units else None
+        except OverflowError:
+            return None
 
 
 def windows(tokens: Sequence[int], longest: int, stride: int) -> Iterator[tuple[Sequence[int], int]]:

@@ -148,7 +148,13 @@ def build_tasks(names: Sequence[str], data_dir: Path | None = None) -> list[Task
     unknown = [name for name in names if name not in manager.all_tasks]
     if unknown:
         raise ValueError(f"lm-eval knows no task {', '.join(unknown)}; `lm_eval ls tasks` lists them")
-    return list(manager.load(list(names))["tasks"].values())
+    try:
+        return list(manager.load(list(names))["tasks"].values())
+    except OSError as error:
+        raise ValueError(
+            f"the tasks' data is not to be had: {error}. On a machine without a network, fill the cache of Hugging "
+            "Face's datasets on one that has it (HF_HOME names its folder), or give the files by --data-dir"
+        ) from error
 
 
 def _local_task(name: str, docs: list[Doc]) -> Task:

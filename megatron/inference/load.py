@@ -57,6 +57,8 @@ def find_checkpoint(folder: str | Path) -> Source:
     path = latest(folder) if Path(folder).is_dir() else None
     if path is None:
         what = "holds no finished checkpoint" if Path(folder).exists() else "does not exist"
+        if (Path(folder) / "config.json").is_file():
+            what = "is a Hugging Face folder, which tools/convert_checkpoint.py --to native converts"
         raise CheckpointError(f"{folder} {what}; expected the --save folder of a training run or one checkpoint in it")
     meta = read_meta(path)
     return Source(Path(path), from_dict(meta["config"]), meta)

@@ -5,8 +5,9 @@
 
 On every rank a thread compares the piece of work that is under way with the median of those before. The first to find
 it too long asks all ranks, over their lifelines, to write their stacks and to tell how far they have come; then all end
-with a line that names who is behind (:mod:`megatron.parallel.stall`). A rank that cannot answer, because foreign code
-holds the GIL, writes its stacks to its standard error without Python's help; its starter ends it with the others.
+with a line that names who is behind (:mod:`megatron.parallel.stall`). A rank that cannot even ask or answer, because
+foreign code holds the GIL, is ended by a process that needs nothing of it (:mod:`megatron.parallel.reaper`), with its
+stacks on its standard error.
 """
 
 import contextlib
@@ -24,14 +25,15 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron.parallel.initialize import Topology
-from megatron.parallel.lifeline import Line
+from megatron.parallel.lifeline import ANSWERING, ENDING, Line
+from megatron.parallel.reaper import Reaper
 from megatron.parallel.stall import Place
 
 SETTLING = 3  # pieces of work of a process that are neither timed nor watched: they compile
 FEWEST = 3  # timed pieces before there is a median
 WINDOW = 128  # pieces whose median counts
 PATIENCE = 30.0  # s for the ranks to end together; after that each ends by itself
-UNANSWERED = 3.0  # s after the limit in which a rank must have been asked; else it writes its stacks unasked
+UNHEARD = ANSWERING + ENDING  # s after the limit in which a rank must have asked or been asked; else it cannot
 _TICK = 0.2  # s
 _ASLEEP = 5.0  # s between two ticks after which the whole process must have been stopped; they do not count
 _OURS = str(Path(__file__).parents[1]) + os.sep
@@ -68,6 +70,7 @@ class Watchdog:
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._main = threading.main_thread().ident
+        self._reaper = Reaper(f"rank {topology.launch.rank}") if self._on else None
         if self._on:
             if line is not None:
                 line.on_stall = self.report
@@ -111,21 +114,21 @@ class Watchdog:
         if self._line is not None:
             self._line.on_stall = None
         self._thread.join()
+        self._reaper.close()
 
     def report(self, reason: str) -> Place:
         """Write this rank's stacks, and say how far it has come."""
-        faulthandler.cancel_dump_traceback_later()
+        self._reaper.allow(None)  # the lifeline ends this process in any case
         self._write_stacks(reason)
         return Place(self._number, self._collectives(), self._line_of_work())
 
     # ------------------------------------------------------------------------------------------------------ watching
 
     def _arm(self) -> None:
-        """Have stacks written, GIL or not, when this rank should have been asked for them."""
-        faulthandler.cancel_dump_traceback_later()
-        if self._since is not None and self._limit is not None:
-            left = self._since + self._limit + UNANSWERED - time.monotonic()
-            faulthandler.dump_traceback_later(max(left, 1.0))
+        """Have this process ended, GIL or not, when it should have asked or been asked."""
+        since, limit = self._since, self._limit
+        watched = since is not None and limit is not None
+        self._reaper.allow(max(since + limit - time.monotonic(), 0) + UNHEARD if watched else None)
 
     def _watch(self) -> None:
         last = time.monotonic()
@@ -145,6 +148,7 @@ class Watchdog:
             self._end(f"{self._what} has taken {elapsed:.3g} s, more than {allowed}")
 
     def _end(self, reason: str) -> None:
+        self._reaper.allow(PATIENCE + ENDING)
         if self._line is not None:
             self._line.ask(f"{reason}; {self._where()}")
             time.sleep(PATIENCE)

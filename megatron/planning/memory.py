@@ -23,6 +23,7 @@ Letters: T tokens of a micro-batch, H hidden, F inner size, E experts, V padded 
 """
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 
 from megatron.config import RunConfig
@@ -113,12 +114,14 @@ class _Stage:
         shared = 1 if parallel.enable_expert_tensor_parallelism else self._tensor
         self._expert_ranks = {degree: self._grid.data // degree * shared for degree in self._parameters.experts}
         # bytes of each layer's gradients as autograd makes them: all, and those that stay as they are
-        self._made, self._staying = {}, {}
+        self._made, staying = {}, {}
         for layer in layers:
             groups = self._groups(parameters_of_stage(config, vocab_size, [layer], first=False, last=False))
             self._made[layer] = self._width * sum(count for count, _ in groups)
             fp16 = config.optimizer.precision == "fp16"  # they stay until DeepSpeed has reduced them
-            self._staying[layer] = self._width * sum(n for n, ranks in groups if fp16 or not self._each(ranks).lasting)
+            staying[layer] = self._width * sum(n for n, ranks in groups if fp16 or not self._each(ranks).lasting)
+        behind = itertools.accumulate((staying[layer] for layer in reversed(layers)), initial=0.0)
+        self._staying_behind = dict(zip(reversed(layers), behind, strict=False))
 
     def peak(self) -> Memory:
         """The largest of all moments."""
@@ -126,8 +129,9 @@ class _Stage:
         # 1F1B: the first stage has as many micro-batches under way as there are stages, the last has one
         under_way = min(self._micro_batches, self._grid.pipeline - self._stage)
         kept = {layer: self._kept(layer) for layer in self._layers}
+        below = dict(zip(self._layers, itertools.accumulate(kept.values(), initial=0.0), strict=False))
         others = (under_way - 1) * sum(kept.values()) + (under_way * self._embedding_mask() if self._first else 0.0)
-        moments = {f"backward pass of layer {n}": self._at_layer(n, kept, others) for n in self._layers}
+        moments = {f"backward pass of layer {n}": self._at_layer(n, below[n] + others) for n in self._layers}
         if self._last:
             moments["loss"] = self._at_loss(kept, others)
         if self._config.optimizer.grad_reduce_in_bf16:  # a copy of one group's sums
@@ -174,10 +178,12 @@ class _Stage:
             "logits": logits,
         }
 
-    def _at_layer(self, layer: int, kept: Mapping[int, float], others: float) -> dict[str, float]:
-        """The end of a layer's backward pass, when its gradients are there and nothing of it is freed yet."""
+    def _at_layer(self, layer: int, held: float) -> dict[str, float]:
+        """The end of a layer's backward pass, when its gradients are there and nothing of it is freed yet.
+
+        ``held`` are the bytes that other layers and micro-batches keep.
+        """
         config = self._config
-        held = others + sum(kept[n] for n in self._layers if n < layer)
         table = self._vocab * config.model.hidden_size / self._tensor * self._width  # waits for the embedding's
         whole = served_by_kernels(config, layer, self._kernels)
         again = inner_units_of_experts(config, layer) if self._kernels and not whole else 0.0  # GELU's output
@@ -191,7 +197,7 @@ class _Stage:
 
     def _gradients(self, layer: int) -> float:
         """Gradients in the weights' format: of this layer, and of those behind it if they are not added to a sum."""
-        return self._made[layer] + sum(self._staying[n] for n in self._layers if n > layer)
+        return self._made[layer] + self._staying_behind[layer]
 
     # ----------------------------------------------------------------------------------------------------- of one layer
 

@@ -89,11 +89,13 @@ def balanced(costs: list[float], stages: int) -> tuple[int, ...]:
     for _ in range(stages):
         new: list[tuple[float, float, tuple[int, ...]] | None] = [None] * (len(costs) + 1)
         for end in range(1, len(costs) + 1):
-            for start in range(end):
+            for start in range(end - 1, -1, -1):
+                cost = before[end] - before[start]
+                if new[end] is not None and round(cost, 9) > new[end][0]:
+                    break  # longer last stretches cost more still
                 if best[start] is None:
                     continue
                 largest, squares, lengths = best[start]
-                cost = before[end] - before[start]
                 # rounded: sums of equal costs that differ in the last bit are equally good
                 found = (round(max(largest, cost), 9), round(squares + cost**2, 9), (*lengths, end - start))
                 if new[end] is None or found < new[end]:

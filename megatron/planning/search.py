@@ -7,6 +7,8 @@ inside a node and comes with sequence parallelism; experts stay replicated or sh
 import dataclasses
 import itertools
 import math
+import random
+import time
 from collections.abc import Iterator
 
 from megatron.config import RunConfig
@@ -16,6 +18,7 @@ from megatron.planning.memory import memory
 from megatron.planning.plan import Machine, Plan, make_plan
 
 LARGEST_MICRO_BATCH = 64
+SECONDS = 30.0  # after which no further layout is looked at
 
 
 def layouts(config: RunConfig, world: int, node: int) -> Iterator[RunConfig]:
@@ -41,26 +44,58 @@ def layouts(config: RunConfig, world: int, node: int) -> Iterator[RunConfig]:
                 yield from _valid(_changed(config, tensor, stages, degree, micro, recompute), world)
 
 
-def fitting(config: RunConfig, machine: Machine, vocab_size: int) -> list[Plan]:
-    """Plans of all layouts that fit into the machine's GPUs, the fastest first.
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """Plans of the layouts that fit, the fastest first; how many layouts there are, and how many there was time for."""
+
+    plans: list[Plan]
+    layouts: int
+    tried: int
+
+    @property
+    def in_words(self) -> str:
+        """Whose plans these are."""
+        if self.tried == self.layouts:
+            return f"{self.layouts} layouts"
+        return f"{self.tried} layouts, taken at random from {self.layouts} because there was no time for more"
+
+
+def fitting(config: RunConfig, machine: Machine, vocab_size: int) -> Found:
+    """Plans of all layouts that fit into the machine's GPUs, or of those that there is time for.
+
+    The layout that ``config`` itself has does not matter.
+
+    Args:
+        config: the run.
+        machine: what it is to run on.
+        vocab_size: padded here to what each layout needs.
 
     Raises:
-        ConfigError: the machine's device is not known.
+        ConfigError: the machine's device is not known, or no layout of this run is valid.
     """
-    device = machine.device
+    device, latest = machine.device, time.monotonic() + SECONDS
     if device is None:
         raise ConfigError("nothing is known of this GPU, so layouts cannot be ranked; name one with --gpu")
-    plans = []
-    for other in layouts(config, machine.world, machine.node):
-        if memory(other, machine.world, vocab_size, kernels=machine.kernels).peak <= device.usable:
-            plans.append(make_plan(other, machine, vocab_size))
-    return sorted(plans, key=lambda plan: plan.step.seconds)
+    _check_all_else(config)
+    found = list(layouts(config, machine.world, machine.node))
+    if not found:
+        validate_numbers(config, machine.world)  # tells why its own is not
+        raise ConfigError(f"no layout of this run is valid on {machine.world} processes; take another number of them")
+    random.Random(0).shuffle(found)  # those of a kind stand together
+    plans, tried = [], 0
+    for other in found:
+        padded = other.model.padded_vocab_size(vocab_size, other.parallel.tensor_model_parallel_size)
+        if memory(other, machine.world, padded, kernels=machine.kernels).peak <= device.usable:
+            plans.append(make_plan(other, machine, padded))
+        tried += 1
+        if time.monotonic() > latest:
+            break
+    return Found(sorted(plans, key=lambda plan: plan.step.seconds), len(found), tried)
 
 
-def nearest_fitting(plan: Plan) -> Plan | None:
-    """The layout that fits and changes least in ``plan``; the fastest of equally near ones. None if none fits."""
-    found = fitting(plan.config, plan.machine, plan.vocab_size)
-    return min(found, key=lambda other: (_distance(plan.config, other.config), other.step.seconds), default=None)
+def nearest(config: RunConfig, found: Found) -> Plan | None:
+    """The layout that changes least in a run; the fastest of equally near ones. None if none fits."""
+    return min(found.plans, key=lambda other: (_distance(config, other.config), other.step.seconds), default=None)
 
 
 def flags_of(config: RunConfig) -> str:
@@ -78,6 +113,14 @@ def flags_of(config: RunConfig) -> str:
     if training.rampup_batch_size is None:
         words.append("--rampup-batch-size none")
     return " ".join(words)
+
+
+def _check_all_else(config: RunConfig) -> None:
+    """Raises ConfigError for what is wrong in every layout, as it shows on one process."""
+    alone = _changed(config, 1, 1, 1, 1, False)
+    parallel = dataclasses.replace(alone.parallel, moe_hierarchical_all_to_all=False, moe_overlap_chunks=1)
+    training = dataclasses.replace(alone.training, rampup_batch_size=None)
+    validate_numbers(dataclasses.replace(alone, parallel=parallel, training=training), 1)
 
 
 def _changed(config: RunConfig, tensor: int, stages: int, degree: int, micro: int, recompute: bool) -> RunConfig:

@@ -31,7 +31,9 @@ def test_an_error_is_one_short_line():
     assert len(output.one_line(ValueError("x" * 9999))) < 400
 
 
-@pytest.mark.parametrize("name", ["moe_layer", "router", "train_step", "all_to_all", "preprocess", "zero_shot"])
+@pytest.mark.parametrize(
+    "name", ["moe_layer", "router", "train_step", "all_to_all", "preprocess", "zero_shot", "checkpoint_memory"]
+)
 def test_help_teaches(name, capsys):
     if name == "router":
         pytest.importorskip("triton")

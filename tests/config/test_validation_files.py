@@ -43,7 +43,15 @@ def test_valid_files(data):
             ("@web.idx",),
             "--data-path web.idx: no file web.idx.idx or web.idx.bin; give the prefix without its ending: web",
         ),
-        (("-1", "@web"), "--data-path: the weight '-1' must be a positive number; write 0.7 PREFIX1 0.3 PREFIX2"),
+        (
+            ("0.7", "@web"),
+            "--data-path 0.7 web has 2 words; give one prefix alone, or a blend of at least two prefixes with a weight"
+            " before each: 0.7 PREFIX1 0.3 PREFIX2",
+        ),
+        (
+            ("-1", "@web", "1", "@web"),
+            "--data-path: the weight '-1' must be a positive number; write 0.7 PREFIX1 0.3 PREFIX2",
+        ),
         (
             ("x", "@web", "y"),
             "--data-path has 3 words; a blend has a weight before each prefix, an even number of words: 0.7 x 0.3 web",

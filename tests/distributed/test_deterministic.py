@@ -42,7 +42,11 @@ def assert_same_bits(one: list[Trained], other: list[Trained]) -> None:
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("size", "layout"),
-    [(1, {}), (2, {EP: (2,)}), pytest.param(2, {TP: 2}, marks=pytest.mark.exhaustive)],
+    [
+        pytest.param(1, {}, marks=pytest.mark.exhaustive),
+        (2, {EP: (2,)}),
+        pytest.param(2, {TP: 2}, marks=pytest.mark.exhaustive),
+    ],
     ids=["1 process", "EP2", "TP2"],
 )
 def test_two_runs_are_one(size: int, layout: dict):

@@ -42,7 +42,16 @@ PAIRS: dict[str, tuple[MoEConfig, list[tuple[str, str]]]] = {
             ("1 process", "PP2 x TP2 SP"),
         ],
     ),
-    "top-1, capacity": (
+    "top-1, up to 4 processes": (
+        TOP1,
+        [
+            ("1 process", "TP2 SP x EP2"),
+            ("TP2 SP x EP2", "PP2 x EP2"),
+            ("PP2 x EP2", "EP4"),
+            ("EP4", "1 process"),
+        ],
+    ),
+    "top-1, up to 8 processes": (
         TOP1,
         [
             ("1 process", "EP4"),
@@ -108,7 +117,7 @@ def compare_ended(found: Ended, expected: Ended, where: str) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("model", [marked(model, ("top-1, capacity",)) for model in PAIRS])
+@pytest.mark.parametrize("model", [marked(model, ("top-1, up to 4 processes",)) for model in PAIRS])
 def test_what_one_layout_saved_another_resumes(tmp_path: Path, model: str):
     moe, pairs = PAIRS[model]
     uninterrupted = run_distributed(save_then_go_on, 1, str(tmp_path / "1 process"), run_config(moe), True)[0]

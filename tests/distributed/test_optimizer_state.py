@@ -11,6 +11,7 @@ from distributed.test_layout_resume import compare_ended, resume, save_then_go_o
 from distributed.test_layouts import EP, PP, SP, TP
 from distributed.tiny_training import (
     DENSE,
+    FP16_ON_CPU,
     STEPS,
     TOP1,
     Trained,
@@ -26,6 +27,7 @@ from distributed.tiny_training import (
 
 from megatron.config import RunConfig
 
+needs_fp16 = pytest.mark.skipif(not FP16_ON_CPU, reason="needs a processor with instructions for fp16")
 LAYOUTS = [(1, {}), (2, {EP: (2,)}), (4, {EP: (2,)}), (2, {TP: 2, SP: True}), (2, {PP: 2}), (4, {PP: 2, EP: (2,)})]
 
 
@@ -67,8 +69,8 @@ def test_offloaded_updates_are_those_of_one_process_in_plain_torch(size: int, la
         ("bf16", 2, {}),
         ("bf16", 2, {TP: 2, SP: True}),
         ("bf16", 2, {PP: 2}),
-        ("fp16", 2, {}),
-        ("fp16", 2, {PP: 2}),
+        pytest.param("fp16", 2, {}, marks=needs_fp16),
+        pytest.param("fp16", 2, {PP: 2}, marks=needs_fp16),
     ],
     ids=str,
 )

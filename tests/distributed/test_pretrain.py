@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import tiny_run
 import torch
+from distributed.started import children, output_until_the_end, start, wait_for
 
 pytestmark = pytest.mark.distributed
 MOE = {"num_experts": 4, "moe_expert_parallel_size": 2}
@@ -25,28 +26,6 @@ def uninterrupted(corpus, tmp_path_factory) -> Path:
     done = tiny_run.train(2, flags)
     assert done.returncode == 0, done.stdout + done.stderr
     return save
-
-
-def start(processes: int, arguments: list[str]) -> subprocess.Popen:
-    return subprocess.Popen(
-        tiny_run.command(processes, arguments),
-        env=tiny_run.environment(),
-        cwd=tiny_run.ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def wait_for(text: str, process: subprocess.Popen) -> str:
-    """Read the output up to a line that contains ``text``."""
-    seen = ""
-    for line in process.stdout:
-        seen += line
-        if text in line:
-            return seen
-    raise AssertionError(f"{text!r} never came; the output was:\n{seen}")
 
 
 def test_a_run_learns_logs_validates_and_saves(uninterrupted):
@@ -85,16 +64,23 @@ def test_a_signal_saves_and_ends_the_run(corpus, uninterrupted, tmp_path, number
     wait_for("step      2", process)
     for pid in children(process.pid):
         os.kill(pid, number)
-    output = process.communicate(timeout=60)[0]
+    output = output_until_the_end(process, 60)
     assert process.returncode == 0, output
     assert f"stopped: {number.name}" in output
     assert len(list(tmp_path.glob("step_*"))) == 1
 
 
-def children(pid: int) -> list[int]:
-    """The trainer processes under a torchrun."""
-    found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=True)
-    return [int(word) for word in found.stdout.split()]
+def test_an_interrupt_ends_the_run_without_a_traceback(corpus):
+    command = [sys.executable, str(tiny_run.ROOT / "pretrain_gpt_moe.py"), *tiny_run.flags(corpus, train_tokens="1M")]
+    process = subprocess.Popen(
+        command, env=tiny_run.environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    wait_for("step      2", process)
+    process.send_signal(signal.SIGINT)
+    output = output_until_the_end(process, 30)
+    assert process.returncode == 1
+    assert output.endswith("error: interrupted, without a save; SIGTERM and SIGUSR1 have a run save before it ends\n")
+    assert "Traceback" not in output
 
 
 @pytest.mark.parametrize(("processes", "expert_parallel"), [(1, 1), (4, 4), (4, 1)])

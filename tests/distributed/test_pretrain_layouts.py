@@ -7,7 +7,7 @@ import signal
 import pytest
 import tiny_run
 import torch
-from distributed.test_pretrain import children, start, wait_for
+from distributed.started import children, output_until_the_end, start, wait_for
 
 pytestmark = [pytest.mark.distributed, pytest.mark.exhaustive]  # eight processes
 MODEL = {"num_experts": 4, "num_layers": 4, "hidden_dropout": 0, "attention_dropout": 0, "check_replicas": 2}
@@ -30,7 +30,7 @@ def test_pipeline_tensor_and_expert_parallel_killed_and_resumed_as_expert_and_da
     process = start(8, tiny_run.flags(tmp_path, save=save, load=save, **MODEL, **BEFORE))
     wait_for("step      5", process)
     os.kill(children(process.pid)[5], signal.SIGKILL)
-    output = process.communicate(timeout=60)[0]
+    output = output_until_the_end(process, 60)
     assert process.returncode != 0
     assert re.search(r"error on rank \d: rank 5 \(host", output), output
 

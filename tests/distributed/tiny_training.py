@@ -21,6 +21,8 @@ VOCAB, SEQ, MICRO, STEPS, BATCH = 64, 8, 2, 3, 48
 COUNT = BATCH // MICRO  # micro-batches of an update: every number of replicas up to 8 but 5 and 7 divides it
 EPS = 1e-5  # the gradient of key biases is 0 in theory; a smaller epsilon would let Adam blow its rounding errors up
 CLIP = 0.5
+# DeepSpeed refuses fp16 on a processor that has no instructions for it
+FP16_ON_CPU = torch.ops.mkldnn._is_mkldnn_fp16_supported()
 MODEL = ModelConfig(
     num_layers=4,
     hidden_size=32,

@@ -103,7 +103,9 @@ def _child(
 
 def _befall(dies: dict) -> None:
     if dies["hangs"] == "in C":
-        ctypes.PyDLL(None).sleep(1000)
+        c, lock = ctypes.PyDLL(None), ctypes.create_string_buffer(64)
+        while True:
+            c.pthread_mutex_lock(lock)  # no signal ends the second call
     elif dies["hangs"]:
         _hang()
     elif dies["sleeps"]:

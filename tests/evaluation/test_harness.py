@@ -44,7 +44,7 @@ def case(request, tmp_path_factory):
     data = write_data(folder / "data")
     list(convert(Conversion(str(saved.folder), str(folder / "hf"), "hf")))
     model = AutoModelForCausalLM.from_pretrained(folder / "hf", trust_remote_code=True).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder / "hf")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "hf", trust_remote_code=True)
     theirs = lm_eval.simple_evaluate(
         HFLM(pretrained=model, tokenizer=tokenizer, batch_size=3, max_length=64, device="cpu"),
         tasks=build_tasks(list(LOCAL), data),
@@ -99,7 +99,7 @@ def test_two_processes_share_the_experts(case, tmp_path):
         ({"tasks": ("nonsense",)}, "no form for the task nonsense"),
         ({"data_dir": "/nowhere"}, "/nowhere holds no piqa_valid.jsonl"),
         ({"load": "/nowhere"}, "/nowhere does not exist"),
-        ({"max_gen_toks": 64, "tasks": ("triviaqa",)}, "leave no room for a prompt"),
+        ({"max_gen_toks": 64, "tasks": ("triviaqa",)}, "triviaqa: texts of 64 tokens leave no room for a prompt"),
         ({"tokenizer_files": {"tokenizer_model": "/nowhere"}}, "/nowhere"),
     ],
     ids=str,
@@ -119,3 +119,15 @@ def test_a_damaged_line_is_named(tmp_path):
     (data / "boolq_val.jsonl").write_text('{"query": "no question"}\n')
     with pytest.raises(ValueError, match=r"boolq_val\.jsonl, line 1, is no line of boolq"):
         build_tasks(["boolq"], data)
+
+
+def test_without_the_hub_it_is_said_what_to_do(monkeypatch):
+    class Unreachable:
+        all_tasks = ("piqa",)
+
+        def load(self, names: list[str]) -> None:
+            raise ConnectionError("Couldn't reach the Hub")
+
+    monkeypatch.setattr("megatron.evaluation.tasks.TaskManager", Unreachable)
+    with pytest.raises(ValueError, match=r"Couldn't reach the Hub.*HF_HOME.*--data-dir"):
+        build_tasks(["piqa"])

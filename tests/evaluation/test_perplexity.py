@@ -12,7 +12,7 @@ from test_docs import tool
 
 from megatron.checkpoint.formats.convert import Conversion, convert
 from megatron.config import ModelConfig, MoEConfig, ParallelConfig
-from megatron.evaluation.perplexity import Document, measure, windows
+from megatron.evaluation.perplexity import Document, Perplexity, measure, windows
 from megatron.evaluation.processes import Processes, load_share
 from megatron.inference.load import find_checkpoint, load_model, load_tokenizer
 
@@ -62,6 +62,13 @@ def test_it_is_the_definition_and_hugging_faces(tmp_path, stride):
     assert report["token_perplexity"] == pytest.approx(math.exp(nll / count), rel=1e-4)
     assert report["word_perplexity"] == pytest.approx(math.exp(nll / (3 + 60 + 16)), rel=1e-4)
     assert report["bits_per_byte"] == pytest.approx(nll / math.log(2) / sum(len(t) for t in TEXTS), rel=1e-4)
+
+
+def test_words_of_many_tokens_have_no_perplexity_and_no_words_none():
+    """As text without white space, whose words are whole paragraphs."""
+    report = Perplexity(documents=1, tokens=1000, words=1, bytes=3000, nll=9000.0).report()
+    assert (report["word_perplexity"], report["token_perplexity"]) == (None, math.exp(9))
+    assert Perplexity(documents=1, tokens=2, words=0, bytes=0, nll=1.0).report()["bits_per_byte"] is None
 
 
 def shared(folder: Path) -> float:

@@ -207,8 +207,8 @@ def test_without_tensor_parallelism_nothing_that_needs_it():
 
 def test_several_nodes_without_slurm():
     starter, _ = parts(command(MOE, NNODES=2, GPUS_PER_NODE=8, NODE_RANK=1, MASTER_ADDR="first"))
-    assert starter[:3] == [sys.executable, "-m", "torch.distributed.run"]
-    options = dict(zip(starter[3::2], starter[4::2], strict=False))
+    assert starter[:2] == [sys.executable, str(ROOT / "tools" / "torchrun.py")]
+    options = dict(zip(starter[2::2], starter[3::2], strict=False))
     assert options["--nnodes"] == "2"
     assert (options["--node-rank"], options["--master-addr"], options["--master-port"]) == ("1", "first", "29500")
 
@@ -231,6 +231,8 @@ def test_several_nodes_without_slurm():
         ({"DATA_PATH": "x", "NNODES": 2, "NODE_RANK": 2, "MASTER_ADDR": "a"}, "a whole number from 0 to 1, one less"),
         ({"DATA_PATH": "x", "NNODES": 2, "NODE_RANK": -1, "MASTER_ADDR": "a"}, "NODE_RANK is '-1'"),
         ({"DATA_PATH": "x", "MASTER_PORT": "free"}, "MASTER_PORT is 'free'; give the number of a free port"),
+        ({"DATA_PATH": "0.7 text"}, "DATA_PATH is '0.7 text', 2 words; expected one PREFIX, or a blend"),
+        ({"DATA_PATH": "0.7 a b"}, "DATA_PATH is '0.7 a b', 3 words"),
         ({"DATA_PATH": "x", "MASTER_PORT": 65536}, "from 1 to 65535"),
         ({"DATA_PATH": "x", "PYTHON": "/none/python"}, "PYTHON is '/none/python', which is no program here"),
         ({"DATA_PATH": "x", "SLURM_JOB_ID": 7}, "SLURM_JOB_ID is '7' and SLURM_JOB_NODELIST ''"),
@@ -248,6 +250,12 @@ def test_a_link_to_a_script_is_the_script(tmp_path):
     link = tmp_path / "run.sh"
     link.symlink_to(MOE)
     assert command(link, cwd=tmp_path) == command(MOE, cwd=tmp_path)
+
+
+def test_the_quickstart_has_no_dry_run_and_says_so():
+    done = start(FOLDER / "quickstart.sh", DRY_RUN=1)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: DRY_RUN is for the other launch scripts")
 
 
 def test_a_dry_run_for_other_nodes_has_the_gpus_of_the_header():
@@ -284,7 +292,7 @@ def slurm(tmp_path):
     scontrol = f"""#!/usr/bin/env bash
 if [[ "$2" == hostnames ]]; then printf 'node7\\nnode8\\n'; else
 echo "JobId=$3 JobName=x"
-echo "   Command={MOE} --seed 3"
+echo "   Command=${{SUBMITTED:-{MOE}}} --seed 3"
 fi
 """
     for name, text in (("scontrol", scontrol), ("srun", '#!/usr/bin/env bash\nprintf "%q " srun "$@"\n')):
@@ -314,6 +322,25 @@ def test_sbatch_runs_a_copy_that_finds_the_rest(slurm, tmp_path):
     assert starter[-1] == sys.executable
     assert (run.training.seed, run.logging.run_name) == (3, "350M_MoE128")
     assert run.parallel.moe_expert_parallel_size == (8,)
+
+
+@pytest.mark.parametrize("name", ["run.sh", "a run.sh of mine.sh --seed"])
+def test_sbatch_of_a_link_of_any_name_finds_the_rest(slurm, tmp_path, name):
+    (tmp_path / name).symlink_to(MOE)
+    spool = tmp_path / "spool"
+    spool.mkdir()
+    copy = shutil.copy(MOE, spool / "slurm_script")
+    done = start(Path(copy), path=slurm, cwd=tmp_path, SUBMITTED=f"{tmp_path / name} x.sh", **JOB)
+    assert done.returncode == 0, done.stderr
+    assert str(ROOT / "pretrain_gpt_moe.py") in shlex.split(done.stdout)
+
+
+def test_a_copy_elsewhere_says_so(slurm, tmp_path):
+    copy = Path(shutil.copy(MOE, tmp_path / "mine.sh"))
+    said = f"error: {copy} is a copy; start the script of a checkout's examples_moe/, or a link to it\n"
+    for job in ({}, JOB | {"SUBMITTED": copy}):
+        done = start(copy, path=slurm, cwd=tmp_path, **job)
+        assert (done.returncode, done.stderr) == (2, said)
 
 
 def test_srun_can_start_torchrun(slurm, tmp_path):

@@ -119,6 +119,15 @@ def test_a_finished_run_is_not_started(slurm):
     assert len(called(slurm, "srun")) == 1
 
 
+@pytest.mark.parametrize("launcher", ["srun", "deepspeed"])
+def test_a_folder_that_cannot_be_written_is_named(slurm, launcher):
+    (Path(slurm["CALLED"]).parent / "file").touch()
+    done = start(MOE, slurm, SAVE="file/run", LAUNCHER=launcher)
+    assert (done.returncode, called(slurm, "srun")) == (2, [])
+    assert "error: SAVE is 'file/run', and " in done.stderr
+    assert "examples_moe/common.sh: line" not in done.stderr, "bash's own words"
+
+
 def test_the_deepspeed_launcher_gets_a_hostfile(slurm):
     done = start(MOE, slurm, LAUNCHER="deepspeed")
     assert done.returncode == 0, done.stderr
@@ -131,13 +140,13 @@ def test_the_deepspeed_launcher_gets_a_hostfile(slurm):
 
 
 def test_each_link_waits_for_the_one_before(slurm):
-    done = start(CHAIN, slurm, "3", "--time", "1:00:00", str(MOE), "--seed", "a b")
+    done = start(CHAIN, slurm, "3", "--time", "1:00:00", str(MOE), "--run-name", "a b")
     assert done.returncode == 0, done.stderr
     assert done.stdout == "link 1 of 3: job 1\nlink 2 of 3: job 2\nlink 3 of 3: job 3\n"
     first, second, third = called(slurm, "sbatch")
-    assert first == f"--parsable --time 1:00:00 {MOE} --seed a b"
+    assert first == f"--parsable --time 1:00:00 {MOE} --run-name a b"
     after = "--dependency afterany:{} --kill-on-invalid-dep=yes"
-    assert second == f"--parsable --time 1:00:00 {after.format(1)} {MOE} --seed a b"
+    assert second == f"--parsable --time 1:00:00 {after.format(1)} {MOE} --run-name a b"
     assert after.format(2) in third
 
 
@@ -158,6 +167,8 @@ def test_a_dry_run_of_a_chain_submits_nothing(slurm):
         (("2", str(MOE)), {"DEPENDENCY": "after"}, "expected afterany or afterok"),
         (("2", str(MOE)), {"DRY_RUN": "yes"}, "DRY_RUN is 'yes'"),
         (("2", str(MOE)), {"DATA_PATH": ""}, "DATA_PATH is not set"),
+        (("2", str(MOE), "--nonsense", "3"), {}, "unknown flag --nonsense"),
+        (("2", str(MOE)), {"TP": "x"}, "TP is 'x'"),
         (("2", "--qos=refused", str(MOE)), {}, "link 1 of 2 could not be submitted"),
     ],
 )
@@ -165,6 +176,7 @@ def test_mistakes_in_a_chain_are_named(slurm, words, variables, said):
     done = start(CHAIN, slurm, *words, **variables)
     assert done.returncode == 2
     assert said in done.stderr
+    assert "job" not in done.stdout, "nothing is submitted"
 
 
 def test_help_of_a_chain(slurm):

@@ -8,7 +8,7 @@ import time
 import pytest
 import tiny_run
 import torch
-from distributed.test_pretrain import children, start, wait_for
+from distributed.started import children, output_until_the_end, start, wait_for
 
 pytestmark = [
     pytest.mark.gpu,
@@ -34,11 +34,11 @@ def test_a_killed_rank_is_named_in_time_and_the_run_goes_on(tmp_path, layout):
     wait_for("step     30", process)
     os.kill(children(process.pid)[1], signal.SIGKILL)
     killed = time.monotonic()
-    output = process.communicate(timeout=60)[0]
+    output = output_until_the_end(process, 60)
     assert time.monotonic() - killed < WITHIN, output
     assert process.returncode != 0
     assert re.search(r"error on rank 0: rank 1 \(host .*\) died; ending", output), output
     again = start(2, [*arguments, "--exit-tokens", str(16 * tiny_run.SEQ * 60)])
-    output = again.communicate(timeout=120)[0]
+    output = output_until_the_end(again, 120)
     assert again.returncode == 0, output
     assert tiny_run.records(tmp_path / "save", "run")[-1]["resumed_at_tokens"] >= 16 * tiny_run.SEQ * 20

@@ -6,13 +6,17 @@ import signal
 import pytest
 import tiny_run
 import torch
-from distributed.test_pretrain import children, start, wait_for
+from distributed.started import children, output_until_the_end, start, wait_for
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.distributed,
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
 ]
+
+
+# no saves and no validation, which are not watched
+ONLY_UPDATES = {"save_interval": 0, "eval_interval": 0, "split": "1,0,0"}
 
 
 def test_a_stopped_rank_is_named_and_the_others_stacks_are_written(tmp_path):
@@ -22,12 +26,13 @@ def test_a_stopped_rank_is_named_and_the_others_stacks_are_written(tmp_path):
     arguments = tiny_run.flags(
         tmp_path, save=save, device="cuda", fp32=False, bf16=True, no_compile=True, num_experts=4,
         moe_expert_parallel_size=2, train_tokens="1M", watchdog_factor=5.0, watchdog_min_seconds=5.0,
+        **ONLY_UPDATES,
     )  # fmt: skip
     process = start(2, arguments)
     wait_for("step     30", process)
     stopped = children(process.pid)[1]
     os.kill(stopped, signal.SIGSTOP)
-    output = process.communicate(timeout=90)[0]  # torchrun kills what does not heed SIGTERM after 30 s
+    output = output_until_the_end(process, 90)  # torchrun kills what does not heed SIGTERM after 30 s
     assert process.returncode != 0
     assert f"process {stopped}): stopped, or stuck outside Python" in output, output
     assert len(list(save.glob("stacks/*/rank_00000.txt"))) == 1

@@ -5,10 +5,11 @@ import pytest
 from megatron.config import flags
 from megatron.config.errors import ConfigError
 from megatron.config.validation import validate_numbers
+from megatron.planning import search
 from megatron.planning.devices import find_device
 from megatron.planning.measured import VOCAB, run_of
 from megatron.planning.plan import Machine, make_plan
-from megatron.planning.search import fitting, flags_of, layouts, nearest_fitting
+from megatron.planning.search import fitting, flags_of, layouts, nearest
 
 A100 = find_device("A100")
 RUN = run_of("350M+8:4", global_batch_size=32, train_tokens=10**9)
@@ -39,7 +40,7 @@ def test_a_ramp_that_does_not_fit_is_left_out():
 
 def test_the_fastest_comes_first_and_all_fit():
     run = run_of("1.3B+8:4", global_batch_size=32, train_tokens=10**9)
-    plans = fitting(run, Machine(8, 8, find_device("RTX4090")), VOCAB)
+    plans = fitting(run, Machine(8, 8, find_device("RTX4090")), VOCAB).plans
     seconds = [plan.step.seconds for plan in plans]
     assert seconds == sorted(seconds)
     assert all(plan.fits for plan in plans)
@@ -51,10 +52,10 @@ def test_the_nearest_layout_that_fits():
     run = run_of("1.3B:32", global_batch_size=256, train_tokens=10**10)
     plan = make_plan(run, Machine(8, 8, A100), VOCAB)
     assert not plan.fits
-    nearest = nearest_fitting(plan)
-    assert nearest.fits
-    assert nearest.config.parallel == run.parallel
-    changed = (nearest.config.training.micro_batch_size, nearest.config.training.checkpoint_activations)
+    found = nearest(run, fitting(run, plan.machine, VOCAB))
+    assert found.fits
+    assert found.config.parallel == run.parallel
+    changed = (found.config.training.micro_batch_size, found.config.training.checkpoint_activations)
     assert changed in ((32, True), (16, False))
 
 
@@ -62,7 +63,39 @@ def test_nothing_fits():
     run = run_of("6.7B:1", train_tokens=10**10)
     plan = make_plan(run, Machine(1, 1, A100), VOCAB)
     assert not plan.fits
-    assert nearest_fitting(plan) is None
+    assert nearest(run, fitting(run, plan.machine, VOCAB)) is None
+
+
+def test_the_layout_that_the_run_has_does_not_matter():
+    run = run_of(
+        "1.3B:1", global_batch_size=48, tensor_model_parallel_size=8, sequence_parallel=True, train_tokens=10**9
+    )
+    with pytest.raises(ConfigError, match="--tensor-model-parallel-size 8 x"):
+        validate_numbers(run, 3)
+    plans = fitting(run, Machine(3, 3, A100), VOCAB).plans
+    assert {plan.config.parallel.pipeline_model_parallel_size for plan in plans} == {1, 3}
+
+
+@pytest.mark.parametrize(
+    ("changes", "world", "said"),
+    [
+        ({"num_layers": 0, "expert_interval": 0}, 8, "--num-layers 0 must be at least 1"),
+        ({"moe_hierarchical_all_to_all": True, "lr": -1.0}, 8, "--lr -1.0 must be above 0"),
+        ({"num_layers": 2}, 5, "must be a multiple of --micro-batch-size 4 x 5 processes"),
+    ],
+)
+def test_a_run_that_is_wrong_in_every_layout_is_told_why(changes, world, said):
+    run = run_of("350M+8:4", global_batch_size=32, train_tokens=10**9, **changes)
+    with pytest.raises(ConfigError, match=said):
+        fitting(run, Machine(world, world, A100), VOCAB)
+
+
+def test_a_search_that_takes_too_long_tells_what_it_looked_at(monkeypatch):
+    whole = fitting(RUN, Machine(8, 8, A100), VOCAB)
+    assert whole.in_words == f"{len(list(layouts(RUN, 8, 8)))} layouts"
+    monkeypatch.setattr(search, "SECONDS", 0.0)
+    part = fitting(RUN, Machine(8, 8, A100), VOCAB)
+    assert part.in_words == f"1 layouts, taken at random from {whole.layouts} because there was no time for more"
 
 
 def test_the_flags_give_the_layout_again():

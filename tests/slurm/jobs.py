@@ -216,16 +216,24 @@ SIZE = ("--nodes", str(len(NODES)), "--ntasks-per-node", str(TASKS), "--cpus-per
 TIME = ("--time", "30")
 
 
-def submit(folder: Path, corpus: Path, environment: dict[str, str], *words: str, **variables: object) -> Job:
-    """``sbatch`` the script for two nodes of two tasks; ``words`` are more of sbatch's flags.
+def submit(
+    folder: Path,
+    corpus: Path,
+    environment: dict[str, str],
+    *words: str,
+    script: Path = SCRIPT,
+    run_name: str = "run",
+    **variables: object,
+) -> Job:
+    """``sbatch`` the script for two nodes of two tasks; ``words`` are more of sbatch's flags. It saves in ``run_name``.
 
     A second job in the same folder goes on where the first one ended.
     """
-    environment = settings(folder, corpus, environment, **variables)
-    command = ["sbatch", "--parsable", *TIME, *SIZE, *words, str(SCRIPT), "--seed", "3"]
+    environment = settings(folder, corpus, environment, SAVE=run_name, **variables)
+    command = ["sbatch", "--parsable", *TIME, *SIZE, *words, str(script), "--seed", "3"]
     done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    return Job(int(done.stdout), folder, environment)
+    return Job(int(done.stdout), folder, environment, run_name=run_name)
 
 
 def kill(pid: int) -> None:

@@ -45,6 +45,15 @@ def test_links_go_on_from_each_other_and_end_when_the_run_is_finished(chain, und
     assert len(chain(1, TRAIN_TOKENS=2 * TOKENS, DEPENDENCY="afterok")) == 1, "but for a longer one"
 
 
+def test_a_link_that_fails_ends_a_chain_with_afterok(chain):
+    first, second = chain(2, DEPENDENCY="afterok", DATA_PATH="missing", LAUNCHER="torchrun")
+    assert first.wait() == "FAILED"
+    assert "error on all ranks: --data-path missing: no file missing.idx" in first.log(), first.log()
+    assert "Traceback" not in first.log()
+    assert second.wait() == "CANCELLED"
+    assert second.log() == "(no log yet)"
+
+
 def test_an_array_is_a_run_for_each_task_and_a_task_requeues_itself_alone(cluster, corpus, tmp_path, clean):
     flags = FLAGS.replace("--lr 5e-3", "")
     variables = {"RATES": "1e-3 2e-3", "SEEDS": "3", "SAVE": "sweep", "EXTRA_ARGS": flags}

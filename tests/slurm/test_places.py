@@ -3,7 +3,8 @@
 import re
 
 import pytest
-from slurm.jobs import DEEPSPEED, FLAGS, HOSTS, NODES, TASKS, TOKENS, TORCHRUN
+from slurm import jobs
+from slurm.jobs import DEEPSPEED, ENDLESS, FLAGS, HOSTS, NODES, TASKS, TOKENS, TORCHRUN
 from tiny_run import curve, records
 
 
@@ -38,6 +39,23 @@ def test_stages_on_different_nodes_experts_within_and_a_log_of_each_node(submit,
     assert "stopped: --exit-tokens" in logs["node1"]
     assert "step " not in logs["node2"]
     assert "step " not in job.log()
+
+
+def test_spaces_in_all_names_a_link_to_the_script_and_a_second_job_in_the_same_folder(corpus, cluster, tmp_path, clean):
+    """The second job ends, and the first goes on, to be requeued as if there had been no second."""
+    folder, link = tmp_path / "a job", tmp_path / "link to the.sh script of mine"
+    link.symlink_to(jobs.SCRIPT)
+    given = {"script": link, "run_name": "the run", "RUN_NAME": "its name", **ENDLESS}
+    first = jobs.submit(folder, corpus, cluster, **given)
+    first.wait_for_updates(5)
+    second = jobs.submit(folder, corpus, cluster, "--nodes", "1", "--ntasks-per-node", "1", "--gres", "gpu:1", **given)
+    assert second.wait() == "FAILED", second.log()
+    assert "error on rank 0: --save the run: another run is writing there" in second.log()
+    assert "Traceback" not in second.log()
+    first.signal("USR1")
+    first.wait_for_restart()
+    assert first.stops() == ["SIGUSR1"], first.log()
+    assert records(first.run, "run")[0]["name"] == "its name"
 
 
 def test_torchrun_on_each_node_trains_the_same(submit, undisturbed):

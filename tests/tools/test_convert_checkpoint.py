@@ -1,9 +1,14 @@
 """The command lines that convert and inspect checkpoints."""
 
 import json
+import signal
+import subprocess
+import sys
 
+import pytest
 import saved_model
-from test_docs import tool
+import tiny_run
+from test_docs import ROOT, tool
 
 from megatron.config import MoEConfig
 
@@ -28,8 +33,62 @@ def test_a_dense_checkpoint_is_upcycled_and_looked_at(tmp_path, capsys):
     assert {kind["dtype"] for kind in about["tensors"].values()} == {"bfloat16"}
     assert run("convert_checkpoint", *flags) == 1
     assert f"--save {new} is there already and not empty" in capsys.readouterr().err
-    assert run("convert_checkpoint", *flags[:-1], tmp_path / "x", "--max-shard-size", "big") == 1
+    assert run("convert_checkpoint", *flags[:2], "--to", "hf", "--save", tmp_path / "x", "--max-shard-size", "big") == 1
     assert "expected a size such as 5GB" in capsys.readouterr().err
     assert run("convert_checkpoint", *flags, "--average", saved.folder) == 2
     assert run("inspect_checkpoint", tmp_path / "nothing") == 1
     assert "does not exist" in capsys.readouterr().err
+
+
+def test_flags_without_effect_are_refused_and_files_that_moved_are_recorded(tmp_path, capsys):
+    saved = saved_model.save_model(tmp_path)
+    flags = ("--load", saved.folder, "--to", "native", "--save", tmp_path / "new")
+    for more, message in (
+        (("--topk", 2, "--upcycle-noise", 0.1), "--topk, --upcycle-noise: of --upcycle"),
+        (("--max-shard-size", "1GB"), "--max-shard-size has no meaning for --to native"),
+        (("--tokenizer-model", "/nowhere"), "--tokenizer-model /nowhere: there is no such file"),
+    ):
+        assert run("convert_checkpoint", *flags, *more) == 1
+        assert message in capsys.readouterr().err
+    moved = saved.tokenizer_file.rename(tmp_path / "moved.json")
+    assert run("convert_checkpoint", *flags, "--tokenizer-model", moved) == 0
+    (meta,) = (tmp_path / "new").glob("step_*/meta.json")
+    assert json.loads(meta.read_text())["config"]["data"]["tokenizer_model"] == str(moved)
+
+
+def test_the_destination_is_looked_at_before_anything_is_read(tmp_path, capsys, monkeypatch):
+    (tmp_path / "mounted").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    flags = ("--load", tmp_path / "nothing", "--to", "native", "--save")
+    monkeypatch.setattr("pathlib.Path.is_mount", lambda path: path.name == "mounted")
+    assert run("convert_checkpoint", *flags, tmp_path / "mounted") == 1
+    assert "is where a file system is mounted" in capsys.readouterr().err
+    saved = saved_model.save_model(tmp_path)
+    assert run("convert_checkpoint", "--load", saved.folder, "--to", "hf", "--save", tmp_path / "link") == 0
+    assert (tmp_path / "elsewhere" / "config.json").is_file()
+    assert run("convert_checkpoint", *flags, tmp_path / "link") == 1
+    assert "is there already and not empty" in capsys.readouterr().err
+
+
+SLOW = """
+import runpy, sys, time
+import megatron.checkpoint.storage as storage
+storage.os.fsync = lambda file: (print("writing", flush=True), time.sleep(60))
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_nothing_is_left_of_a_conversion_that_is_stopped(tmp_path, number):
+    saved = saved_model.save_model(tmp_path)
+    flags = ("--load", saved.folder, "--to", "hf", "--save", tmp_path / "new" / "hf")
+    command = [sys.executable, "-c", SLOW, ROOT / "tools" / "convert_checkpoint.py", *flags]
+    with subprocess.Popen(
+        [str(word) for word in command], env=tiny_run.environment(), stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert any("writing" in line for line in process.stdout)
+        assert list((tmp_path / "new").glob(".hf.tmp-*"))
+        process.send_signal(number)
+        assert process.wait(timeout=30) == 128 + number
+    assert not (tmp_path / "new").exists()

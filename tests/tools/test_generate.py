@@ -60,7 +60,7 @@ def test_greedy_text(run, saved):
 
 def test_json_lines_for_many_prompts(run, saved, tmp_path):
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("w4\n\nw5 w6 w7 w8\n")
+    prompts.write_text("w4\n\nw5 w6 w7 w8\n", encoding="utf-8-sig")  # as editors of Windows save it
     arguments = ("--prompt", "w1 w2", "--prompt-file", str(prompts), "--num-samples", "2", "--seed", "70")
     arguments += ("--max-new-tokens", "6", "--json", "--top-k", "20", "--top-p", "0.95", "--temperature", "0.8")
     status, out, err = run(*arguments)
@@ -111,6 +111,8 @@ def test_an_empty_prompt_begins_a_document(run, saved):
         (["--prompt", "w1", "--max-new-tokens", "48"], 1, "--max-new-tokens 47 or less"),
         (["--prompt", "w1 " * 48], 1, "48 tokens leaves nothing of the model's 48 positions"),
         (["--prompt-file", "/nowhere"], 1, "/nowhere"),
+        (["--prompt-file", sys.executable], 1, "is not UTF-8"),
+        (["--prompt", "\udcff"], 1, "is not UTF-8"),
         (["--prompt", "w1", "--tokenizer-model", "/nowhere.json"], 1, "--tokenizer-model /nowhere.json"),
         (["--prompt", "w1", "--device", "gpu"], 1, "--device gpu is not known"),
     ],

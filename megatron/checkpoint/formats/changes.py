@@ -114,7 +114,8 @@ def for_layout(contents: Contents, tensor: int, pipeline: int, experts: Sequence
 
 def check_model(model: ModelConfig, moe: MoEConfig, parallel: ParallelConfig) -> None:
     """Raises ConfigError where training would not start, with as many processes as the layout needs at least."""
-    replicas = math.lcm(*parallel.moe_expert_parallel_size)
+    # enough processes for any degree of expert parallelism, so that each that fits is proposed
+    replicas = math.lcm(*parallel.moe_expert_parallel_size, *moe.num_experts)
     # what a later run chooses for itself is chosen such that it fits
     batch = parallel.pipeline_model_parallel_size * replicas
     training = TrainingConfig(micro_batch_size=1, global_batch_size=batch, train_tokens=2**50)

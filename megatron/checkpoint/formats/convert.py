@@ -10,18 +10,22 @@ from megatron.checkpoint.formats.hf import is_hf, read_hf, write_hf
 from megatron.checkpoint.formats.hf_tokenizer import FILES, files_of
 from megatron.checkpoint.formats.megatron_deepspeed import (
     is_megatron_deepspeed,
+    is_megatron_lm,
     no_place,
     read_megatron_deepspeed,
+    read_megatron_lm,
     write_megatron_deepspeed,
 )
 from megatron.checkpoint.formats.native import read_native, write_native
+from megatron.checkpoint.formats.output import check_free
 from megatron.checkpoint.formats.shards import parse_size
 from megatron.checkpoint.formats.upcycle import upcycle
 from megatron.config import MoEConfig
 from megatron.data.tokenizer import Tokenizer
 from megatron.inference.load import DTYPES, Source, load_tokenizer
 
-MEGATRON_DEEPSPEED = "megatron-deepspeed"
+MEGATRON_DEEPSPEED, MEGATRON_LM = "megatron-deepspeed", "megatron-lm"
+UPCYCLING = ("num_experts", "expert_interval", "topk", "mlp_type", "upcycle_noise", "upcycle_seed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,17 +39,18 @@ class Conversion:
     average: list[str] | None = None
     dtype: str | None = None
     drop_optimizer: bool = False
+    gelu_as_tanh: bool = False
     tp: int | None = None
     pp: int | None = None
     ep: list[int] | None = None
     upcycle: bool = False
-    upcycle_noise: float = 0.0
-    upcycle_seed: int = 0
     num_experts: list[int] | None = None
-    expert_interval: int = 2
-    topk: int = 1
-    mlp_type: str = "standard"
-    max_shard_size: str = "5GB"
+    expert_interval: int | None = None
+    topk: int | None = None
+    mlp_type: str | None = None
+    upcycle_noise: float | None = None
+    upcycle_seed: int | None = None
+    max_shard_size: str | None = None
     tokenizer_type: str | None = None
     vocab_file: str | None = None
     merge_file: str | None = None
@@ -64,7 +69,9 @@ def convert(job: Conversion) -> Iterator[str]:
     Raises:
         CheckpointError, ValueError: something does not fit; the message says what, where and how to mend it.
     """
-    shard = parse_size(job.max_shard_size)
+    _check_options(job)
+    shard = parse_size(job.max_shard_size or "5GB")
+    check_free(job.save)
     contents = read(job)
     changed = change(contents, job)
     dropped = len([name for name in contents.tensors if name.startswith(MOMENTS)]) if not changed.has_optimizer else 0
@@ -85,6 +92,15 @@ def convert(job: Conversion) -> Iterator[str]:
     yield f"wrote {written}"
 
 
+def _check_options(job: Conversion) -> None:
+    """Raises ValueError for an option that would have no effect."""
+    without = [f"--{name.replace('_', '-')}" for name in UPCYCLING if getattr(job, name) is not None]
+    if without and not job.upcycle:
+        raise ValueError(f"{', '.join(without)}: of --upcycle, which gives a dense model experts; add it, or drop them")
+    if job.max_shard_size is not None and job.target != "hf":
+        raise ValueError(f"--max-shard-size has no meaning for --to {job.target}; drop it")
+
+
 def read(job: Conversion) -> Contents:
     """What ``job.load`` holds, or the average of ``job.average``."""
     if job.average is None:
@@ -96,15 +112,32 @@ def read(job: Conversion) -> Contents:
 
 def _read_one(job: Conversion, folder: str) -> Contents:
     source = job.source or _format_of(folder)
+    if job.gelu_as_tanh and source in ("native", "hf"):
+        raise ValueError(f"--gelu-as-tanh has no meaning for {folder}, of format {source}; drop it")
     if source == "native":
-        return read_native(folder)
-    return {"hf": read_hf, MEGATRON_DEEPSPEED: read_megatron_deepspeed}[source](folder, job.tokenizer_options)
+        return _with_tokenizer(read_native(folder), job.tokenizer_options)
+    if source == "hf":
+        return read_hf(folder, job.tokenizer_options)
+    read = read_megatron_lm if source == MEGATRON_LM else read_megatron_deepspeed
+    return read(folder, job.tokenizer_options, job.gelu_as_tanh)
+
+
+def _with_tokenizer(contents: Contents, moved: dict[str, str]) -> Contents:
+    """The same checkpoint, whose configuration says that the tokenizer's files are where ``moved`` does."""
+    if not moved:
+        return contents
+    _, files = tokenizer_of(contents, moved)
+    config = contents.meta["config"]
+    data = config["data"] | {option: str(Path(file).absolute()) for option, file in files.items()}
+    return dataclasses.replace(contents, meta=contents.meta | {"config": config | {"data": data}})
 
 
 def _format_of(folder: str) -> str:
     if is_hf(folder):
         return "hf"
-    return MEGATRON_DEEPSPEED if is_megatron_deepspeed(folder) else "native"
+    if is_megatron_deepspeed(folder):  # first: it may have Megatron-LM's latest_checkpointed_iteration.txt too
+        return MEGATRON_DEEPSPEED
+    return MEGATRON_LM if is_megatron_lm(folder) else "native"
 
 
 def change(contents: Contents, job: Conversion) -> Contents:
@@ -112,15 +145,9 @@ def change(contents: Contents, job: Conversion) -> Contents:
     if contents.has_optimizer and (job.drop_optimizer or job.target != "native"):
         contents = without_optimizer(contents)
     if job.upcycle:
-        moe = MoEConfig(
-            num_experts=tuple(job.num_experts or (1,)),
-            expert_interval=job.expert_interval,
-            topk=job.topk,
-            mlp_type=job.mlp_type,
-        )
-        contents = upcycle(contents, moe, job.upcycle_noise, job.upcycle_seed)
-    elif job.num_experts is not None:
-        raise ValueError("--num-experts: a checkpoint's number of experts is changed with --upcycle only; add it")
+        given = {name: getattr(job, name) for name in UPCYCLING[1:4] if getattr(job, name) is not None}
+        moe = MoEConfig(num_experts=tuple(job.num_experts or (1,)), **given)
+        contents = upcycle(contents, moe, job.upcycle_noise or 0.0, job.upcycle_seed or 0)
     if any(size is not None for size in (job.tp, job.pp, job.ep)):
         if job.target == "hf":
             raise ValueError("--tp, --pp and --ep have no meaning for --to hf, whose files know no layout; drop them")

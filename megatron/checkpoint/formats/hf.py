@@ -17,6 +17,7 @@ import torch
 
 from megatron.checkpoint.errors import CheckpointError
 from megatron.checkpoint.folder import FileRecord, damage, hash_file
+from megatron.checkpoint.formats.changes import check_model
 from megatron.checkpoint.formats.contents import MODEL, Contents, Lazy, is_stacked, parameter_shapes, some
 from megatron.checkpoint.formats.hf_config import from_hf, to_hf
 from megatron.checkpoint.formats.hf_names import Piece, pieces
@@ -25,7 +26,8 @@ from megatron.checkpoint.formats.native import new_meta
 from megatron.checkpoint.formats.output import staged
 from megatron.checkpoint.formats.shards import read_json, read_shards, write_shards
 from megatron.checkpoint.tensors import Deferred, dtype_name
-from megatron.config import DataConfig, RunConfig
+from megatron.config import DataConfig, ParallelConfig, RunConfig
+from megatron.config.errors import ConfigError
 from megatron.config.flags import from_dict, to_dict
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
 
@@ -119,6 +121,11 @@ def is_hf(folder: str | os.PathLike) -> bool:
     return (Path(folder) / "config.json").is_file()
 
 
+def has_checksums(folder: str | os.PathLike) -> bool:
+    """Whether the folder is an export of :func:`write_hf`, whose files are compared with their checksums when read."""
+    return (Path(folder) / SIDECAR).is_file()
+
+
 def read_hf(folder: str | os.PathLike, tokenizer_options: Mapping[str, str]) -> Contents:
     """A GPT-2 of any origin, or an export of :func:`write_hf`.
 
@@ -136,6 +143,10 @@ def read_hf(folder: str | os.PathLike, tokenizer_options: Mapping[str, str]) -> 
     sidecar = _read_sidecar(folder)
     step = 0
     if sidecar is None:
+        try:
+            check_model(model, moe, ParallelConfig())
+        except ConfigError as error:
+            raise CheckpointError(f"{folder / 'config.json'} describes a model that cannot exist: {error}") from None
         tokenizer, options = find_tokenizer(folder, tokenizer_options)
         config = RunConfig(model=model, moe=moe, data=DataConfig(**{**options}))
         described = {"vocab_size": tokenizer.vocab_size, "fingerprint": tokenizer.fingerprint}
@@ -145,7 +156,13 @@ def read_hf(folder: str | os.PathLike, tokenizer_options: Mapping[str, str]) -> 
         meta, step = sidecar["meta"], sidecar["step"]
         config = from_dict(meta["config"])
         options = {field: str(folder / name) for field, name in sidecar["tokenizer_files"].items()}
+        options |= tokenizer_options
         tokenizer = build_tokenizer(dataclasses.replace(config.data, **options))
+        if tokenizer.fingerprint != meta["tokenizer"]["fingerprint"]:
+            raise CheckpointError(
+                f"the tokenizer's files that were given are not those that {folder} was trained with, which are in it; "
+                "drop --tokenizer-type and its files"
+            )
     if tokenizer.vocab_size > vocab_size:
         raise CheckpointError(
             f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model's token table {vocab_size} rows; give "
@@ -164,10 +181,16 @@ def _read_sidecar(folder: Path) -> dict[str, Any] | None:
         if content["format"] != 1:
             raise CheckpointError(f"{folder / SIDECAR} is of format {content['format']}; this version reads format 1")
         records = {name: FileRecord(**record) for name, record in content["files"].items()}
-        for key in ("meta", "step", "tokenizer_files"):
-            content[key]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{folder / SIDECAR} is damaged: {type(error).__name__}: {error}") from None
+        from_dict(content["meta"]["config"])
+        for key in ("vocab_size", "tokenizer"):
+            content["meta"][key]
+        content["tokenizer_files"].items()
+        content["step"] + 0
+    except (KeyError, TypeError, AttributeError, ConfigError) as error:
+        raise CheckpointError(
+            f"{folder / SIDECAR} is damaged: {type(error).__name__}: {error}. Restore it; or remove it, and the "
+            "folder is read like any other model's"
+        ) from None
     problems = [problem for name, record in records.items() if (problem := damage(folder, name, record))]
     if problems:
         raise CheckpointError(
@@ -192,6 +215,10 @@ def _ours(theirs: dict[str, Lazy], config: RunConfig, vocab_size: int, folder: P
             problems.append(f"{piece.theirs} is missing")
         elif theirs[piece.theirs].shape != piece.shape:
             problems.append(f"{piece.theirs} is {list(theirs[piece.theirs].shape)}, expected {list(piece.shape)}")
+        elif not (kind := theirs[piece.theirs].dtype).is_floating_point:
+            problems.append(f"{piece.theirs} is {dtype_name(kind)}, expected floating-point numbers")
+        elif (first := theirs[parts[piece.ours][0].theirs].dtype) != kind:
+            problems.append(f"{piece.theirs} is {dtype_name(kind)}, the layer's first expert {dtype_name(first)}")
     left = {name for name in left if not name.endswith(_MASKS)}
     if _HEAD in left and _TABLE in theirs:
         left.discard(_HEAD)

@@ -94,9 +94,15 @@ def from_hf(content: dict[str, Any], where: str) -> tuple[ModelConfig, MoEConfig
         if dense
         else ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "max_position_embeddings")
     )
-    needed = [name for name in (*names, "vocab_size") if name != "n_inner" and not isinstance(content.get(name), int)]
-    if needed:
-        raise CheckpointError(f"{where} lacks {', '.join(needed)}; restore the file")
+    numbers = {name: content.get(name) for name in (*names, "vocab_size")}
+    numbers["num_experts_per_tok"] = content.get("num_experts_per_tok", 1)
+    wrong = [
+        f"{name} is {value!r}"
+        for name, value in numbers.items()
+        if not isinstance(value, int) and (name, value) != ("n_inner", None)
+    ]
+    if wrong:
+        raise CheckpointError(f"{where}: {', '.join(wrong)}; expected whole numbers. Restore the file")
     layers, hidden, heads, ffn, positions = (content.get(name) for name in names)
     model = ModelConfig(
         num_layers=layers,
@@ -116,7 +122,8 @@ def from_hf(content: dict[str, Any], where: str) -> tuple[ModelConfig, MoEConfig
 
 def _experts(content: dict[str, Any], where: str) -> MoEConfig:
     experts = content.get("experts_per_layer")
-    if not isinstance(experts, list) or len(experts) != content["num_hidden_layers"] or max(experts) < 2:
+    numbers = isinstance(experts, list) and all(isinstance(count, int) for count in experts)
+    if not numbers or len(experts) != content["num_hidden_layers"] or max(experts, default=1) < 2:
         raise CheckpointError(
             f"{where}: experts_per_layer is {experts!r}; expected a number for each layer, one above 1"
         )

@@ -48,9 +48,14 @@ def write_tokenizer(tokenizer: Tokenizer, files: Mapping[str, str], folder: Path
             backend.post_processor = None
         backend.no_truncation()
         backend.no_padding()
-    else:
+    elif tokenizer.kind == SentencePieceTokenizer.kind:
         backend = _sentencepiece(files["tokenizer_model"], tokenizer)
         copies = {"tokenizer_model": "tokenizer.model"}
+    else:
+        raise CheckpointError(
+            f"--tokenizer-type {tokenizer.kind} cannot be exported: there is no form of it for AutoTokenizer here; "
+            "models with a GPT2BPETokenizer, an HFTokenizer or a SentencePieceTokenizer can"
+        )
     for field, name in copies.items():
         shutil.copyfile(files[field], folder / name)
     backend.save(str(folder / "tokenizer.json"))

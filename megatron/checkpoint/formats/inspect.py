@@ -2,9 +2,11 @@
 
 from typing import Any
 
+from megatron.checkpoint.errors import CheckpointError
 from megatron.checkpoint.formats.changes import tokens_seen
 from megatron.checkpoint.formats.contents import MODEL, Contents
-from megatron.checkpoint.formats.hf import is_hf, read_hf
+from megatron.checkpoint.formats.hf import has_checksums, is_hf, read_hf
+from megatron.checkpoint.formats.megatron_deepspeed import is_megatron_deepspeed
 from megatron.checkpoint.formats.native import read_native
 from megatron.checkpoint.tensors import dtype_name
 
@@ -14,19 +16,24 @@ def inspect(folder: str, verify: bool) -> dict[str, Any]:
 
     Args:
         folder: a run's folder, one checkpoint, or a Hugging Face folder.
-        verify: compare every file with its checksum. An exported Hugging Face folder is always compared.
+        verify: compare every file with its checksum. An exported Hugging Face folder is always compared; one of other
+            origin has no checksums.
 
     Raises:
         CheckpointError: there is none, or it is damaged.
     """
     hf = is_hf(folder)
+    if not hf and is_megatron_deepspeed(folder):
+        raise CheckpointError(
+            f"{folder} is Megatron-DeepSpeed's; inspect what convert_checkpoint --to native makes of it"
+        )
     contents = read_hf(folder, {}) if hf else read_native(folder, verify)
     meta, config = contents.meta, contents.config
     parallel = config.parallel
     return {
         "path": contents.where,
         "format": "hf" if hf else "native",
-        "verified": verify,
+        "verified": has_checksums(folder) if hf else verify,
         "step": contents.step,
         "tokens": tokens_seen(contents),
         "parameters": _elements(contents, MODEL),

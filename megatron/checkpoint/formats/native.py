@@ -98,7 +98,7 @@ def write_native(contents: Contents, folder: str | os.PathLike) -> Path:
         CheckpointError: ``folder`` is taken, the disk is too small, or reading failed; nothing is left behind.
     """
     contents.check()
-    final = Path(folder).absolute()
+    final = Path(folder).resolve()
     meta = contents.meta
     with staged(folder, sum(lazy.bytes for lazy in contents.tensors.values())) as temporary:
         if contents.tokenizer_files:

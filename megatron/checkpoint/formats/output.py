@@ -12,6 +12,23 @@ from megatron.checkpoint.folder import sync_folder
 _MARGIN = 64 << 20  # bytes beside the tensors: configuration, tokenizer, file headers
 
 
+def check_free(folder: str | os.PathLike) -> Path:
+    """The absolute name of ``folder``, links followed, if a new folder can take it.
+
+    Raises:
+        CheckpointError: something is there already, or a file system is mounted there.
+    """
+    final = Path(folder).resolve()
+    if final.exists() and (not final.is_dir() or any(final.iterdir())):
+        raise CheckpointError(f"--save {folder} is there already and not empty; give another folder, or remove it")
+    if final.is_mount():
+        raise CheckpointError(
+            f"--save {folder} is where a file system is mounted, which no new folder can replace; give one in it: "
+            f"{final / 'converted'}, for example"
+        )
+    return final
+
+
 @contextlib.contextmanager
 def staged(folder: str | os.PathLike, size: int) -> Iterator[Path]:
     """A new folder beside ``folder``, which takes its name when the block ends without an error, else is deleted.
@@ -23,9 +40,7 @@ def staged(folder: str | os.PathLike, size: int) -> Iterator[Path]:
     Raises:
         CheckpointError: the name is taken, the disk has not enough room, or writing failed.
     """
-    final = Path(folder).absolute()
-    if final.exists() and (not final.is_dir() or any(final.iterdir())):
-        raise CheckpointError(f"--save {folder} is there already and not empty; give another folder, or remove it")
+    final = check_free(folder)
     temporary = final.with_name(f".{final.name}.tmp-{os.getpid()}")
     made = _missing_parents(final)
     try:
@@ -33,8 +48,8 @@ def staged(folder: str | os.PathLike, size: int) -> Iterator[Path]:
         free = shutil.disk_usage(final.parent).free
         if free < size + _MARGIN:
             raise CheckpointError(
-                f"--save {folder}: {_gigabytes(size + _MARGIN)} are needed, {_gigabytes(free)} are free on that disk; "
-                "nothing was written. Make room, use another disk, or write less: --dtype bf16, --drop-optimizer"
+                f"--save {folder}: {_size(size + _MARGIN)} are needed, {_size(free)} are free on that disk; nothing "
+                "was written. Make room, use another disk, or write less: --dtype bf16, --drop-optimizer"
             )
         temporary.mkdir()
         yield temporary
@@ -57,5 +72,5 @@ def _missing_parents(path: Path) -> list[Path]:
     return [parent for parent in path.parents if not parent.exists()]
 
 
-def _gigabytes(size: int) -> str:
-    return f"{size / 1e9:.1f} GB"
+def _size(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e10 else f"{size / 1e6:.0f} MB"

@@ -29,7 +29,7 @@ def parse_size(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(KB|MB|GB|TB)", text.strip().upper())
     size = match and int(float(match[1]) * 1000 ** ("KB", "MB", "GB", "TB").index(match[2]) * 1000)
     if not size:
-        raise ValueError(f"got {text!r}; expected a size such as 5GB or 500MB")
+        raise ValueError(f"--max-shard-size {text}: expected a size such as 5GB or 500MB")
     return size
 
 

@@ -80,14 +80,14 @@ def test_a_layout_that_cannot_resume_is_refused_at_once(saved, tmp_path):
 
     fails("--tp 3: the padded vocabulary of 128 cannot be shared evenly", tp=3)
     fails("--tensor-model-parallel-size 8 must divide --num-attention-heads 4", tp=8)
-    fails("--moe-expert-parallel-size 3 must divide the 4 experts of a layer", ep=[3])
+    fails(r"--moe-expert-parallel-size 3 must divide the 4 experts of a layer .*; use 2 or 4", ep=[3])
     fails("--pipeline-model-parallel-size 3", pp=3)
     fails("--tp 0, --pp 1, --ep 1: use 1 or more", tp=0)
     dense = saved_model.save_model(tmp_path, MoEConfig())
     fails("a dense model has no experts to share", dense.folder, ep=[2])
     with pytest.raises(ValueError, match="have no meaning for --to hf"):
         run(saved.folder, tmp_path / "new", "hf", tp=2)
-    with pytest.raises(ValueError, match="with --upcycle only"):
+    with pytest.raises(ValueError, match="--num-experts: of --upcycle"):
         run(saved.folder, tmp_path / "new", num_experts=[8])
     new = run(saved.folder, tmp_path / "new", tp=2, pp=2, ep=[4])
     about = inspect(str(tmp_path / "new"), verify=True)
@@ -107,6 +107,9 @@ def test_inspection_tells_what_is_there(saved, tmp_path):
     text = in_words(about)
     assert "checksums not verified" in text
     assert "model.layers.1.mlp.experts.w1" in text
+    list(convert(Conversion(str(saved.folder), str(tmp_path / "theirs"), "megatron-deepspeed")))
+    with pytest.raises(CheckpointError, match="theirs is Megatron-DeepSpeed's"):
+        inspect(str(tmp_path / "theirs"), verify=False)
     copy = write_native(read_native(saved.folder), tmp_path / "copy")
     data = copy / "data-00000.safetensors"
     whole = data.read_bytes()

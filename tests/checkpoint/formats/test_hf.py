@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from megatron.checkpoint import CheckpointError
 from megatron.checkpoint.formats.convert import Conversion, convert
+from megatron.checkpoint.formats.inspect import inspect
 from megatron.checkpoint.formats.native import read_native
 from megatron.config import ModelConfig, MoEConfig
 from megatron.inference.generate import generate
@@ -266,6 +267,46 @@ def test_damage_is_found_before_anything_is_written(tmp_path):
     fails("is damaged: data-00000.safetensors has", saved.folder)
 
 
+def test_edited_files_of_an_export_are_named(tmp_path):
+    saved = saved_model.save_model(tmp_path)
+    export = tmp_path / "hf"
+    list(run(saved.folder, export, "hf"))
+    assert inspect(str(export), verify=False)["verified"]
+    config, model, sidecar = (export / name for name in ("config.json", "model.safetensors", "megatron_moe.json"))
+
+    def fails(message: str, **options: str) -> None:
+        with pytest.raises(CheckpointError, match=message):
+            list(run(export, tmp_path / "back", "native", **options))
+        assert not (tmp_path / "back").exists()
+
+    other = tmp_path / "other.json"
+    other.write_text(saved.tokenizer_file.read_text().replace('"w3"', '"v3"'))
+    fails("given are not those that .* was trained with", tokenizer_model=str(other))
+    content = json.loads(sidecar.read_text())
+    for part in ("files", "config", "vocab_size"):
+        wrong = {key: value for key, value in content.items() if key != part}
+        wrong["meta"] = {key: value for key, value in content["meta"].items() if key != part}
+        sidecar.write_text(json.dumps(wrong))
+        fails(f"megatron_moe.json is damaged: KeyError: '{part}'")
+    sidecar.unlink()
+    assert not inspect(str(export), verify=True)["verified"]
+    good = json.loads(config.read_text())
+    for change, message in (
+        ({"num_attention_heads": 0}, "--num-attention-heads 0 must be at least 1"),
+        ({"num_experts_per_tok": "1"}, "num_experts_per_tok is '1'; expected whole numbers"),
+        ({"experts_per_layer": [1, "4"]}, "expected a number for each layer"),
+        ({"experts_per_layer": []}, "expected a number for each layer"),
+    ):
+        config.write_text(json.dumps(good | change))
+        fails(message)
+    config.write_text(json.dumps(good))
+    tensors, name = load_file(model), "transformer.h.1.mlp.experts.2.c_fc.bias"
+    save_file(tensors | {name: tensors[name].bfloat16()}, model)
+    fails(f"{name} is bfloat16, the layer's first expert float32")
+    save_file(tensors | {name: tensors[name].to(torch.int8)}, model)
+    fails(f"{name} is int8, expected floating-point numbers")
+
+
 def test_what_is_there_stays_and_the_disk_must_have_room(tmp_path, monkeypatch):
     saved = saved_model.save_model(tmp_path)
     (tmp_path / "mine").mkdir()
@@ -278,7 +319,7 @@ def test_what_is_there_stays_and_the_disk_must_have_room(tmp_path, monkeypatch):
         list(run(saved.folder, tmp_path / "hf", "hf", tokenizer_model=str(moved)))
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(CheckpointError, match=r"0\.1 GB are needed, 0\.0 GB are free"):
+    with pytest.raises(CheckpointError, match=r"67 MB are needed, 0 MB are free"):
         list(run(saved.folder, tmp_path / "hf", "hf"))
     monkeypatch.undo()
 

@@ -71,3 +71,5 @@ def test_what_cannot_be_exported_is_refused(tmp_path):
     ours = build_tokenizer(DataConfig(tokenizer_type="SentencePieceTokenizer", **files))
     with pytest.raises(CheckpointError, match="it would have to be a unigram model"):
         write_tokenizer(ours, files, tmp_path, 64)
+    with pytest.raises(CheckpointError, match="--tokenizer-type ByteTokenizer cannot be exported"):
+        write_tokenizer(build_tokenizer(DataConfig(tokenizer_type="ByteTokenizer")), {}, tmp_path, 64)

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 
 from megatron.checkpoint.errors import CheckpointError
-from megatron.checkpoint.formats.contents import some
+from megatron.checkpoint.formats.contents import Lazy, some
 from megatron.checkpoint.formats.megatron_deepspeed.names import EXPERTS
 from megatron.checkpoint.formats.megatron_deepspeed.pickles import load_pickle
 
-Pieces = list[torch.Tensor]  # of one tensor, by tensor-parallel rank
+Pieces = list[Lazy]  # of one tensor, by tensor-parallel rank
 _RANK = re.compile(r"mp_rank_(\d+)_model_states\.pt")
 _MODULE = re.compile(r"layer_(\d+)(?:-model_(\d+))?-model_states\.pt")
 _EXPERT = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_(\d+)_model_states\.pt")
@@ -38,6 +38,17 @@ class Found:
     args: Any
     version: float  # checkpoint_version: the order of rows in the projection to Q, K and V
     pieces: dict[str, Pieces]
+    core: bool = False  # whether it is a model of megatron.core's
+
+
+def lazy_of(tensor: torch.Tensor) -> Lazy:
+    """A tensor that is on the disk already."""
+    return Lazy(tuple(tensor.shape), tensor.dtype, lambda row: tensor if row is None else tensor[row])
+
+
+def row_of(lazy: Lazy, index: int) -> Lazy:
+    """A row of a tensor as a tensor."""
+    return Lazy(lazy.shape[1:], lazy.dtype, lambda row: lazy.read(index) if row is None else lazy.read(index)[row])
 
 
 def has_files(folder: Path) -> bool:
@@ -82,18 +93,20 @@ def _tag(folder: Path) -> Path:
     return tag
 
 
-def _flat(content: Any, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+def flat(content: Any, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of nested dictionaries, by their names joined with dots."""
     for name, value in content.items():
         if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
+            yield from flat(value, f"{prefix}{name}.")
         elif isinstance(value, torch.Tensor):
             yield prefix + name, value
 
 
-def _named(name: str) -> str:
+def named(name: str) -> str:
     """One spelling of the names that different versions use."""
     name = re.sub(r"^(module\.|moe_state_dict\.)*(language_model\.)?", "", name)
     name = re.sub(r"^transformer\.", "encoder.", name)
+    name = re.sub(r"\b(input|post_attention|final)_norm\.", r"\1_layernorm.", name)
     return name.replace(".attention.", ".self_attention.")
 
 
@@ -102,20 +115,20 @@ def _gather(tag: Path, ranks: list[dict[str, Any]], layers: int | None) -> dict[
     found: dict[str, dict[int, torch.Tensor]] = {}
     for rank, content in enumerate(ranks):
         module = content.get("module") or content.get("model")  # a pipeline has None here, or a path
-        for name, tensor in _flat(module) if isinstance(module, dict) else ():
+        for name, tensor in flat(module) if isinstance(module, dict) else ():
             # left out: the token table again, and experts, which are in files of their own, once more
-            if not _named(name).startswith("word_embeddings_for_head") and EXPERTS not in name:
-                found.setdefault(_named(name), {})[rank] = tensor
+            if not named(name).startswith("word_embeddings_for_head") and EXPERTS not in name:
+                found.setdefault(named(name), {})[rank] = tensor
     for path in sorted(tag.iterdir()):
         if match := _EXPERT.fullmatch(path.name):
-            for name, tensor in _flat(load_pickle(path)):
-                found.setdefault(_named(name), {})[int(match[3])] = tensor
+            for name, tensor in flat(load_pickle(path)):
+                found.setdefault(named(name), {})[int(match[3])] = tensor
         elif match := _MODULE.fullmatch(path.name):
-            for name, tensor in _flat(load_pickle(path)):
-                found.setdefault(_named(f"{int(match[1])}.{name}"), {})[int(match[2] or 0)] = tensor
+            for name, tensor in flat(load_pickle(path)):
+                found.setdefault(named(f"{int(match[1])}.{name}"), {})[int(match[2] or 0)] = tensor
     if any(name[0].isdigit() for name in found):
         found = _told_apart(tag, found, layers)
-    pieces = {name: [by[rank] for rank in sorted(by)] for name, by in found.items()}
+    pieces = {name: [lazy_of(by[rank]) for rank in sorted(by)] for name, by in found.items()}
     size = max((len(of) for name, of in pieces.items() if ".layers." in name and EXPERTS not in name), default=1)
     for name, of in pieces.items():
         if (
@@ -133,7 +146,8 @@ def _gather(tag: Path, ranks: list[dict[str, Any]], layers: int | None) -> dict[
 def _check_tied(tag: Path, name: str, *copies: Pieces) -> None:
     """Raises CheckpointError where what stages keep alike is not alike."""
     for copy in copies[1:]:
-        if len(copy) != len(copies[0]) or not all(map(torch.equal, copies[0], copy)):
+        pairs = zip(copies[0], copy, strict=False)
+        if len(copy) != len(copies[0]) or not all(torch.equal(a.read(None), b.read(None)) for a, b in pairs):
             raise CheckpointError(f"{tag}: {name} differs between stages; tied tables are needed here")
 
 
@@ -167,6 +181,6 @@ def _told_apart(tag: Path, found: dict[str, dict[int, torch.Tensor]], layers: in
             before = "embedding."
         for name, by in inside.items():
             copies = [told[before + name], by] if before + name in told else [by]
-            _check_tied(tag, before + name, *([one[rank] for rank in sorted(one)] for one in copies))
+            _check_tied(tag, before + name, *([lazy_of(one[rank]) for rank in sorted(one)] for one in copies))
             told[before + name] = by
     return told

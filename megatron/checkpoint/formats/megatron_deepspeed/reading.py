@@ -13,35 +13,55 @@ import torch
 from megatron.checkpoint.errors import CheckpointError
 from megatron.checkpoint.formats.contents import MODEL, Contents, Lazy, is_stacked, some
 from megatron.checkpoint.formats.megatron_deepspeed.arguments import from_arguments
+from megatron.checkpoint.formats.megatron_deepspeed.core_names import settle
 from megatron.checkpoint.formats.megatron_deepspeed.layouts import Found, Pieces, find
+from megatron.checkpoint.formats.megatron_deepspeed.megatron_lm import find_megatron_lm
 from megatron.checkpoint.formats.megatron_deepspeed.names import EXPERTS, TABLE, Theirs, their_tensors
 from megatron.checkpoint.formats.native import new_meta
 from megatron.config import DataConfig, ModelConfig, RunConfig
 from megatron.config.flags import to_dict
 from megatron.data.tokenizer import build_tokenizer
 
-Make = Callable[[], torch.Tensor]
 
-
-def read_megatron_deepspeed(folder: str | os.PathLike, tokenizer_options: Mapping[str, str]) -> Contents:
-    """The weights of a checkpoint; its optimizer's state is not read.
+def read_megatron_deepspeed(
+    folder: str | os.PathLike, tokenizer_options: Mapping[str, str], tanh_gelu: bool = False
+) -> Contents:
+    """The weights of a checkpoint of Megatron-DeepSpeed; its optimizer's state is not read.
 
     Args:
         folder: with ``latest``, or of one tag.
         tokenizer_options: ``tokenizer_type`` and files; they are not in the folder.
+        tanh_gelu: whether a model of the exact GELU is taken for one of the tanh form.
 
     Raises:
         CheckpointError: a file is missing, damaged or holds other objects than tensors; a tensor is missing, unknown or
             of another shape; the model is one that is not known here.
         ValueError: of the tokenizer, or of an argument's value.
     """
-    found = find(Path(folder))
+    return _contents(find(Path(folder)), "megatron-deepspeed", tokenizer_options, tanh_gelu)
+
+
+def read_megatron_lm(
+    folder: str | os.PathLike, tokenizer_options: Mapping[str, str], tanh_gelu: bool = False
+) -> Contents:
+    """The weights of a checkpoint of Megatron-LM, as ``mp_rank_XX`` folders or distributed (torch_dist).
+
+    Arguments and errors are those of :func:`read_megatron_deepspeed`, but ``folder`` is one with
+    ``latest_checkpointed_iteration.txt`` or of one iteration.
+    """
+    return _contents(find_megatron_lm(Path(folder)), "megatron-lm", tokenizer_options, tanh_gelu)
+
+
+def _contents(found: Found, name: str, tokenizer_options: Mapping[str, str], tanh_gelu: bool) -> Contents:
     table = found.pieces.get(TABLE)
     if not table:
-        raise CheckpointError(f"{found.where} has no {TABLE}; it is no GPT of Megatron-DeepSpeed")
-    vocab_size = sum(len(piece) for piece in table)
+        raise CheckpointError(f"{found.where} has no {TABLE}; it is no GPT of Megatron's")
+    vocab_size = sum(piece.shape[0] for piece in table)
     residual = any(".mlp.coefficient." in name for name in found.pieces)
-    config = from_arguments(found.args, _expert_counts(found), residual, found.where)
+    config = from_arguments(
+        found.args, _expert_counts(found), residual, found.where, core=found.core, tanh_gelu=tanh_gelu
+    )
+    found = dataclasses.replace(found, pieces=settle(found.pieces, found.where))
     if not tokenizer_options:
         raise CheckpointError(
             f"{found.where} holds no tokenizer; give the model's by --tokenizer-type with --vocab-file and "
@@ -55,11 +75,7 @@ def read_megatron_deepspeed(folder: str | os.PathLike, tokenizer_options: Mappin
             "model's own tokenizer by --tokenizer-type and its files"
         )
     described = {"vocab_size": tokenizer.vocab_size, "fingerprint": tokenizer.fingerprint}
-    origin = {
-        "format": "megatron-deepspeed",
-        "folder": str(found.where.absolute()),
-        "checkpoint_version": found.version,
-    }
+    origin = {"format": name, "folder": str(found.where.absolute()), "checkpoint_version": found.version}
     meta = new_meta(to_dict(config), vocab_size, described, config.model.seq_length, origin)
     return Contents(str(found.where), meta, _ours(found, config, vocab_size)).check()
 
@@ -76,11 +92,14 @@ def _expert_counts(found: Found) -> dict[int, int]:
 def _ours(found: Found, config: RunConfig, vocab_size: int) -> dict[str, Lazy]:
     """Our tensors, made of theirs, of which each must be used."""
     left, problems = set(found.pieces), []
-    made: dict[str, list[Make]] = {}
+    made: dict[str, list[Lazy]] = {}
+    without_biases, table = getattr(found.args, "add_bias_linear", True) is False, found.pieces[TABLE][0]
     for theirs in their_tensors(config.model, config.moe, vocab_size):
         left.discard(theirs.name)
         pieces = found.pieces.get(theirs.name)
-        if pieces is None:
+        if pieces is None and without_biases and theirs.name.endswith(".bias"):
+            made.setdefault(theirs.ours, []).append(_zeros(theirs, table.dtype))
+        elif pieces is None:
             problems.append(f"{theirs.name} is missing")
         elif problem := _misfit(theirs, pieces):
             problems.append(problem)
@@ -101,21 +120,31 @@ def _misfit(theirs: Theirs, pieces: Pieces) -> str | None:
     return None
 
 
-def _joiner(theirs: Theirs, pieces: Pieces, version: float, model: ModelConfig) -> Make:
-    """What joins the pieces. Where one is the whole (layer norms, what an MoE layer does not cut), the first rank's is
-    taken."""
+def _joiner(theirs: Theirs, pieces: Pieces, version: float, model: ModelConfig) -> Lazy:
+    """The tensor joined of its pieces, in our order. Where one is the whole (layer norms, what an MoE layer does not
+    cut), the first rank's is taken."""
+    whole = theirs.dim is None or pieces[0].shape == theirs.shape
 
     def join() -> torch.Tensor:
         if theirs.is_qkv:
-            return _qkv(pieces, version, model)
-        whole = theirs.dim is None or tuple(pieces[0].shape) == theirs.shape
-        tensor = pieces[0] if whole else torch.cat(pieces, theirs.dim)
+            return _qkv([piece.read(None) for piece in pieces], version, model)
+        tensor = pieces[0].read(None) if whole else torch.cat([piece.read(None) for piece in pieces], theirs.dim)
         return tensor.T if theirs.transposed else tensor
 
-    return join
+    return _made(theirs, pieces[0].dtype, join)
 
 
-def _qkv(pieces: Pieces, version: float, model: ModelConfig) -> torch.Tensor:
+def _zeros(theirs: Theirs, dtype: torch.dtype) -> Lazy:
+    """A bias of a model without biases, which computes the same with zeros."""
+    return _made(theirs, dtype, lambda: torch.zeros(theirs.shape, dtype=dtype))
+
+
+def _made(theirs: Theirs, dtype: torch.dtype, make: Callable[[], torch.Tensor]) -> Lazy:
+    shape = theirs.shape[::-1] if theirs.transposed else theirs.shape
+    return Lazy(shape, dtype, lambda row: make() if row is None else make()[row])
+
+
+def _qkv(pieces: list[torch.Tensor], version: float, model: ModelConfig) -> torch.Tensor:
     """A rank's rows are [3, N, D] in checkpoint version 0, [N, D, 3] in 1.0, [N, 3, D] since 2.0; ours [3, N, D]."""
     N, D = model.num_attention_heads // len(pieces), model.hidden_size // model.num_attention_heads
     parts = []
@@ -130,12 +159,11 @@ def _qkv(pieces: Pieces, version: float, model: ModelConfig) -> torch.Tensor:
     return torch.cat(parts, dim=1).flatten(0, 2)
 
 
-def _lazy(made: list[Make], name: str) -> Lazy:
-    first, stacked = made[0](), is_stacked(name)
+def _lazy(parts: list[Lazy], name: str) -> Lazy:
+    if not is_stacked(name):
+        return parts[0]
 
     def read(row: int | None) -> torch.Tensor:
-        if stacked:
-            return torch.stack([join() for join in made]) if row is None else made[row]()
-        return made[0]() if row is None else made[0]()[row]
+        return torch.stack([part.read(None) for part in parts]) if row is None else parts[row].read(None)
 
-    return Lazy((len(made), *first.shape) if stacked else tuple(first.shape), first.dtype, read)
+    return Lazy((len(parts), *parts[0].shape), parts[0].dtype, read)
