@@ -211,7 +211,9 @@ def clean(
     settings["run"] = digest(identity)
 
     def before() -> Cleaned | None:
-        report = None if overwrite else finished(output_prefix, settings["run"])
+        if overwrite or STANDARD_INPUT in (*paths, *others):  # nobody knows what stood there
+            return None
+        report = finished(output_prefix, settings["run"])
         return report and Cleaned(*report, existing=True)
 
     if not Journal.begun(f"{output_prefix}.cleaning") and (found := before()):

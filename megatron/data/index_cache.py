@@ -102,8 +102,7 @@ def _through_cache(dataset: Any, build: Callable[[], Any], names: tuple[str, ...
     megatron.core lets the other ranks come here when rank 0 is done.
     """
     distributed = torch.distributed.is_initialized()
-    config = dataset.config
-    folder = Path(config.path_to_cache)
+    folder = Path(dataset.config.path_to_cache)
     # The names that megatron.core gives the files of this dataset.
     base = f"{dataset.unique_description_hash}-{type(dataset).__name__}-{split}"
     paths = [folder / f"{base}-{name}" for name in names]
@@ -114,28 +113,45 @@ def _through_cache(dataset: Any, build: Callable[[], Any], names: tuple[str, ...
                 "--data-cache-path must be on a file system that all nodes share"
             )
     elif not _whole(paths, folder / f"{base}-checksums.json"):
-        start = time.monotonic()
-        folder.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{base}.", dir=folder))  # no other run's, on whatever node
-        dataset.config = copy.copy(config)
         # megatron.core asks for the rank of a process group where it may save a blend
-        unsaved = isinstance(dataset, BlendedDataset) and not distributed
-        dataset.config.path_to_cache = None if unsaved else str(aside)
+        if isinstance(dataset, BlendedDataset) and not distributed:
+            return _with_cache(dataset, None, build)
         try:
-            built = build()
-            if unsaved:
-                return built
-            made = [aside / path.name for path in paths] + [aside / f"{base}-checksums.json"]
-            made[-1].write_text(json.dumps({path.name: crc32(path) for path in made[:-1]}))
-            for path in made:  # the checksums come last: where they are, the rest is
-                with open(path, "rb+") as file:
-                    os.fsync(file.fileno())
-                os.replace(path, folder / path.name)
-        finally:
-            dataset.config = config
-            shutil.rmtree(aside, ignore_errors=True)
-        logger.info("built the sample index %s in %.1f s", folder / base, time.monotonic() - start)
+            _fill(dataset, build, folder, base, names)
+        except OSError as error:
+            raise DataError(
+                f"cannot write the sample index to {folder}: {error}. Make room or choose another --data-cache-path"
+            ) from error
     return build()
+
+
+def _fill(dataset: Any, build: Callable[[], Any], folder: Path, base: str, names: Sequence[str]) -> None:
+    """Write the files aside, and rename them when all are complete."""
+    start = time.monotonic()
+    folder.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{base}.", dir=folder))  # no other run's, on whatever node
+    try:
+        _with_cache(dataset, str(aside), build)
+        made = [aside / f"{base}-{name}" for name in (*names, "checksums.json")]
+        made[-1].write_text(json.dumps({path.name: crc32(path) for path in made[:-1]}))
+        for path in made:  # the checksums come last: where they are, the rest is
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(path, folder / path.name)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    logger.info("built the sample index %s in %.1f s", folder / base, time.monotonic() - start)
+
+
+def _with_cache(dataset: Any, folder: str | None, build: Callable[[], Any]) -> Any:
+    """``build()`` with another cache, or none."""
+    config = dataset.config
+    dataset.config = copy.copy(config)
+    dataset.config.path_to_cache = folder
+    try:
+        return build()
+    finally:
+        dataset.config = config
 
 
 def _whole(paths: Sequence[Path], checksums: Path) -> bool:

@@ -227,6 +227,8 @@ def test_what_a_killed_run_left_is_told(tmp_path, monkeypatch, capsys):
         done = clean(["-"], str(tmp_path / "out"), workers=0)
     assert "standard input, which cannot be read again from where it was: starting over" in capsys.readouterr().err
     assert kept(done) == ["a", "b"]
+    with pytest.raises(DataError, match="exist already"):  # it may be other text now
+        clean(["-"], str(tmp_path / "out"), workers=0)
     (tmp_path / "new-00000.incomplete.jsonl.zst").write_bytes(b"half a file")
     clean([str(path)], str(tmp_path / "new"), workers=0)
     assert "stopped before its first file was full: starting over" in capsys.readouterr().err

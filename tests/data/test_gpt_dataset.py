@@ -165,6 +165,15 @@ def test_cache_is_used_and_a_damaged_one_is_rebuilt(config, blended):
         assert torch.equal(everything(build(config, 60, 0, 0)[0]), expected)
 
 
+def test_a_disk_that_is_full_leaves_no_index(config, monkeypatch):
+    folder = Path(config.data.data_cache_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        refused(config, f"cannot write the sample index to {folder}", "No space left", "--data-cache-path")
+    assert not list(folder.iterdir())
+    build(config, 20, 5, 0)
+
+
 def test_default_cache_lies_beside_the_dataset(config):
     config.data.data_cache_path = None
     build(config, 10, 0, 0)
