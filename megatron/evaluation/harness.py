@@ -1,6 +1,8 @@
 """A zero-shot evaluation from a checkpoint to files."""
 
+import contextlib
 import dataclasses
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -68,16 +70,18 @@ def evaluate(wanted: Evaluation) -> str | None:
     model = load_share(source, processes, device, DTYPES[dtype])
     lm = MegatronLM(model, tokenizer, wanted.batch_size, processes, log)
     begin = time.perf_counter()
-    results: dict[str, Any] | None = lm_eval.simple_evaluate(
-        lm,
-        tasks=tasks,
-        task_manager=TaskManager(include_defaults=False),  # the tasks are made; its index takes seconds
-        batch_size=wanted.batch_size,
-        limit=wanted.limit,
-        log_samples=wanted.log_samples,
-        bootstrap_iters=1000 if processes.rank == 0 else 0,
-        gen_kwargs={"max_gen_toks": wanted.max_gen_toks} if wanted.max_gen_toks else None,
-    )
+    results: dict[str, Any] | None
+    with contextlib.redirect_stdout(sys.stderr):  # standard output is for the results alone
+        results = lm_eval.simple_evaluate(
+            lm,
+            tasks=tasks,
+            task_manager=TaskManager(include_defaults=False),  # the tasks are made; its index takes seconds
+            batch_size=wanted.batch_size,
+            limit=wanted.limit,
+            log_samples=wanted.log_samples,
+            bootstrap_iters=1000 if processes.rank == 0 else 0,
+            gen_kwargs={"max_gen_toks": wanted.max_gen_toks} if wanted.max_gen_toks else None,
+        )
     if processes.rank != 0:
         return None
     results["config"] |= {"checkpoint": str(source.path), "dtype": dtype, "data_dir": wanted.data_dir}
