@@ -235,7 +235,7 @@ write_hostfile() { # SAVE/hostfile, of the job's nodes
 
 make_empty() { # FILE of SAVE; an old one is emptied and not removed, since other nodes may not see a new one at once over NFS
     { mkdir -p "$SAVE" && : >"$SAVE/$1"; } 2>/dev/null ||
-        fail "SAVE is '$SAVE', and $HOSTNAME cannot write there; give a folder that all nodes can write to"
+        fail "SAVE is '$SAVE', and $(uname -n) cannot write there; give a folder that all nodes can write to"
 }
 
 # -------------------------------------------------------------------------------------------------------- SLURM's jobs

@@ -15,6 +15,6 @@ def test_what_does_not_end_is_killed_and_tells_how_its_processes_were():
     said = str(told.value)
     child = int(re.search(r"begun\n(\d+)\n", said)[1])
     assert re.search(rf"process {process.pid}: bash -c .*\nState:\tS", said), said
-    assert re.search(rf"process {child}: sleep 100\nState:\tT", said), said
-    assert f"thread {child} sleep: " in said
+    assert re.search(rf"process {child}: .*\nState:\tT", said), said
+    assert f"  thread {child} " in said
     assert process.returncode == -9
