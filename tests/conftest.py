@@ -2,11 +2,13 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
+TOGETHER = ("distributed", "examples", "gpu", "parallel", "slurm")  # folders of tests that start several processes
 
 # Processes that tests start find this checkout too, installed or not.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -18,20 +20,24 @@ if not torch.cuda.is_available():
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests by their folder, skip those for a GPU where there is none, and say which are run one after another.
-
-    Several workers share the files. But tests of several processes, which have limits of time, go to one worker, and
-    with them those that need a GPU: they would get into each other's way.
-    """
+    """Mark tests by their folder, and skip those for a GPU where there is none."""
     for item in items:
-        folders = item.path.relative_to(ROOT / "tests").parts
-        if folders[0] == "distributed":
-            item.add_marker(pytest.mark.distributed)
-        if folders[0] == "slurm":
-            item.add_marker(pytest.mark.slurm)
-        if folders[0] == "gpu":
-            item.add_marker(pytest.mark.gpu)
+        folder = item.path.relative_to(ROOT / "tests").parts[0]
+        if folder in ("distributed", "gpu", "slurm"):
+            item.add_marker(folder)
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-        alone = any(item.get_closest_marker(name) for name in ("distributed", "gpu", "slurm"))
-        item.add_marker(pytest.mark.xdist_group("alone" if alone else str(item.path)))
+
+
+@pytest.hookimpl(optionalhook=True)  # without pytest-xdist there is none
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Files go to whichever worker is free, but those of ``TOGETHER`` to one, one after another: they have limits of
+    time, or take the GPU, and would get into each other's way."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::")[0]
+            return "together" if file.split("/")[1] in TOGETHER else file
+
+    return Scheduling(config, log)

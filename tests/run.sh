@@ -15,7 +15,7 @@ set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 arguments=()
 selection=(-m "not exhaustive and not slurm")
-workers=(-n 2 --dist loadgroup)
+workers=(-n 2 --dist loadscope)
 for argument in "$@"; do
     case "$argument" in
         --all) selection=() ;;
