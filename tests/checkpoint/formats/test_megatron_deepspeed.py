@@ -11,11 +11,14 @@ import pytest
 import saved_model
 import tiny_run
 import torch
+from checkpoint.test_memory import extra
 
 from megatron.checkpoint import CheckpointError
+from megatron.checkpoint.formats.contents import Contents, Lazy, parameter_shapes
 from megatron.checkpoint.formats.convert import Conversion, convert
-from megatron.checkpoint.formats.native import read_native, write_native
-from megatron.config import MoEConfig
+from megatron.checkpoint.formats.megatron_deepspeed import write_megatron_deepspeed
+from megatron.checkpoint.formats.native import new_meta, read_native, write_native
+from megatron.config import ModelConfig, MoEConfig, RunConfig
 from megatron.config.flags import to_dict
 
 JOB = Path(__file__).with_name("deepspeed_job.py")
@@ -108,6 +111,27 @@ def test_round_trip_is_exact(written, tmp_path, name):
     shape = dataclasses.replace(before.config.model, ffn_hidden_size=128, max_position_embeddings=48)
     assert after.config.model == shape
     assert after.config.moe == dataclasses.replace(before.config.moe, moe_z_loss_coeff=0.0)
+
+
+def random_model(experts: int) -> Contents:
+    """One MoE layer, made when it is read."""
+    shape = ModelConfig(num_layers=1, hidden_size=512, num_attention_heads=8, seq_length=8)
+    moe = MoEConfig(num_experts=(experts,), expert_interval=1)
+
+    def lazy(size: tuple[int, ...]) -> Lazy:
+        return Lazy(size, torch.float32, lambda row: torch.ones(size if row is None else size[1:]))
+
+    tensors = {"model." + name: lazy(size) for name, size in parameter_shapes(shape, moe, 128).items()}
+    config = to_dict(RunConfig(model=shape, moe=moe))
+    return Contents("random", new_meta(config, 128, {"vocab_size": 128, "fingerprint": ""}, 8, {}), tensors)
+
+
+def test_writing_holds_few_experts_in_memory(tmp_path):
+    write_megatron_deepspeed(random_model(2), tmp_path / "warm-up")
+    grown = extra(lambda: write_megatron_deepspeed(random_model(24), tmp_path / "theirs"))
+    sizes = [path.stat().st_size for path in (tmp_path / "theirs").glob("*/layer_0_expert_*")]
+    assert len(sizes) == 24
+    assert grown < sum(sizes) / 2
 
 
 def test_what_cannot_be_written_is_refused(written, tmp_path):

@@ -72,11 +72,12 @@ def write_megatron_deepspeed(contents: Contents, folder: str | os.PathLike) -> P
     with staged(folder, sum(sizes)) as temporary:
         (temporary / tag).mkdir()
         for rank in range(cuts.ranks):
-            module: dict[str, Any] = {}
-            for theirs in outside:
-                _put(module, theirs.name, _on_disk(temporary / "scratch", cuts.piece(theirs, contents, rank)))
+            pieces = {
+                theirs.name: _on_disk(temporary / "scratch", cuts.piece(theirs, contents, rank)) for theirs in outside
+            }
             path = temporary / tag / f"mp_rank_{rank:02d}_model_states.pt"
-            torch.save({"module": {"language_model": module}, **beside}, path)
+            torch.save({"module": {"language_model": _nested(pieces)}, **beside}, path)
+            del pieces  # and their room on the disk
         _write_experts(temporary / tag, [theirs for theirs in tensors if theirs.row is not None], contents, cuts)
         (temporary / "latest").write_text(tag)
         (temporary / "latest_checkpointed_iteration.txt").write_text(str(contents.step))
@@ -114,14 +115,17 @@ def _moe_layers(config: RunConfig) -> list[int]:
     return [layer for layer in range(config.model.num_layers) if config.moe.experts_of_layer(layer) > 1]
 
 
-def _put(module: dict[str, Any], name: str, tensor: torch.Tensor) -> None:
-    """Into Megatron's nesting: ``embedding.x.weight`` is ``{embedding: {x: {weight}}}``, the encoder is flat."""
-    first, rest = name.split(".", 1)
-    inner = module.setdefault(first, {})
-    if first == "embedding":
-        table, rest = rest.split(".", 1)
-        inner = inner.setdefault(table, {})
-    inner[rest] = tensor
+def _nested(pieces: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Megatron's nesting: ``embedding.x.weight`` is ``{embedding: {x: {weight}}}``, the encoder is flat."""
+    module: dict[str, Any] = {}
+    for name, tensor in pieces.items():
+        first, rest = name.split(".", 1)
+        inner = module.setdefault(first, {})
+        if first == "embedding":
+            table, rest = rest.split(".", 1)
+            inner = inner.setdefault(table, {})
+        inner[rest] = tensor
+    return module
 
 
 def _on_disk(scratch: Path, tensor: torch.Tensor) -> torch.Tensor:
