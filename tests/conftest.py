@@ -8,7 +8,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
-TOGETHER = ("distributed", "examples", "gpu", "parallel", "slurm")  # folders of tests that start several processes
+TOGETHER = ("distributed", "gpu", "parallel", "slurm")  # folders
 
 # Processes that tests start find this checkout too, installed or not.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
