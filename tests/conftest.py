@@ -8,7 +8,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
-TOGETHER = ("distributed", "gpu", "parallel", "slurm")  # folders
+TOGETHER = ("distributed", "gpu", "parallel", "slurm")  # folders of tests that have limits of time, or take the GPU
 
 # Processes that tests start find this checkout too, installed or not.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
