@@ -1,6 +1,7 @@
 """What holds for all tests: where the package is found, and which tests this machine can run."""
 
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,10 @@ TOGETHER = ("distributed", "gpu", "parallel", "slurm")  # folders of tests that 
 
 # Processes that tests start find this checkout too, installed or not.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+# What a script starts in the background ignores Ctrl-C, and so would all that the tests start and interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Without a GPU, Triton's interpreter runs the kernels, also in processes that tests start. It must be told before
 # anything imports Triton.
