@@ -13,6 +13,7 @@ Whatever is not the same (log-likelihoods to 1e-4, everything else exactly) is n
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import math
 import os
@@ -69,6 +70,9 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
 def main(words: list[str] | None = None) -> int:
     """Measure, print; returns the exit status, 1 where something differs."""
     args = parse_args(words)
+    if importlib.util.find_spec("lm_eval") is None:
+        print('error: this needs lm-eval: pip install -c constraints.txt -e ".[eval,hf]"', file=sys.stderr)
+        return 1
     rows, seconds, wrong = [], {}, []
     with tempfile.TemporaryDirectory() as folder:
         theirs, seconds["hf"] = run_hf(args, Path(folder))
