@@ -67,7 +67,8 @@ def test_it_compares_and_writes(tmp_path, capsys):
     assert [(row["task"], row["processes"]) for row in out["rows"]] == [
         ("piqa", 1), ("triviaqa", 1), ("piqa", 2), ("triviaqa", 2),
     ]  # fmt: skip
-    assert 0 < out["rows"][0]["difference"] < 1e-4
+    assert out["rows"][0]["log_likelihoods"] == 4
+    assert 0 <= out["rows"][0]["difference"] < 1e-4
     assert (out["rows"][1]["texts"], out["rows"][1]["equal_texts"]) == (2, 2)
     assert out["seconds"].keys() == {"hf", "ours, 1", "ours, 2"}
     assert "Nothing differs" in capsys.readouterr().out
