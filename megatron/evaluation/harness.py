@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -70,6 +71,7 @@ def evaluate(wanted: Evaluation) -> str | None:
     model = load_share(source, processes, device, DTYPES[dtype])
     lm = MegatronLM(model, tokenizer, wanted.batch_size, processes, log)
     begin = time.perf_counter()
+    os.environ["DISABLE_MULTIPROC"] = "1"  # else lm-eval forks this process, whose collectives have threads
     results: dict[str, Any] | None
     with contextlib.redirect_stdout(sys.stderr):  # standard output is for the results alone
         results = lm_eval.simple_evaluate(

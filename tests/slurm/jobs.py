@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from distributed.started import descendants, state
 from tiny_run import ROOT, SEQ, curve, records
 
 SCRIPT = ROOT / "examples_moe" / "pretrain_gpt_350M_MoE128.sh"
@@ -84,11 +85,11 @@ def slurm(environment: dict[str, str], *words: str) -> str:
 
 
 def eventually(what: str, true: Callable[[], bool], seconds: float = PATIENCE, job: "Job | None" = None) -> None:
-    """Wait until something is true. What the job said is in the error."""
+    """Wait until something is true. What the job said, and how its processes are, is in the error."""
     start = time.monotonic()
     while not true():
         if time.monotonic() - start > seconds:
-            pytest.fail(f"after {seconds} s still not: {what}\n{job.log() if job else ''}")
+            pytest.fail(f"after {seconds} s still not: {what}\n{'' if job is None else job.log() + job.states()}")
         time.sleep(0.1)
 
 
@@ -146,6 +147,11 @@ class Job:
     def seen(self, restart: int = 0) -> dict[int, tuple[str, int]]:
         """Rank -> host name and process of the ranks that were started, after that many requeues."""
         return {int(rank): (host, int(pid)) for count, rank, host, pid, *_ in self.notes() if int(count) == restart}
+
+    def states(self) -> str:
+        """How its processes are, and those that they have started."""
+        ranks = [int(pid) for _, _, _, pid, *_ in self.notes()]
+        return "\n".join(state(pid) for rank in ranks for pid in (rank, *descendants(rank)))
 
     def hosts(self, restart: int = 0) -> dict[int, str]:
         """Rank -> host name."""
