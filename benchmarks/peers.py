@@ -73,6 +73,8 @@ def deepspeed_layer(shape: Shape) -> Peer:
     from deepspeed.moe.layer import MoE
     from deepspeed.utils import groups
 
+    from megatron.engine.deepspeed_internals import SHARED_MEMORY_OP
+
     class Expert(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -82,7 +84,7 @@ def deepspeed_layer(shape: Shape) -> Peer:
             return self.fc2(gelu(self.fc1(x)))
 
     backend = _start_alone(shape.device)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # on CPUs it would compile this, and not use it
+    deepspeed.ops.__compatible_ops__[SHARED_MEMORY_OP] = False  # on CPUs it would compile this, and not use it
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
     groups._create_expert_and_data_parallel(1)
     layer = MoE(shape.hidden, Expert(), num_experts=shape.experts, k=1, capacity_factor=1.0, min_capacity=4)

@@ -25,7 +25,8 @@ from megatron.data.tokenizer import Tokenizer
 from megatron.inference.load import DTYPES, Source, load_tokenizer
 
 MEGATRON_DEEPSPEED, MEGATRON_LM = "megatron-deepspeed", "megatron-lm"
-UPCYCLING = ("num_experts", "expert_interval", "topk", "mlp_type", "upcycle_noise", "upcycle_seed")
+MOE_OPTIONS = ("expert_interval", "topk", "mlp_type")
+UPCYCLING = ("num_experts", *MOE_OPTIONS, "upcycle_noise", "upcycle_seed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +146,7 @@ def change(contents: Contents, job: Conversion) -> Contents:
     if contents.has_optimizer and (job.drop_optimizer or job.target != "native"):
         contents = without_optimizer(contents)
     if job.upcycle:
-        given = {name: getattr(job, name) for name in UPCYCLING[1:4] if getattr(job, name) is not None}
+        given = {name: getattr(job, name) for name in MOE_OPTIONS if getattr(job, name) is not None}
         moe = MoEConfig(num_experts=tuple(job.num_experts or (1,)), **given)
         contents = upcycle(contents, moe, job.upcycle_noise or 0.0, job.upcycle_seed or 0)
     if any(size is not None for size in (job.tp, job.pp, job.ep)):

@@ -17,6 +17,8 @@ import torch.distributed as dist
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
+from megatron.engine.deepspeed_internals import SHARED_MEMORY_OP
+
 ENGINE = {"train_micro_batch_size_per_gpu": 1, "train_batch_size": 1}
 VERSIONS = {"v0": 0, "v1": 1.0, "v3": 3.0, "cut": 3.0}
 
@@ -96,7 +98,7 @@ def save_pipeline(folder: Path, ours: dict[str, torch.Tensor], stages: int, expe
 
 def main() -> None:
     weights, folder = map(Path, sys.argv[1:3])
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would compile this, and not use it
+    deepspeed.ops.__compatible_ops__[SHARED_MEMORY_OP] = False  # it would compile this, and not use it
     deepspeed.init_distributed("gloo")
     mpu = ds.Mpu()
     save(folder, torch.load(weights), mpu)
