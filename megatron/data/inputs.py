@@ -199,8 +199,10 @@ def _walk(folder: str, above: tuple[str, ...]) -> Iterator[str]:
 
 def _not_output(paths: Sequence[str], output: list[str]) -> list[str]:
     """Those that no tool wrote; the others are added to ``output``."""
-    output += [path for path in paths if _is_output(path)]
-    return [path for path in paths if not _is_output(path)]
+    kept: list[str] = []
+    for path in paths:
+        (output if _is_output(path) else kept).append(path)
+    return kept
 
 
 def _is_output(path: str) -> bool:

@@ -86,7 +86,6 @@ def split(prefix: str, output: str, shares: str, *, overwrite: bool = False) -> 
             raise DataError(f"--split {shares} leaves no document for {name}: {prefix} has {source.index.documents}")
         if share:
             cuts.append((name, first, last))
-    found: list[Written | None] = []
     parts = []
     for name, first, last in cuts:
         facts, target = None, f"{output}_{name}"
@@ -94,14 +93,11 @@ def split(prefix: str, output: str, shares: str, *, overwrite: bool = False) -> 
             command = manifest.digest([source.facts.checksums, first, last])
             made_from = [f"{prefix}[{first}:{last}]"]
             facts = dataclasses.replace(source.facts, made_from=made_from, shard=None, command=command)
-        parts.append((target, (first, last), facts))
-        found.append(_existing(target, facts) if facts and not overwrite else None)
-        if not overwrite and not found[-1]:
+        made = _existing(target, facts) if facts and not overwrite else None
+        if not overwrite and not made:
             check_free(target)
-    return [
-        made or _write(target, [source], [documents], facts, overwrite)
-        for made, (target, documents, facts) in zip(found, parts, strict=True)
-    ]
+        parts.append((made, target, (first, last), facts))
+    return [made or _write(target, [source], [documents], facts, overwrite) for made, target, documents, facts in parts]
 
 
 def _document_at(index: Index, share: float) -> int:
