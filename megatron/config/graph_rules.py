@@ -20,15 +20,15 @@ def graph_problems(config: RunConfig) -> Iterator[str]:
         yield f"{flag} must have --bf16, and the precision is {config.optimizer.precision}; drop it, or use --bf16"
     if config.optimizer.optimizer_cpu_offload:
         yield f"{flag} does not go with --optimizer-cpu-offload, which takes gradients one by one; drop one of the two"
-    if training.checkpoint_activations:
-        yield f"{flag} does not go with --checkpoint-activations, which reads random states back; drop one of the two"
     for option, size in (
         ("--tensor-model-parallel-size", parallel.tensor_model_parallel_size),
         ("--pipeline-model-parallel-size", parallel.pipeline_model_parallel_size),
-        ("--moe-expert-parallel-size", max(parallel.moe_expert_parallel_size) if moe.enabled else 1),
     ):
         if size > 1:
-            yield f"{flag} must have whole models on each process, and {option} is {size}; use {option} 1, or drop it"
+            yield (
+                f"{flag} must have neither tensor nor pipeline parallelism, and {option} is {size}; use {option} 1, or"
+                f" drop {flag}"
+            )
     if not moe.enabled:
         return
     if not moe.moe_token_dropping:

@@ -23,8 +23,8 @@ class TrainingConfig:
     checkpoint_activations: bool = option(False, "Recompute each layer in the backward pass to save memory.")
     compile: bool = option(True, "Do not let torch.compile fuse the layers on GPUs.", flag="--no-compile")
     cuda_graphs: bool = option(
-        False, "bf16 on GPUs, without tensor, pipeline and expert parallelism: a micro-batch is launched as one CUDA "
-        "graph. For small models.",
+        False, "bf16 on GPUs, without tensor and pipeline parallelism: launch a micro-batch as one CUDA graph. For "
+        "what the host launches more slowly than the GPU computes: small micro-batches, recomputation.",
     )  # fmt: skip
     deterministic: bool = option(
         False, "Repeat bit for bit on the same machine and layout; slower, for attention's backward pass most of all."

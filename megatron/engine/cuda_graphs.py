@@ -10,7 +10,11 @@ and happens as without graphs, on the same tensors.
 
 Random numbers are the same too. A kernel in a graph takes the seed from memory that replaying fills, for each generator
 that it was recorded with; within a graph a generator cannot be seeded. As each layer has a seed of its own, each has a
-generator of its own here, which stands in for torch's default one while the layer is recorded.
+generator of its own here, which stands in for torch's default one while the layer is recorded; and a second one, seeded
+alike, for when activation checkpointing runs the layer again.
+
+Tokens travel between processes inside the graph. So all processes of an expert group record, and replay, together: they
+do, as their micro-batches have the same shapes.
 
 The first :data:`WARM_UP` micro-batches run as they are, on the stream of the graph: torch.compile and Triton compile
 then, and libraries make their handles.
@@ -107,7 +111,9 @@ class GraphedMicroBatches:
     def __init__(self, module: nn.Module, model: GPTModel, device: torch.device) -> None:
         self._module, self._model, self._device = module, model, device
         self._parameters = [p for p in module.parameters() if p.requires_grad]
-        self._recorder = CudaRecorder(device, generators=1 + len(model.layers))
+        self._times = 2 if model.checkpoint_activations else 1  # that a layer runs
+        self._begun: set[int] = set()  # layers that have run in this micro-batch
+        self._recorder = CudaRecorder(device, generators=1 + self._times * len(model.layers))
         self._inputs: dict[str, torch.Tensor] = {}
         self._loss_gradient = torch.empty((), device=device)
         self._runs = 0
@@ -141,7 +147,8 @@ class GraphedMicroBatches:
         for name, x in self._inputs.items():
             x.copy_(batch[name], non_blocking=True)
         self._loss_gradient.fill_(1.0 / count)
-        self._recorder.seed([seed, *(layer_seed(seed, layer) for layer in range(len(self._model.layers)))])
+        layer_seeds = [layer_seed(seed, layer) for layer in range(len(self._model.layers))]
+        self._recorder.seed([seed, *layer_seeds * self._times])
         if self._runs < WARM_UP:
             self._recorder.run(self._step)
         else:
@@ -158,14 +165,15 @@ class GraphedMicroBatches:
         """Forward and backward pass, as they are recorded."""
         self._forget()
         seed_layer, self._model.seed_layer = self._model.seed_layer, self._begin_layer
+        self._begun.clear()
         try:
             self._recorder.draw_from(0)
             # not the module itself: DeepSpeed has hung its timers on it
             total, sums = self._module.forward(self._inputs)
+            with _hooks_aside(self._parameters):
+                total.backward(self._loss_gradient)
         finally:
             self._model.seed_layer = seed_layer
-        with _hooks_aside(self._parameters):
-            total.backward(self._loss_gradient)
         self._gradients.extend(parameter.grad for parameter in self._parameters)
         pieces = [*sums.counts, sums.dropped]
         self._losses, self._counts, self._lengths = sums.losses, torch.cat(pieces), [x.numel() for x in pieces]
@@ -176,7 +184,8 @@ class GraphedMicroBatches:
             parameter.grad = None
 
     def _begin_layer(self, seed: int, layer: int) -> None:
-        self._recorder.draw_from(1 + layer)
+        self._recorder.draw_from(1 + layer + (len(self._model.layers) if layer in self._begun else 0))
+        self._begun.add(layer)
 
     @torch.no_grad()
     def _hand_over(self) -> None:

@@ -19,6 +19,7 @@ from megatron.engine.eight_bit import AdamW8bit, Stretch
 from megatron.engine.offload import use_cores
 from megatron.engine.schedule import learning_rate
 from megatron.model.gpt import GPTModel
+from megatron.model.randomness import seed_generators
 from megatron.parallel.initialize import Topology
 from megatron.parallel.replicas import check_replicas
 from megatron.parallel.sharding import global_shape, place, shards_of
@@ -190,7 +191,7 @@ class Engine:
             sums = LossSums(*self._graphs.run(batch, seed, count))
             self._internals.end_backward(self._engine)
             return sums
-        torch.manual_seed(seed)
+        seed_generators(seed)
         loss, sums = self._engine(self._to_device(batch))
         self._engine.backward(loss / count, scale_wrt_gas=False)
         return sums

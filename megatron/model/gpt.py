@@ -3,12 +3,12 @@
 Letters: B batch, S sequence, H hidden, V vocabulary (padded), E experts.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from megatron.config import ModelConfig, MoEConfig
 from megatron.model.attention import KeyValueCache
@@ -17,6 +17,7 @@ from megatron.model.initialization import initialize
 from megatron.model.layer import Routing, TransformerLayer
 from megatron.model.loss import cross_entropy
 from megatron.model.randomness import seed_layer
+from megatron.model.recomputation import run_seeded
 from megatron.parallel.groups import ALONE, ExpertGroup, TensorGroup
 from megatron.parallel.tensor_collectives import gather
 from megatron.parallel.tensor_parallel import LayerNorm
@@ -126,13 +127,15 @@ class GPTModel(nn.Module):
         With sequence parallelism it is this process's piece of the sequence.
         """
         x_BSH = self.embedding(tokens_BS, None if cache is None else cache.begin(tokens_BS.size(1)))
-        recompute = self.checkpoint_activations and self.training and cache is None and torch.is_grad_enabled()
+        recompute = self.checkpoint_activations and cache is None and torch.is_grad_enabled()
         routed: list[Routing] = []
         seed = torch.initial_seed()
         for number, layer in enumerate(self.layers):
             if self.training:
-                self.seed_layer(seed, number)
-            x_BSH, routing = checkpoint(layer, x_BSH, use_reentrant=False) if recompute else layer(x_BSH, cache)
+                seed_this = functools.partial(self.seed_layer, seed, number)
+                x_BSH, routing = run_seeded(functools.partial(layer, cache=cache), x_BSH, seed_this, recompute)
+            else:
+                x_BSH, routing = layer(x_BSH, cache)
             if routing is not None:
                 routed.append(routing)
         return self.final_layernorm(x_BSH), routed

@@ -3,16 +3,17 @@
 Letters: B batch, S sequence, H hidden, V vocabulary (padded).
 """
 
+import functools
 from collections.abc import Mapping
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from megatron.config import MoEConfig
 from megatron.model.embedding import Embedding
 from megatron.model.layer import Routing, TransformerLayer
-from megatron.model.randomness import seed_layer
+from megatron.model.randomness import seed_generators, seed_layer
+from megatron.model.recomputation import run_seeded
 from megatron.parallel.groups import ALONE, TensorGroup
 from megatron.parallel.tensor_parallel import VocabParallelEmbedding
 
@@ -74,16 +75,17 @@ class PipelineStage(nn.Module):
         Returns:
             Activations [B, S, H], of the last stage logits [B, S, V]; and the routing of its MoE layers by layer.
         """
-        recompute = self.checkpoint_activations and self.training and torch.is_grad_enabled()
+        recompute = self.checkpoint_activations and torch.is_grad_enabled()
         if self.is_first:
             if self.training:
-                torch.manual_seed(seed)
+                seed_generators(seed)
             x = self.embedding(x)
         routed: dict[int, Routing] = {}
         for name, layer in self.layers.items():
             if self.training:
-                seed_layer(seed, int(name))
-            x, routing = checkpoint(layer, x, use_reentrant=False) if recompute else layer(x)
+                x, routing = run_seeded(layer, x, functools.partial(seed_layer, seed, int(name)), recompute)
+            else:
+                x, routing = layer(x)
             if routing is not None:
                 routed[int(name)] = routing
                 moe_loss = self.moe.moe_loss_coeff * routing.aux_loss + self.moe.moe_z_loss_coeff * routing.z_loss

@@ -53,6 +53,7 @@ GRAPHS = {"cuda_graphs": True, "device": "cuda"}
         ({"enable_expert_tensor_parallelism": True}, 4),  # without experts there is nothing to share
         (GRAPHS, 4),
         (GRAPHS | {"moe_expert_parallel_size": (2,), "moe_token_dropping": False}, 4),  # a dense model
+        (GRAPHS | MOE | {"checkpoint_activations": True}, 4),
         (GRAPHS | {"num_experts": (8,), "topk": 2, "moe_noise_policy": "RSample"}, 4),
         (GRAPHS | {"num_experts": (8,), "moe_rts": False, "moe_noise_policy": "Jitter"}, 1),
     ],
@@ -102,24 +103,14 @@ def test_valid(values, world_size):
             "--cuda-graphs must have --bf16, and the precision is fp16; drop it, or use --bf16",
         ),
         (
-            GRAPHS | {"checkpoint_activations": True}, 4,
-            "--cuda-graphs does not go with --checkpoint-activations, which reads random states back; drop one of the"
-            " two",
-        ),
-        (
             GRAPHS | {"tensor_model_parallel_size": 2}, 4,
-            "--cuda-graphs must have whole models on each process, and --tensor-model-parallel-size is 2; use"
-            " --tensor-model-parallel-size 1, or drop it",
+            "--cuda-graphs must have neither tensor nor pipeline parallelism, and --tensor-model-parallel-size is 2;"
+            " use --tensor-model-parallel-size 1, or drop --cuda-graphs",
         ),
         (
             GRAPHS | {"pipeline_model_parallel_size": 2}, 4,
-            "--cuda-graphs must have whole models on each process, and --pipeline-model-parallel-size is 2; use"
-            " --pipeline-model-parallel-size 1, or drop it",
-        ),
-        (
-            GRAPHS | MOE, 4,
-            "--cuda-graphs must have whole models on each process, and --moe-expert-parallel-size is 2; use"
-            " --moe-expert-parallel-size 1, or drop it",
+            "--cuda-graphs must have neither tensor nor pipeline parallelism, and --pipeline-model-parallel-size is 2;"
+            " use --pipeline-model-parallel-size 1, or drop --cuda-graphs",
         ),
         (
             GRAPHS | {"num_experts": (8,), "moe_token_dropping": False}, 4,

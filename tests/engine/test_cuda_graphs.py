@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from distributed.spawn import run_distributed
 
-from megatron.config import ModelConfig, MoEConfig, OptimizerConfig, RunConfig, TrainingConfig
+from megatron.config import ModelConfig, MoEConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainingConfig
 
 VOCAB, SEQ, MICRO, COUNT, STEPS = 64, 16, 2, 2, 4
 MODELS = {
@@ -58,7 +58,7 @@ def batch(number: int, length: int = SEQ) -> dict:
     return {"tokens": text[:, :-1], "labels": text[:, 1:], "loss_mask": mask, "sample_index": number * MICRO}
 
 
-def build(moe: MoEConfig, graphs: bool):
+def build(moe: MoEConfig, graphs: bool, recompute: bool):
     from megatron.engine import cuda_graphs
     from megatron.engine.pipeline import build_engine
     from megatron.parallel.initialize import build_groups
@@ -68,9 +68,14 @@ def build(moe: MoEConfig, graphs: bool):
     run = RunConfig(
         model=ModelConfig(num_layers=3, hidden_size=16, num_attention_heads=2, seq_length=SEQ),
         moe=moe,
+        parallel=ParallelConfig(moe_expert_parallel_size=(size,)) if moe.enabled else ParallelConfig(),
         optimizer=OptimizerConfig(lr=1e-2, clip_grad=0.5),
         training=TrainingConfig(
-            train_tokens=10_000, micro_batch_size=MICRO, global_batch_size=MICRO * size, cuda_graphs=graphs
+            train_tokens=10_000,
+            micro_batch_size=MICRO,
+            global_batch_size=MICRO * size,
+            cuda_graphs=graphs,
+            checkpoint_activations=recompute,
         ),
     )
     cuda_graphs.CudaRecorder = FakeRecorder
@@ -78,11 +83,11 @@ def build(moe: MoEConfig, graphs: bool):
     return build_engine(run, topology, VOCAB)
 
 
-def train(moe: MoEConfig, graphs: bool) -> tuple:
+def train(moe: MoEConfig, graphs: bool, recompute: bool) -> tuple:
     """Updates of two micro-batches, in the third a short one; then an evaluation, and an update of one micro-batch."""
     from megatron.parallel.initialize import forget_groups
 
-    engine = build(moe, graphs)
+    engine = build(moe, graphs, recompute)
     rank, size = dist.get_rank(), dist.get_world_size()
     results = []
     for step in range(STEPS):
@@ -98,15 +103,16 @@ def train(moe: MoEConfig, graphs: bool) -> tuple:
     return sums, [r.grad_norm for r in results], (valid.losses, *valid.counts), weights, calls
 
 
-def both(moe: MoEConfig) -> tuple:
-    return train(moe, graphs=False), train(moe, graphs=True)
+def both(moe: MoEConfig, recompute: bool) -> tuple:
+    return train(moe, graphs=False, recompute=False), train(moe, graphs=True, recompute=recompute)
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("name", MODELS)
 def test_losses_norms_and_weights_are_those_without_graphs_bit_for_bit(name: str, size: int):
-    for plain, graphed in run_distributed(both, size, MODELS[name]):
+    """On two processes each has half of the experts, and layers run again in the backward pass."""
+    for plain, graphed in run_distributed(both, size, MODELS[name], size > 1):
         for mine, theirs in zip(graphed[0], plain[0], strict=True):
             assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
         assert graphed[1] == plain[1]
@@ -124,6 +130,7 @@ class Toy(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layers = [None, None]
+        self.checkpoint_activations = False
         self.weight, self.unused = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
         self.seed_layer = None
 

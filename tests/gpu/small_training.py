@@ -4,12 +4,12 @@ import torch
 import torch.distributed as dist
 from distributed.tiny_training import Trained, whole
 
-from megatron.config import ModelConfig, MoEConfig, OptimizerConfig, RunConfig, TrainingConfig
+from megatron.config import ModelConfig, MoEConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainingConfig
 
 VOCAB, SEQ, MICRO, COUNT, STEPS = 1024, 512, 4, 2, 10
 
 
-def build(moe: MoEConfig, dropout: float = 0.1, **training):
+def build(moe: MoEConfig, dropout: float = 0.1, expert_parallel: int = 1, **training):
     """The engine of this process on its GPU; all processes, which are data parallel, have met already."""
     from megatron.engine.pipeline import build_engine
     from megatron.parallel.initialize import build_groups, forget_groups
@@ -26,6 +26,7 @@ def build(moe: MoEConfig, dropout: float = 0.1, **training):
             attention_dropout=dropout,
         ),
         moe=moe,
+        parallel=ParallelConfig(moe_expert_parallel_size=(expert_parallel,)),
         optimizer=OptimizerConfig(lr=1e-3),
         training=TrainingConfig(
             train_tokens=10**9, micro_batch_size=MICRO, global_batch_size=MICRO * COUNT * size, **training

@@ -15,6 +15,7 @@ MODELS = {
     "dense": (MoEConfig(), {}),
     "MoE-8": (MoEConfig(num_experts=(8,)), {}),
     "MoE-8, not compiled": (MoEConfig(num_experts=(8,)), {"compile": False}),
+    "MoE-8, recomputed": (MoEConfig(num_experts=(8,)), {"checkpoint_activations": True}),
     "MoE-8, top-2, residual": (MoEConfig(num_experts=(8,), topk=2, mlp_type="residual"), {}),
     "MoE-8, noise": (MoEConfig(num_experts=(8,), moe_rts=False, moe_noise_policy="Jitter"), {}),
 }
@@ -39,7 +40,7 @@ def graphs_of(engine) -> int:
 
 def train(model: str, count: int):
     """Updates of ``count`` micro-batches with dropout, without graphs and with them."""
-    moe, options = MODELS[model]
+    moe, options = (MODELS | MODELS_OF_TWO)[model]
     plain = updates(build(moe, **options), 0, STEPS, count)
     engine = build(moe, cuda_graphs=True, **options)
     graphed = updates(engine, 0, STEPS, count)
@@ -60,9 +61,19 @@ def test_one_micro_batch_an_update_is_the_same_bit_for_bit():
     assert_same_bits([graphed], [plain])
 
 
+SHARED = {"expert_parallel": 2}  # experts of two processes
+MODELS_OF_TWO = {
+    "dense": MODELS["dense"],
+    "MoE-8": MODELS["MoE-8"],
+    "MoE-8, shared": (MoEConfig(num_experts=(8,)), SHARED),
+    "MoE-8, shared, recomputed": (MoEConfig(num_experts=(8,)), SHARED | {"checkpoint_activations": True}),
+    "MoE-8, shared, top-2": (MoEConfig(num_experts=(8,), topk=2), SHARED),
+}
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-@pytest.mark.parametrize("model", ["dense", "MoE-8"])
-def test_data_parallel_processes_are_the_same_bit_for_bit(model: str):
+@pytest.mark.parametrize("model", MODELS_OF_TWO)
+def test_two_processes_are_the_same_bit_for_bit(model: str):
     for plain, graphed in run_distributed(strictly, 2, train, model, 2, timeout=400, backend="nccl"):
         assert_same_bits([graphed], [plain])
 
