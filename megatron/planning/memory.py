@@ -118,8 +118,9 @@ class _Stage:
         for layer in layers:
             groups = self._groups(parameters_of_stage(config, vocab_size, [layer], first=False, last=False))
             self._made[layer] = self._width * sum(count for count, _ in groups)
-            fp16 = config.optimizer.precision == "fp16"  # they stay until DeepSpeed has reduced them
-            staying[layer] = self._width * sum(n for n, ranks in groups if fp16 or not self._each(ranks).lasting)
+            # in fp16 they stay until DeepSpeed has reduced them, and a CUDA graph has its own, whatever is added up
+            all_stay = config.optimizer.precision == "fp16" or training.cuda_graphs
+            staying[layer] = self._width * sum(n for n, ranks in groups if all_stay or not self._each(ranks).lasting)
         behind = itertools.accumulate((staying[layer] for layer in reversed(layers)), initial=0.0)
         self._staying_behind = dict(zip(reversed(layers), behind, strict=False))
 

@@ -3,6 +3,7 @@
 import dataclasses
 
 from megatron.config import RunConfig
+from megatron.config.graph_rules import graph_problems
 from megatron.planning.devices import USABLE, Device
 from megatron.planning.flops import model_flops_per_token
 from megatron.planning.memory import Memory, memory
@@ -10,6 +11,7 @@ from megatron.planning.parameters import ParameterCount, count_parameters
 from megatron.planning.time import Step, expected_step
 
 GB = 1e9
+WAITS_LONG = 0.05  # of an update
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +166,7 @@ def needs(plan: Plan) -> list[tuple[str, str]]:
             (
                 "speed",
                 f"about {count(step.tokens_per_second)} tokens/s, {step.tflops:.0f} model TFLOP/s a GPU, "
-                f"{step.seconds:.3g} s an update: {shares}",
+                f"{step.seconds:.3g} s an update: {shares}{_hint(config, step)}",
             )
         )
         cost = "" if machine.price is None else f", {step.gpu_hours * machine.price:,.0f} at {machine.price:g} an hour"
@@ -186,6 +188,13 @@ def needs(plan: Plan) -> list[tuple[str, str]]:
         )
     )
     return lines
+
+
+def _hint(config: RunConfig, step: Step) -> str:
+    """How to leave out what the GPU waits for the host, if it is worth it and possible."""
+    graphed = dataclasses.replace(config, training=dataclasses.replace(config.training, cuda_graphs=True))
+    worth_it = step.parts["host"] > WAITS_LONG * step.seconds
+    return "; --cuda-graphs leaves out the host" if worth_it and not any(graph_problems(graphed)) else ""
 
 
 def aligned(lines: list[tuple[str, str]], indent: str = "  ") -> str:

@@ -1,6 +1,7 @@
 """How long a run will take: computation at measured efficiencies, and bytes at given bandwidths.
 
 Measured are steps of one GPU (:mod:`megatron.planning.measured`). On another kind of GPU they are scaled by both peaks.
+Where the host needs longer to launch a micro-batch's kernels than the GPU to run them, the GPU waits for it.
 What several GPUs send is counted (:mod:`megatron.planning.communication`) and divided by a bandwidth; no part of
 it is taken to overlap with computation. So for one H200 the result is close to a measurement, for other layouts it is
 an estimate whose parts are shown.
@@ -26,7 +27,9 @@ SUM_BYTES = 10  # a bf16 gradient added to its fp32 sum
 PARTS = {
     "dense": "matrix products, attention and all between them",
     "experts": "the experts' matrix products and what is lost around them",
+    "dropout": "of attention and hidden states",
     "recomputation": "of activations",
+    "host": "what the GPU waits for its launches, without --cuda-graphs",
     "update": "gradient sums and AdamW",
     "gradients": "and new weights, over data-parallel ranks",
     "all-to-all": "tokens to their experts and back",
@@ -144,19 +147,46 @@ def _dense_rates() -> dict[int, float]:
 def _compute(config: RunConfig, layers: range, vocab_size: int, device: Device, *, last: bool) -> dict[str, float]:
     """Seconds of a stage for one micro-batch, forward and backward."""
     model, moe, tensor = config.model, config.moe, config.parallel.tensor_model_parallel_size
+    recompute = config.training.checkpoint_activations
     rate = flops_per_second(config, device)
     of_token = config.training.micro_batch_size * model.seq_length / tensor / rate
     feed_forward = 4 * model.hidden_size * model.ffn_size * moe.topk
-    dense = experts = 0.0
+    dense = experts = host = 0.0
     for layer in layers:
         flops = layer_flops_per_token(model, moe, layer, model.seq_length)
-        if moe.experts_of_layer(layer) > 1:
+        has_experts = moe.experts_of_layer(layer) > 1
+        if has_experts:
             flops -= feed_forward
             experts += feed_forward * of_token / _of_dense(config, layer)
         dense += flops * of_token
+        host += measured.HOST_MS[recompute][has_experts] / 1e3
     head = head_flops_per_token(model, vocab_size) * of_token if last else 0.0
-    again = dense + experts if config.training.checkpoint_activations else 0.0
-    return {"dense": 3 * (dense + head), "experts": 3 * experts, "recomputation": again}
+    parts = {
+        "dense": 3 * (dense + head),
+        "experts": 3 * experts,
+        "dropout": len(layers) * _dropout(config, device),
+        "recomputation": dense + experts if recompute else 0.0,
+    }
+    waits = 0.0 if config.training.cuda_graphs else max(0.0, host - sum(parts.values()))
+    return parts | {"host": waits}
+
+
+def _dropout(config: RunConfig, device: Device) -> float:
+    """Seconds that dropout adds to a layer for one micro-batch, forward and backward, recomputation included."""
+    model, tensor = config.model, config.parallel.tensor_model_parallel_size
+    tokens, forward_passes = (
+        config.training.micro_batch_size * model.seq_length,
+        1 + config.training.checkpoint_activations,
+    )
+    seconds = 0.0
+    if model.attention_dropout > 0:
+        pairs = tokens * model.seq_length / 2 * model.num_attention_heads / tensor
+        forward, backward = measured.DROPOUT_OF_ATTENTION
+        seconds += pairs * (forward_passes * forward + backward)
+    if model.hidden_dropout > 0:
+        seconds += 2 * tokens * model.hidden_size * (forward_passes + 1) * measured.DROPOUT_OF_HIDDEN
+    precision = config.optimizer.precision
+    return seconds * find_device(measured.DEVICE).peak_flops("bf16") / device.peak_flops(precision)
 
 
 def _of_dense(config: RunConfig, layer: int) -> float:

@@ -13,7 +13,7 @@ from megatron.planning.parameters import count_parameters
 from megatron.planning.plan import Machine, aligned, count, experiment, layout, make_plan, micro_batches, needs
 from megatron.planning.time import expected_step
 
-A100 = find_device("A100")
+A100, H200 = find_device("A100"), find_device("H200")
 
 
 def test_a_plan_puts_the_parts_together():
@@ -34,7 +34,7 @@ def test_moments_in_bf16_are_saved_as_such():
 def test_it_fits_or_it_does_not():
     run = run_of("1.3B+8:8")
     assert not make_plan(run, Machine(1, 1, A100), VOCAB).fits
-    assert make_plan(run, Machine(1, 1, find_device("H200")), VOCAB).fits
+    assert make_plan(run, Machine(1, 1, H200), VOCAB).fits
     just = make_plan(run, Machine(1, 1, A100), VOCAB).memory.peak / 0.94
     assert make_plan(run, Machine(1, 1, dataclasses.replace(A100, memory=just * 1.001)), VOCAB).fits
     assert not make_plan(run, Machine(1, 1, dataclasses.replace(A100, memory=just * 0.999)), VOCAB).fits
@@ -58,6 +58,15 @@ def test_words_of_what_it_needs():
     assert lines["checkpoint"] == f"{12 * plan.parameters.total / 1e9:.1f} GB, 63 s at 10 GB/s"
     assert "all-to-all 4.76" in lines["sent"]
     assert [line.split()[0] for line in aligned(needs(plan)).splitlines()] == list(lines)
+
+
+@pytest.mark.parametrize(
+    ("options", "hinted"),
+    [({}, True), ({"cuda_graphs": True}, False), ({"precision": "fp16"}, False), ({"micro_batch_size": 16}, False)],
+)
+def test_graphs_are_named_where_the_gpu_waits_and_they_can_be_used(options, hinted):
+    plan = make_plan(run_of("350M:1", **({"global_batch_size": 16} | options)), Machine(1, 1, H200), VOCAB)
+    assert dict(needs(plan))["speed"].endswith("; --cuda-graphs leaves out the host") == hinted
 
 
 def test_without_a_known_device_there_are_no_times():

@@ -7,7 +7,7 @@ import pytest
 from megatron.config.errors import ConfigError
 from megatron.planning.devices import find_device
 from megatron.planning.flops import model_flops_per_token
-from megatron.planning.measured import STEPS, VOCAB, run_of
+from megatron.planning.measured import HOST_MS, PUBLISHED, STEPS, VOCAB, run_of
 from megatron.planning.time import PARTS, expected_step
 
 H200 = find_device("H200")
@@ -19,6 +19,35 @@ def test_measured_steps_are_expected(name):
     step = expected_step(run_of(name), 1, VOCAB, H200)
     assert step.seconds * 1e3 == pytest.approx(STEPS[name], rel=0.06 if "+" in name else 1e-6)
     assert set(step.parts) == set(PARTS)
+
+
+@pytest.mark.parametrize(
+    ("options", "seconds"),
+    [
+        (PUBLISHED | {"cuda_graphs": True}, 2.57),
+        (PUBLISHED | {"hidden_dropout": 0.0, "attention_dropout": 0.0, "cuda_graphs": True}, 2.134),
+        ({"cuda_graphs": True}, 1.757),
+    ],
+)
+def test_what_the_gpu_does_in_the_published_run_is_expected(options, seconds):
+    """64 experts on one H200, as measured (docs/results.md): with dropout and recomputation, and without them."""
+    step = expected_step(run_of("350M+64:8:16", **options), 1, VOCAB, H200)
+    assert step.seconds == pytest.approx(seconds, rel=0.03)
+    assert step.parts["host"] == 0
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(("name", "layers"), [("350M:1:8", 0), ("350M+8:1:8", 12)])
+def test_a_gpu_waits_for_the_host_where_micro_batches_are_small(name, layers, recompute):
+    """As measured with sequences of 128 tokens; with graphs, or enough tokens, it does not wait."""
+    short = run_of(name, seq_length=128, checkpoint_activations=recompute)
+    step = expected_step(short, 1, VOCAB, H200)
+    dense, experts = HOST_MS[recompute]
+    host = 8 * ((24 - layers) * dense + layers * experts) / 1e3
+    assert step.seconds - step.parts["update"] == pytest.approx(host)
+    graphed = dataclasses.replace(short, training=dataclasses.replace(short.training, cuda_graphs=True))
+    assert expected_step(graphed, 1, VOCAB, H200).parts["host"] == 0
+    assert expected_step(run_of(name.replace(":1:", ":16:")), 1, VOCAB, H200).parts["host"] == 0
 
 
 def test_a_run_of_given_speed_takes_its_time():
@@ -58,7 +87,7 @@ def test_stages_of_a_pipeline_wait_for_each_other():
     """With p even stages and m micro-batches, (p - 1) / (m + p - 1) of the time is idle."""
     run = run_of("350M:1", global_batch_size=16, pipeline_model_parallel_size=2, pipeline_layer_split="12,12")
     step = expected_step(run, 2, VOCAB, dataclasses.replace(H200, link=1e30))
-    busy = step.parts["dense"]
+    busy = step.parts["dense"] + step.parts["host"]
     assert step.parts["pipeline"] / (busy + step.parts["pipeline"]) == pytest.approx(1 / 17)
 
 
