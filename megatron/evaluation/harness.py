@@ -59,20 +59,31 @@ def evaluate(wanted: Evaluation) -> str | None:
     _check_lengths(tasks, wanted.max_gen_toks, source.config.model.position_rows)
     processes, device = join(wanted.device, wanted.expert_parallel)
     dtype = choose_dtype(wanted.dtype, device, source)
-    log = None
-    if processes.rank == 0:
-        about = {
-            "checkpoint": source.path.name,
-            "contents": hash_file(source.path / MANIFEST),  # which holds the checksums of all other files
-            "tokenizer": tokenizer.fingerprint,
-            "dtype": dtype,
-        }
-        log = RequestLog(Path(wanted.output) / "requests.jsonl", about)
-    model = load_share(source, processes, device, DTYPES[dtype])
-    lm = MegatronLM(model, tokenizer, wanted.batch_size, processes, log)
-    begin = time.perf_counter()
+    about = {
+        "checkpoint": source.path.name,
+        "contents": hash_file(source.path / MANIFEST),  # which holds the checksums of all other files
+        "tokenizer": tokenizer.fingerprint,
+        "dtype": dtype,
+    }
+    path, log = Path(wanted.output) / "requests.jsonl", None
+    with contextlib.ExitStack() as stack:
+        if processes.rank == 0 and path.exists():  # its answers are to be this model's: told before that is loaded
+            log = stack.enter_context(contextlib.closing(RequestLog(path, about)))
+        model = load_share(source, processes, device, DTYPES[dtype])
+        if processes.rank == 0 and log is None:
+            log = stack.enter_context(contextlib.closing(RequestLog(path, about)))
+        lm = MegatronLM(model, tokenizer, wanted.batch_size, processes, log)
+        results = _run(wanted, tasks, lm)
+        if results is None:
+            return None
+        results["config"] |= {"checkpoint": str(source.path), "dtype": dtype, "data_dir": wanted.data_dir}
+        return write(path.parent, wanted.name or source.path.parent.name, results)
+
+
+def _run(wanted: Evaluation, tasks: Sequence[Task], lm: MegatronLM) -> dict[str, Any] | None:
+    """lm-eval's results of all tasks; on process 0."""
+    begin, first = time.perf_counter(), lm.processes.rank == 0
     os.environ["DISABLE_MULTIPROC"] = "1"  # else lm-eval forks this process, whose collectives have threads
-    results: dict[str, Any] | None
     with contextlib.redirect_stdout(sys.stderr):  # standard output is for the results alone
         results = lm_eval.simple_evaluate(
             lm,
@@ -81,14 +92,13 @@ def evaluate(wanted: Evaluation) -> str | None:
             batch_size=wanted.batch_size,
             limit=wanted.limit,
             log_samples=wanted.log_samples,
-            bootstrap_iters=1000 if processes.rank == 0 else 0,
+            bootstrap_iters=1000 if first else 0,
             gen_kwargs={"max_gen_toks": wanted.max_gen_toks} if wanted.max_gen_toks else None,
         )
-    if processes.rank != 0:
+    if not first:
         return None
-    results["config"] |= {"checkpoint": str(source.path), "dtype": dtype, "data_dir": wanted.data_dir}
     results["total_evaluation_time_seconds"] = str(time.perf_counter() - begin)  # as lm-eval's own command has it
-    return write(Path(wanted.output), wanted.name or source.path.parent.name, results)
+    return results
 
 
 def _check_lengths(tasks: Sequence[Task], wanted: int | None, positions: int) -> None:

@@ -1,5 +1,7 @@
 """Finished requests on disk, so that a killed evaluation goes on where it was."""
 
+import errno
+import fcntl
 import hashlib
 import json
 from pathlib import Path
@@ -14,20 +16,42 @@ def key_of(kind: str, *arguments: Any) -> str:
 class RequestLog:
     """Answers by request, a JSON line each; the first line says which model and settings they are of.
 
+    Until it is closed, no other process gets the file.
+
     Args:
-        path: the file, made when the first answer is added.
+        path: the file; it is made.
         about: what the answers depend on.
 
     Raises:
-        ValueError: the file is of another model or other settings, or is not such a file.
+        ValueError: the file is of another model or other settings, or is not such a file; or another evaluation has it.
     """
 
     def __init__(self, path: Path, about: dict[str, Any]) -> None:
         self.path = path
         self._about = json.loads(json.dumps(about))
         self.answers: dict[str, Any] = {}
-        if path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._held = path.open("ab")
+        try:
+            self._take_lock()
             self._read()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Let others have the file."""
+        self._held.close()
+
+    def _take_lock(self) -> None:
+        try:
+            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                raise ValueError(
+                    f"{self.path}: another evaluation is writing there; wait for it, or choose another --output"
+                ) from None
+            # otherwise a file system without locks, and nothing to be had from it
 
     def _read(self) -> None:
         content = self.path.read_bytes()
@@ -49,7 +73,6 @@ class RequestLog:
     def add(self, answers: dict[str, Any]) -> None:
         """Keep these answers, in memory and on disk."""
         self.answers |= answers
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             if file.tell() == 0:
                 file.write(json.dumps({"about": self._about}) + "\n")

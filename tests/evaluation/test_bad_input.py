@@ -1,5 +1,6 @@
 """What is damaged, missing, full or interrupted: an error that names it, and nothing half-written."""
 
+import contextlib
 import json
 import resource
 import shutil
@@ -19,6 +20,7 @@ from megatron.checkpoint import CheckpointError
 from megatron.config import ModelConfig
 from megatron.evaluation.harness import Evaluation, evaluate
 from megatron.evaluation.output import write_whole
+from megatron.evaluation.request_log import RequestLog
 from megatron.evaluation.tasks import LOCAL, build_tasks
 
 SHAPE = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, seq_length=64, init_method_std=0.2)
@@ -174,6 +176,19 @@ def test_a_log_of_something_else_is_refused(wanted, change, message):
     with pytest.raises(ValueError, match=message):
         evaluate(wanted)
     assert log.read_bytes() == content
+
+
+def test_a_second_evaluation_is_kept_out(wanted):
+    """And gets in when the first one has ended, without its answers being lost."""
+    log = Path(wanted.output) / "requests.jsonl"
+    with contextlib.closing(RequestLog(log, {})) as first:
+        first.add({"key": 1.0})
+        content = log.read_bytes()
+        with pytest.raises(ValueError, match="another evaluation is writing there; wait for it, or choose another"):
+            evaluate(wanted)
+    assert log.read_bytes() == content
+    log.unlink()
+    assert evaluate(wanted)
 
 
 @pytest.mark.exhaustive  # starts the tool twice; tests/slurm kills a process of a job

@@ -1,9 +1,11 @@
 """One conversion from beginning to end: read, change, write."""
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron.checkpoint.folder import in_use, latest
 from megatron.checkpoint.formats.changes import average, cast, for_layout
 from megatron.checkpoint.formats.contents import MOMENTS, Contents, without_optimizer
 from megatron.checkpoint.formats.hf import is_hf, read_hf, write_hf
@@ -73,23 +75,23 @@ def convert(job: Conversion) -> Iterator[str]:
     _check_options(job)
     shard = parse_size(job.max_shard_size or "5GB")
     check_free(job.save)
-    contents = read(job)
-    changed = change(contents, job)
-    dropped = len([name for name in contents.tensors if name.startswith(MOMENTS)]) if not changed.has_optimizer else 0
-    contents = changed
-    total = sum(lazy.bytes for lazy in contents.tensors.values())
-    yield f"{contents.where}: {len(contents.tensors)} tensors, {total / 1e9:.3f} GB"
-    if dropped:
-        yield f"left out: the optimizer's state, {dropped} tensors"
-    if job.target == "hf":
-        tokenizer, files = tokenizer_of(contents, job.tokenizer_options)
-        written = write_hf(contents, job.save, tokenizer, files, shard)
-    elif job.target == MEGATRON_DEEPSPEED:
-        if options := no_place(contents.config.moe):
-            yield f"left out, of training: {', '.join(options)}; Megatron-DeepSpeed has no such arguments"
-        written = write_megatron_deepspeed(contents, job.save)
-    else:
-        written = write_native(contents, job.save)
+    with contextlib.ExitStack() as held:
+        contents = read(job, held)
+        changed = change(contents, job)
+        moments = [name for name in contents.tensors if name.startswith(MOMENTS)]
+        total = sum(lazy.bytes for lazy in changed.tensors.values())
+        yield f"{changed.where}: {len(changed.tensors)} tensors, {total / 1e9:.3f} GB"
+        if moments and not changed.has_optimizer:
+            yield f"left out: the optimizer's state, {len(moments)} tensors"
+        if job.target == "hf":
+            tokenizer, files = tokenizer_of(changed, job.tokenizer_options)
+            written = write_hf(changed, job.save, tokenizer, files, shard)
+        elif job.target == MEGATRON_DEEPSPEED:
+            if options := no_place(changed.config.moe):
+                yield f"left out, of training: {', '.join(options)}; Megatron-DeepSpeed has no such arguments"
+            written = write_megatron_deepspeed(changed, job.save)
+        else:
+            written = write_native(changed, job.save)
     yield f"wrote {written}"
 
 
@@ -102,21 +104,27 @@ def _check_options(job: Conversion) -> None:
         raise ValueError(f"--max-shard-size has no meaning for --to {job.target}; drop it")
 
 
-def read(job: Conversion) -> Contents:
-    """What ``job.load`` holds, or the average of ``job.average``."""
+def read(job: Conversion, held: contextlib.ExitStack) -> Contents:
+    """What ``job.load`` holds, or the average of ``job.average``.
+
+    Tensors are read later. Until ``held`` is closed, a run that goes on does not delete its checkpoint as too old.
+    """
     if job.average is None:
-        return _read_one(job, job.load)
+        return _read_one(job, job.load, held)
     if len(job.average) < 2:
         raise ValueError(f"--average {' '.join(job.average)}: give two checkpoints or more")
-    return average([_read_one(job, folder) for folder in job.average])
+    return average([_read_one(job, folder, held) for folder in job.average])
 
 
-def _read_one(job: Conversion, folder: str) -> Contents:
+def _read_one(job: Conversion, folder: str, held: contextlib.ExitStack) -> Contents:
     source = job.source or _format_of(folder)
     if job.gelu_as_tanh and source in ("native", "hf"):
         raise ValueError(f"--gelu-as-tanh has no meaning for {folder}, of format {source}; drop it")
     if source == "native":
-        return _with_tokenizer(read_native(folder), job.tokenizer_options)
+        found = latest(folder) if Path(folder).is_dir() else None
+        if found is not None:
+            held.enter_context(in_use(found))
+        return _with_tokenizer(read_native(found or folder), job.tokenizer_options)
     if source == "hf":
         return read_hf(folder, job.tokenizer_options)
     read = read_megatron_lm if source == MEGATRON_LM else read_megatron_deepspeed

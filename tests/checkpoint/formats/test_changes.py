@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import saved_model
 import torch
 
-from megatron.checkpoint import CheckpointError
+from megatron.checkpoint import CheckpointError, save
 from megatron.checkpoint.formats.contents import Contents
 from megatron.checkpoint.formats.convert import Conversion, convert
 from megatron.checkpoint.formats.inspect import in_words, inspect
@@ -70,6 +71,21 @@ def test_optimizer_is_dropped_and_weights_are_cast(saved, tmp_path):
     assert lean.meta["optimizer"] is None
     for name, lazy in lean.tensors.items():
         assert torch.equal(lazy.read(None).bfloat16(), cast.tensors[name].read(None)), name
+
+
+def test_a_run_that_goes_on_keeps_the_checkpoint_that_is_read(saved, tmp_path):
+    """Its tensors are read one after another, while the run saves others and deletes old ones."""
+    (step,) = saved.folder.glob("step_*")
+    old = tmp_path / "run" / step.name
+    shutil.copytree(step, old)
+    words = convert(Conversion(str(tmp_path / "run"), str(tmp_path / "new"), "native"))
+    assert str(old) in next(words)
+    save(tmp_path / "run", 900, [], {}, keep_last=1)
+    assert old.exists()
+    list(words)
+    assert read_native(tmp_path / "new").tensors.keys() == read_native(saved.folder).tensors.keys()
+    save(tmp_path / "run", 901, [], {}, keep_last=1)
+    assert not old.exists()
 
 
 def test_a_layout_that_cannot_resume_is_refused_at_once(saved, tmp_path):
