@@ -92,12 +92,17 @@ class NoDevice(ValueError):
 
 
 def choose_device(requested: str | None, local_rank: int) -> torch.device:
-    """The device of this rank: ``cuda:LOCAL_RANK``, or the CPU where there is no GPU or ``cpu`` is asked for."""
+    """The device of this rank: ``cuda:LOCAL_RANK``, or the CPU where there is no GPU or ``cpu`` is asked for.
+
+    With ``NCCL_MULTI_RANK_GPU_ENABLE=1``, which NCCL heeds from 2.30 on, processes share the GPUs if there are too few.
+    """
     if requested == "cpu" or (requested is None and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise NoDevice("--device cuda was asked for, but torch finds no GPU; check the driver or use --device cpu")
     count = torch.cuda.device_count()
+    if os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1":
+        return torch.device("cuda", local_rank % count)
     if local_rank >= count:
         raise NoDevice(
             f"process {local_rank} of this node has no GPU of its own: {count} visible; start {count} processes a node"
@@ -138,9 +143,10 @@ def meet(launch: Launch, timeout: datetime.timedelta) -> tuple[Launch, dist.Stor
 def initialize(config: ParallelConfig, launch: Launch, device: torch.device, store: dist.Store) -> Topology:
     """Join all processes and build the groups. ``config`` must have been validated for ``launch.world_size``."""
     backend = config.distributed_backend or ("nccl" if device.type == "cuda" else "gloo")
+    launch.export()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    launch.export()
+        os.environ["LOCAL_RANK"] = str(device.index)  # DeepSpeed takes the GPU of this number
     dist.init_process_group(
         backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=config.timeout
     )

@@ -49,7 +49,7 @@ def run_distributed(
         world_size: how many processes.
         args: anything that pickles; so must the results.
         timeout: seconds for all that the processes do.
-        backend: of their group; with nccl process i uses GPU i.
+        backend: of their group; with nccl process i uses GPU i, or shares it (:mod:`gpu.processes`).
 
     Raises:
         ChildError: with the traceback of each process that raised, or what those that hang or died had printed.
@@ -144,7 +144,8 @@ def _child(
         store = dist.FileStore(str(folder / "store"), world_size)
         limit = datetime.timedelta(seconds=timeout)
         if backend == "nccl":
-            torch.cuda.set_device(rank)
+            torch.cuda.set_device(rank % torch.cuda.device_count())
+            os.environ["LOCAL_RANK"] = str(torch.cuda.current_device())
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
         torch.save(fn(*args), folder / f"result-{rank}.pt")
         if dist.is_initialized():

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed.spawn import run_distributed
+from gpu.processes import needs_two_gpus
 
 from megatron.config import ModelConfig, MoEConfig
 from megatron.moe import MoELayer, fused, kernels
@@ -110,7 +111,7 @@ def test_in_the_interpreter():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@needs_two_gpus
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_on_two_gpus(dtype):
     assert_near(run_distributed(errors, 2, "cuda", dtype, backend="nccl"), TOLERANCE[dtype])

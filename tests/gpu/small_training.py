@@ -32,9 +32,9 @@ def build(moe: MoEConfig, dropout: float = 0.1, expert_parallel: int = 1, **trai
             train_tokens=10**9, micro_batch_size=MICRO, global_batch_size=MICRO * COUNT * size, **training
         ),
     )
-    torch.cuda.set_device(rank)
     forget_groups()
-    topology = build_groups(run.parallel, Launch(rank, size, rank, "127.0.0.1", 0, "test"), torch.device("cuda", rank))
+    device = torch.device("cuda", torch.cuda.current_device())
+    topology = build_groups(run.parallel, Launch(rank, size, rank, "127.0.0.1", 0, "test"), device)
     return build_engine(run, topology, VOCAB)
 
 

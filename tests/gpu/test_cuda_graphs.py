@@ -6,6 +6,7 @@ import torch.distributed as dist
 from distributed.spawn import run_distributed
 from distributed.test_deterministic import assert_same_bits
 from gpu import small_training
+from gpu.processes import needs_two_gpus
 from gpu.small_training import STEPS, batch, build, load, state, updates
 
 from megatron.config import MoEConfig
@@ -71,7 +72,7 @@ MODELS_OF_TWO = {
 }
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@needs_two_gpus
 @pytest.mark.parametrize("model", MODELS_OF_TWO)
 def test_two_processes_are_the_same_bit_for_bit(model: str):
     for plain, graphed in run_distributed(strictly, 2, train, model, 2, timeout=400, backend="nccl"):

@@ -1,11 +1,11 @@
 """On a GPU too a training with ``--deterministic`` repeats bit for bit, compiled layers and dropout included."""
 
 import pytest
-import torch
 from distributed.spawn import run_distributed
 from distributed.test_deterministic import assert_same_bits
 from distributed.tiny_training import Trained
 from gpu import small_training
+from gpu.processes import needs_two_gpus
 
 from megatron.config import MoEConfig
 
@@ -31,7 +31,7 @@ def test_two_runs_are_one_bit_for_bit():
     assert_same_bits(first, second)
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@needs_two_gpus
 def test_two_runs_of_two_processes_are_one_bit_for_bit():
     first, second = (run_distributed(train, 2, timeout=580, backend="nccl")[0] for _ in range(2))
     assert_same_bits(first, second)

@@ -5,11 +5,12 @@ import torch
 from distributed.spawn import run_distributed
 from distributed.test_layouts import LAYOUTS, MODELS
 from distributed.tiny_training import Trained, differences, run_config, train
+from gpu.processes import needs_two_gpus
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.distributed,
-    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
+    needs_two_gpus,
 ]
 OPTIONS = {name: options for name, (size, options) in LAYOUTS.items() if size == 2}
 TOLERANCES = {"bf16": 2e-2, "fp16": 2e-3}  # of the loss, after three updates

@@ -5,13 +5,13 @@ import signal
 
 import pytest
 import tiny_run
-import torch
 from distributed.started import children, output_until_the_end, start, wait_for
+from gpu.processes import needs_two_gpus
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.distributed,
-    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
+    needs_two_gpus,
 ]
 
 

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from megatron.config import ParallelConfig
 from megatron.parallel.grid import Grid
-from megatron.parallel.initialize import Topology, build_groups, forget_groups
+from megatron.parallel.initialize import NoDevice, Topology, build_groups, choose_device, forget_groups
 from megatron.parallel.launch import Launch
 
 
@@ -78,3 +78,14 @@ def test_one_degree_is_known_to_megatron_core_and_equal_groups_are_one(build):
     assert topology.expert_data_group(1) is topology.data_parallel_group
     assert parallel_state.get_expert_model_parallel_world_size() == 1
     assert parallel_state.get_expert_data_parallel_group() is topology.data_parallel_group
+
+
+def test_a_process_has_a_gpu_of_its_own_unless_they_are_shared(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [choose_device(None, rank).index for rank in range(2)] == [0, 1]
+    with pytest.raises(NoDevice, match="process 2 of this node has no GPU of its own: 2 visible; start 2 processes"):
+        choose_device(None, 2)
+    monkeypatch.setenv("NCCL_MULTI_RANK_GPU_ENABLE", "1")
+    assert [choose_device("cuda", rank).index for rank in range(4)] == [0, 1, 0, 1]
+    assert choose_device("cpu", 3).type == "cpu"
