@@ -174,10 +174,8 @@ def _compute(config: RunConfig, layers: range, vocab_size: int, device: Device, 
 def _dropout(config: RunConfig, device: Device) -> float:
     """Seconds that dropout adds to a layer for one micro-batch, forward and backward, recomputation included."""
     model, tensor = config.model, config.parallel.tensor_model_parallel_size
-    tokens, forward_passes = (
-        config.training.micro_batch_size * model.seq_length,
-        1 + config.training.checkpoint_activations,
-    )
+    tokens = config.training.micro_batch_size * model.seq_length
+    forward_passes = 1 + config.training.checkpoint_activations
     seconds = 0.0
     if model.attention_dropout > 0:
         pairs = tokens * model.seq_length / 2 * model.num_attention_heads / tensor
