@@ -10,8 +10,8 @@ from torch.utils.checkpoint import checkpoint
 def run_seeded(layer: Callable[[torch.Tensor], Any], x: torch.Tensor, seed: Callable[[], None], recompute: bool) -> Any:
     """``layer(x)``, after ``seed()`` has seeded what it draws from.
 
-    With ``recompute`` only ``x`` is kept for the backward pass, which seeds and runs the layer again, as far as it needs
-    to: the answers of experts do not travel twice. Seeding is quicker than to keep generators' states and set them.
+    With ``recompute`` only ``x`` is kept for the backward pass, which seeds and runs the layer again as far as it needs
+    to: the experts' last answers do not travel twice. To seed is quicker than to keep generators' states and set them.
     """
 
     def run(x: torch.Tensor) -> Any:
