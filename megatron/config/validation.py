@@ -281,8 +281,7 @@ def _backend(config: RunConfig, world_size: int) -> Iterator[str]:
 
 
 @_rule(
-    *("cuda_graphs", "device", "precision", "checkpoint_activations", "num_experts", "topk", "moe_rts"),
-    *("moe_noise_policy", "moe_token_dropping", "moe_expert_parallel_size"),
+    *("cuda_graphs", "device", "precision", "num_experts", "topk", "moe_rts", "moe_noise_policy", "moe_token_dropping"),
     *("tensor_model_parallel_size", "pipeline_model_parallel_size", "optimizer_cpu_offload"),
 )
 def _graphs(config: RunConfig, world_size: int) -> Iterator[str]:

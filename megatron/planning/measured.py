@@ -1,7 +1,8 @@
 """What was measured on GPUs, as far as plans rest on it: speeds, efficiencies and peaks of memory.
 
-All on one NVIDIA H200, torch 2.11, bf16, sequences of 2 048 tokens, vocabulary 50 304, compiled, without dropout.
-Sources: docs/performance.md, which has the commands and dates.
+All on NVIDIA H200s, one at a time, torch 2.11, bf16, sequences of 2 048 tokens, vocabulary 50 304, compiled, without
+dropout, where nothing else is said. Sources, with the commands and dates: docs/performance.md, and docs/results.md for
+dropout and the published run.
 """
 
 import bisect

@@ -166,7 +166,7 @@ def needs(plan: Plan) -> list[tuple[str, str]]:
             (
                 "speed",
                 f"about {count(step.tokens_per_second)} tokens/s, {step.tflops:.0f} model TFLOP/s a GPU, "
-                f"{step.seconds:.3g} s an update: {shares}{_hint(config, step)}",
+                f"{step.seconds:.3g} s an update: {shares}{_hint(plan, step)}",
             )
         )
         cost = "" if machine.price is None else f", {step.gpu_hours * machine.price:,.0f} at {machine.price:g} an hour"
@@ -190,11 +190,15 @@ def needs(plan: Plan) -> list[tuple[str, str]]:
     return lines
 
 
-def _hint(config: RunConfig, step: Step) -> str:
+def _hint(plan: Plan, step: Step) -> str:
     """How to leave out what the GPU waits for the host, if it is worth it and possible."""
-    graphed = dataclasses.replace(config, training=dataclasses.replace(config.training, cuda_graphs=True))
-    worth_it = step.parts["host"] > WAITS_LONG * step.seconds
-    return "; --cuda-graphs leaves out the host" if worth_it and not any(graph_problems(graphed)) else ""
+    if step.parts["host"] <= WAITS_LONG * step.seconds:
+        return ""
+    training = dataclasses.replace(plan.config.training, cuda_graphs=True)
+    graphed = dataclasses.replace(plan.config, training=training)
+    if any(graph_problems(graphed)) or not make_plan(graphed, plan.machine, plan.vocab_size).fits:
+        return ""
+    return "; --cuda-graphs leaves out the host"
 
 
 def aligned(lines: list[tuple[str, str]], indent: str = "  ") -> str:

@@ -1,7 +1,8 @@
 """How long a run will take: computation at measured efficiencies, and bytes at given bandwidths.
 
 Measured are steps of one GPU (:mod:`megatron.planning.measured`). On another kind of GPU they are scaled by both peaks.
-Where the host needs longer to launch a micro-batch's kernels than the GPU to run them, the GPU waits for it.
+Where the host needs longer to launch a micro-batch's kernels than the GPU to run them and to exchange what they need,
+the GPU waits for it.
 What several GPUs send is counted (:mod:`megatron.planning.communication`) and divided by a bandwidth; no part of
 it is taken to overlap with computation. So for one H200 the result is close to a measurement, for other layouts it is
 an estimate whose parts are shown.
@@ -91,17 +92,19 @@ def expected_step(config: RunConfig, world: int, vocab_size: int, device: Device
     replicas = parallel.data_parallel_size(world)
     micro_batches = training.global_batch_size // (training.micro_batch_size * replicas)
     traffic = communication(config, world, vocab_size, node)
+    sent = {name: _seconds(volume, device) for name, volume in traffic.items()}
+    inside = (sent["all-to-all"] + sent["tensor"]) / micro_batches  # of a micro-batch's passes: the GPU works then, too
     layers, first = place(config, vocab_size).layers, 0
     stages = []
     for stage, count in enumerate(layers):
         here = range(first, first + count)
-        stages.append(_compute(config, here, vocab_size, device, last=stage == len(layers) - 1))
+        work = _compute(config, here, vocab_size, device, last=stage == len(layers) - 1)
+        stages.append(work | {"host": max(0.0, _launches(config, here) - sum(work.values()) - inside)})
         first += count
     slowest = max(stages, key=lambda parts: sum(parts.values()))
     parts = {name: seconds * micro_batches for name, seconds in slowest.items()}
     idle = sum(slowest.values()) * (len(layers) - 1)
     parts["update"] = _update(config, range(layers[0]), vocab_size, micro_batches, replicas, device)
-    sent = {name: _seconds(volume, device) for name, volume in traffic.items()}
     parts["gradients"] = sent["dense"] + sent["experts"]
     parts["all-to-all"], parts["tensor"] = sent["all-to-all"], sent["tensor"]
     parts["pipeline"] = sent["pipeline"] + idle
@@ -145,46 +148,50 @@ def _dense_rates() -> dict[int, float]:
 
 
 def _compute(config: RunConfig, layers: range, vocab_size: int, device: Device, *, last: bool) -> dict[str, float]:
-    """Seconds of a stage for one micro-batch, forward and backward."""
+    """Seconds in which a stage computes one micro-batch, forward and backward."""
     model, moe, tensor = config.model, config.moe, config.parallel.tensor_model_parallel_size
     recompute = config.training.checkpoint_activations
     rate = flops_per_second(config, device)
     of_token = config.training.micro_batch_size * model.seq_length / tensor / rate
     feed_forward = 4 * model.hidden_size * model.ffn_size * moe.topk
-    dense = experts = host = 0.0
+    dense = experts = 0.0
     for layer in layers:
         flops = layer_flops_per_token(model, moe, layer, model.seq_length)
-        has_experts = moe.experts_of_layer(layer) > 1
-        if has_experts:
+        if moe.experts_of_layer(layer) > 1:
             flops -= feed_forward
             experts += feed_forward * of_token / _of_dense(config, layer)
         dense += flops * of_token
-        host += measured.HOST_MS[recompute][has_experts] / 1e3
     head = head_flops_per_token(model, vocab_size) * of_token if last else 0.0
-    parts = {
+    return {
         "dense": 3 * (dense + head),
         "experts": 3 * experts,
         "dropout": len(layers) * _dropout(config, device),
         "recomputation": dense + experts if recompute else 0.0,
     }
-    waits = 0.0 if config.training.cuda_graphs else max(0.0, host - sum(parts.values()))
-    return parts | {"host": waits}
+
+
+def _launches(config: RunConfig, layers: range) -> float:
+    """Seconds that the host needs to launch a micro-batch's kernels in a stage; next to none for a graph."""
+    if config.training.cuda_graphs:
+        return 0.0
+    of_layer = measured.HOST_MS[config.training.checkpoint_activations]
+    return sum(of_layer[config.moe.experts_of_layer(layer) > 1] for layer in layers) / 1e3
 
 
 def _dropout(config: RunConfig, device: Device) -> float:
     """Seconds that dropout adds to a layer for one micro-batch, forward and backward, recomputation included."""
-    model, tensor = config.model, config.parallel.tensor_model_parallel_size
-    tokens = config.training.micro_batch_size * model.seq_length
-    forward_passes = 1 + config.training.checkpoint_activations
+    model, training, tensor = config.model, config.training, config.parallel.tensor_model_parallel_size
+    tokens, forward_passes = training.micro_batch_size * model.seq_length, 1 + training.checkpoint_activations
     seconds = 0.0
     if model.attention_dropout > 0:
         pairs = tokens * model.seq_length / 2 * model.num_attention_heads / tensor
         forward, backward = measured.DROPOUT_OF_ATTENTION
         seconds += pairs * (forward_passes * forward + backward)
     if model.hidden_dropout > 0:
-        seconds += 2 * tokens * model.hidden_size * (forward_passes + 1) * measured.DROPOUT_OF_HIDDEN
-    precision = config.optimizer.precision
-    return seconds * find_device(measured.DEVICE).peak_flops("bf16") / device.peak_flops(precision)
+        elements = tokens * model.hidden_size / (tensor if config.parallel.sequence_parallel else 1)
+        seconds += 2 * elements * (forward_passes + 1) * measured.DROPOUT_OF_HIDDEN
+    peak = device.peak_flops(config.optimizer.precision)
+    return seconds * find_device(measured.DEVICE).peak_flops("bf16") / peak
 
 
 def _of_dense(config: RunConfig, layer: int) -> float:

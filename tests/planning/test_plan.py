@@ -6,7 +6,7 @@ import pytest
 
 from megatron.config.options import build
 from megatron.config.presets import PRESETS
-from megatron.planning.devices import find_device
+from megatron.planning.devices import USABLE, find_device
 from megatron.planning.measured import VOCAB, run_of
 from megatron.planning.memory import memory
 from megatron.planning.parameters import count_parameters
@@ -67,6 +67,18 @@ def test_words_of_what_it_needs():
 def test_graphs_are_named_where_the_gpu_waits_and_they_can_be_used(options, hinted):
     plan = make_plan(run_of("350M:1", **({"global_batch_size": 16} | options)), Machine(1, 1, H200), VOCAB)
     assert dict(needs(plan))["speed"].endswith("; --cuda-graphs leaves out the host") == hinted
+
+
+def test_graphs_are_not_named_where_their_memory_is_missing():
+    """They keep the gradients of a micro-batch, also where these are added up."""
+    run = run_of("350M+8:1", global_batch_size=16)
+    graphed = dataclasses.replace(run, training=dataclasses.replace(run.training, cuda_graphs=True))
+    peaks = [make_plan(each, Machine(1, 1, H200), VOCAB).memory.peak for each in (run, graphed)]
+    assert peaks[0] < 0.99 * peaks[1]
+    for room, hinted in ((1.01 * peaks[1], True), (0.99 * peaks[1], False)):
+        plan = make_plan(run, Machine(1, 1, dataclasses.replace(H200, memory=room / USABLE)), VOCAB)
+        assert plan.fits
+        assert ("--cuda-graphs" in dict(needs(plan))["speed"]) == hinted
 
 
 def test_without_a_known_device_there_are_no_times():

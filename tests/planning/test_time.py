@@ -50,6 +50,28 @@ def test_a_gpu_waits_for_the_host_where_micro_batches_are_small(name, layers, re
     assert expected_step(run_of(name.replace(":1:", ":16:")), 1, VOCAB, H200).parts["host"] == 0
 
 
+def test_a_gpu_that_exchanges_tokens_does_not_wait_for_the_host_meanwhile():
+    """However slow the links are, a micro-batch takes what the host needs, as long as that is more."""
+    run = run_of("350M+8:1:8", seq_length=128, global_batch_size=16, moe_expert_parallel_size=(2,))
+    parts = [expected_step(run, 2, VOCAB, dataclasses.replace(H200, link=link)).parts for link in (4e11, 1e11)]
+    assert parts[0]["host"] > parts[1]["host"] > 0
+    assert parts[0]["host"] + parts[0]["all-to-all"] == pytest.approx(parts[1]["host"] + parts[1]["all-to-all"])
+    assert expected_step(run, 2, VOCAB, dataclasses.replace(H200, link=1e8)).parts["host"] == 0
+
+
+def test_dropout_is_shared_by_tensor_parallel_processes_as_its_elements_are():
+    """Heads always; pieces of the sequence with sequence parallelism."""
+    seconds = {}
+    for name, options in {"one": {}, "heads": {}, "sequence": {"sequence_parallel": True}}.items():
+        size = 1 if name == "one" else 2
+        for kind in ("hidden_dropout", "attention_dropout"):
+            run = run_of("350M:4", tensor_model_parallel_size=size, **options, **{kind: 0.1})
+            seconds[name, kind] = expected_step(run, size, VOCAB, H200).parts["dropout"]
+    assert seconds["heads", "attention_dropout"] == pytest.approx(seconds["one", "attention_dropout"] / 2)
+    assert seconds["heads", "hidden_dropout"] == pytest.approx(seconds["one", "hidden_dropout"])
+    assert seconds["sequence", "hidden_dropout"] == pytest.approx(seconds["one", "hidden_dropout"] / 2)
+
+
 def test_a_run_of_given_speed_takes_its_time():
     run = run_of("350M:16", train_tokens=300 * 10**9)
     step = expected_step(run, 1, VOCAB, H200)
