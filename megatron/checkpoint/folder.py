@@ -200,15 +200,19 @@ def in_use(checkpoint: Path) -> Iterator[None]:
         yield
 
 
-def _is_in_use(checkpoint: Path) -> bool:
-    try:
-        with open(checkpoint / MANIFEST, "r+b") as file:
+@contextlib.contextmanager
+def _kept_from_use(checkpoint: Path) -> Iterator[bool]:
+    """Whether nobody is in :func:`in_use`; if so, who comes waits until this is closed, and sees what is there."""
+    with contextlib.ExitStack() as stack:
+        free = True
+        try:
+            file = stack.enter_context(open(checkpoint / MANIFEST, "r+b"))
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
+        except BlockingIOError:
+            free = False
+        except OSError:
+            pass  # a file system without locks, or no manifest
+        yield free
 
 
 def hash_file(path: Path) -> str:
@@ -295,8 +299,8 @@ def delete_older(folder: Path, keep_last: int) -> None:
         warnings.warn(f"cannot look for old checkpoints in {folder}: {error}", stacklevel=2)
         return
     for path in old:
-        if path.name != marked and not _is_in_use(path):
-            _delete_or_warn(path)
+        if path.name != marked:
+            _delete_or_warn(path, in_use_too=False)
 
 
 def write_file(path: Path, data: bytes) -> FileRecord:
@@ -320,18 +324,21 @@ def sync_folder(path: Path) -> None:
         os.close(handle)
 
 
-def _delete(path: Path) -> None:
+def _delete(path: Path, *, in_use_too: bool = True) -> None:
     """Delete a checkpoint; renamed first, so that half of one never bears a checkpoint's name."""
     doomed = path.with_name(f".{path.name.removeprefix('.').removesuffix('.replaced')}.deleted")
     if doomed.exists():
         shutil.rmtree(doomed)
-    path.rename(doomed)
+    with contextlib.nullcontext(True) if in_use_too else _kept_from_use(path) as free:
+        if not free:
+            return
+        path.rename(doomed)
     shutil.rmtree(doomed)
 
 
-def _delete_or_warn(path: Path) -> None:
+def _delete_or_warn(path: Path, *, in_use_too: bool = True) -> None:
     try:
-        _delete(path)
+        _delete(path, in_use_too=in_use_too)
     except OSError as error:  # the new checkpoint is safe all the same
         warnings.warn(f"cannot delete the old checkpoint {path}: {error}", stacklevel=2)
 

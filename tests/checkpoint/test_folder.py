@@ -1,6 +1,7 @@
 import json
 import os
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -132,6 +133,29 @@ def test_a_checkpoint_being_loaded_is_kept(tmp_path):
         assert load_value(old) == 1.0
     save_value(tmp_path, 300, 3.0, keep_last=1)
     assert names(tmp_path) == ["latest", "step_00000300"]
+
+
+def test_who_comes_when_a_checkpoint_is_deleted_waits_until_it_is_gone(tmp_path, monkeypatch):
+    old = save_value(tmp_path, 100, 1.0)
+    came = threading.Event()
+
+    def come() -> None:
+        with in_use(old):
+            came.set()
+
+    visitor, rename = threading.Thread(target=come), Path.rename
+
+    def rename_while_somebody_comes(path, target):
+        if path == old:
+            visitor.start()
+            assert not came.wait(0.2)
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", rename_while_somebody_comes)
+    save_value(tmp_path, 200, 2.0, keep_last=1)
+    assert came.wait(10)
+    visitor.join()
+    assert names(tmp_path) == ["latest", "step_00000200"]
 
 
 def test_an_old_checkpoint_that_cannot_be_deleted_is_a_warning(tmp_path, monkeypatch):
