@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a ch
 from megatron.config.model_flags import add_dtype_flag, add_tokenizer_files, check_counts, tokenizer_files
 
 DEFAULT_NEW_TOKENS = 128
+LARGEST_SEED = 2**63 - 1  # what torch takes is twice that, which leaves room for the seeds of further continuations
 
 
 @dataclasses.dataclass
@@ -69,6 +70,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     check_counts(parser, args, "max_new_tokens", "num_samples", "batch_size")
     if not args.prompt and args.prompt_file is None:
         parser.error("nothing to continue: give --prompt TEXT or --prompt-file FILE")
+    if not 0 <= args.seed <= LARGEST_SEED:
+        parser.error(f"--seed is {args.seed}; expected 0 to {LARGEST_SEED}")
     return args
 
 

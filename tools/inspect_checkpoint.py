@@ -3,6 +3,7 @@
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -28,10 +29,12 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         about = inspect(args.folder, args.verify)
+        print(json.dumps(about, indent=1) if args.json else in_words(about), flush=True)
+    except BrokenPipeError:  # the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(json.dumps(about, indent=1) if args.json else in_words(about))
     return 0
 
 

@@ -32,12 +32,14 @@ def choose_device(name: str | None) -> torch.device:
     """The device called ``name``; by default the GPU if there is one.
 
     Raises:
-        ValueError: torch knows no such device, or this machine does not have it.
+        ValueError: it is no CPU or GPU, or this machine does not have it.
     """
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:
-        raise ValueError(f"--device {name} is not known; expected cpu, cuda or cuda:N") from None
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {name} is not known; expected cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"--device {name}: torch finds {torch.cuda.device_count()} GPUs; use another, or cpu")
     return device

@@ -1,6 +1,7 @@
 """The command lines that convert and inspect checkpoints."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -69,6 +70,12 @@ def test_the_destination_is_looked_at_before_anything_is_read(tmp_path, capsys, 
     assert (tmp_path / "elsewhere" / "config.json").is_file()
     assert run("convert_checkpoint", *flags, tmp_path / "link") == 1
     assert "is there already and not empty" in capsys.readouterr().err
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    assert run("convert_checkpoint", "--load", saved.folder, "--to", "hf", "--save", tmp_path / "loop") == 1
+    assert f"error: --save {tmp_path / 'loop'}" in capsys.readouterr().err
+    (checkpoint,) = saved.folder.glob("step_*")
+    assert run("convert_checkpoint", *flags, checkpoint / "new" / "one") == 1
+    assert f"is inside the checkpoint {checkpoint}, and would be deleted with it" in capsys.readouterr().err
 
 
 SLOW = """
@@ -93,3 +100,32 @@ def test_nothing_is_left_of_a_conversion_that_is_stopped(tmp_path, number):
         process.send_signal(number)
         assert process.wait(timeout=30) == 128 + number
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("target", ["hf", "megatron-deepspeed"])
+def test_a_file_that_may_not_grow_is_told_and_nothing_is_left(tmp_path, target):
+    """As under a quota, which the room on the disk does not show."""
+    saved = saved_model.save_model(tmp_path)
+    flags = ("--load", saved.folder, "--to", target, "--save", tmp_path / "new" / "out")
+    command = [sys.executable, ROOT / "tools" / "convert_checkpoint.py", *flags]
+    ended = subprocess.run(
+        ["bash", "-c", 'ulimit -f 1 && exec "$@"', "bash", *map(str, command)],
+        env=tiny_run.environment(), capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert ended.returncode == 1, ended.stderr
+    assert re.fullmatch(r"error: --save .*File too large.*; nothing was left behind\n", ended.stderr)
+    assert not (tmp_path / "new").exists()
+
+
+def test_inspection_ends_quietly_when_nobody_reads(tmp_path):
+    saved = saved_model.save_model(tmp_path)
+    command = [sys.executable, ROOT / "tools" / "inspect_checkpoint.py", saved.folder]
+    for output, status, told in (("| true; exit ${PIPESTATUS[0]}", 0, ""), ("> /dev/full", 1, "error: [Errno 28]")):
+        ended = subprocess.run(
+            ["bash", "-c", f'"$@" {output}', "bash", *map(str, command)],
+            env=tiny_run.environment(), capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        assert ended.returncode == status
+        assert ended.stderr.startswith(told)
+        assert "Traceback" not in ended.stderr
+        assert "Exception ignored" not in ended.stderr

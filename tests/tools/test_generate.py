@@ -115,6 +115,7 @@ def test_an_empty_prompt_begins_a_document(run, saved):
         (["--prompt", "\udcff"], 1, "is not UTF-8"),
         (["--prompt", "w1", "--tokenizer-model", "/nowhere.json"], 1, "--tokenizer-model /nowhere.json"),
         (["--prompt", "w1", "--device", "gpu"], 1, "--device gpu is not known"),
+        (["--prompt", "w1", "--seed", str(2**63)], 2, f"--seed is {2**63}; expected 0 to {2**63 - 1}"),
     ],
     ids=str,
 )

@@ -58,7 +58,7 @@ def write_tokenizer(tokenizer: Tokenizer, files: Mapping[str, str], folder: Path
         )
     for field, name in copies.items():
         shutil.copyfile(files[field], folder / name)
-    backend.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer.json").write_text(backend.to_str(pretty=True), encoding="utf-8")  # save() hides OSErrors
     end = backend.id_to_token(tokenizer.eod)
     about = {
         "tokenizer_class": "PreTrainedTokenizerFast",

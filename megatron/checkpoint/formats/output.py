@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron.checkpoint.errors import CheckpointError
-from megatron.checkpoint.folder import sync_folder
+from megatron.checkpoint.folder import MANIFEST, sync_folder
 
 _MARGIN = 64 << 20  # bytes beside the tensors: configuration, tokenizer, file headers
 
@@ -16,9 +16,17 @@ def check_free(folder: str | os.PathLike) -> Path:
     """The absolute name of ``folder``, links followed, if a new folder can take it.
 
     Raises:
-        CheckpointError: something is there already, or a file system is mounted there.
+        CheckpointError: something is there already, a file system is mounted there, or it is inside a checkpoint.
     """
-    final = Path(folder).resolve()
+    try:
+        final = Path(folder).resolve()
+    except RuntimeError as error:  # Python before 3.13
+        raise CheckpointError(f"--save {folder} is a link to itself: {error}; give another folder") from None
+    inside = next((parent for parent in final.parents if (parent / MANIFEST).is_file()), None)
+    if inside is not None:
+        raise CheckpointError(
+            f"--save {folder} is inside the checkpoint {inside}, and would be deleted with it; give a folder outside"
+        )
     if final.exists() and (not final.is_dir() or any(final.iterdir())):
         raise CheckpointError(f"--save {folder} is there already and not empty; give another folder, or remove it")
     if final.is_mount():

@@ -2,6 +2,7 @@
 
 import json
 import re
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -132,8 +133,8 @@ def _safetensors_file(path: Path) -> dict[str, Lazy]:
 
 
 def _torch_file(path: Path) -> dict[str, Lazy]:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    try:  # files of torch before 1.6 are no archives, and come into memory as a whole
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # unpickling raises whatever it likes
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(

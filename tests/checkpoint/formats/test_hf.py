@@ -181,7 +181,7 @@ def random_gpt2(folder: Path, **changes: object) -> GPT2LMHeadModel:
     return model.eval()
 
 
-@pytest.mark.parametrize("kind", ["safetensors", "shards", "torch", "bare_names"])
+@pytest.mark.parametrize("kind", ["safetensors", "shards", "torch", "old_torch", "bare_names"])
 @torch.no_grad()
 def test_gpt2_comes_in_and_goes_out_again(tmp_path, kind):
     model = random_gpt2(tmp_path / "hf")
@@ -193,9 +193,10 @@ def test_gpt2_comes_in_and_goes_out_again(tmp_path, kind):
         tensors = {name.removeprefix("transformer."): t for name, t in tensors.items() if name != "lm_head.weight"}
         tensors |= {"h.0.attn.bias": torch.ones(1, 1, 64, 64), "h.1.attn.masked_bias": torch.tensor(-1e4)}
         save_file(tensors, tmp_path / "hf" / "model.safetensors")
-    if kind == "torch":
+    if kind in ("torch", "old_torch"):  # the second as torch before 1.6
         (tmp_path / "hf" / "model.safetensors").unlink()
-        torch.save(tensors, tmp_path / "hf" / "pytorch_model.bin")
+        file = tmp_path / "hf" / "pytorch_model.bin"
+        torch.save(tensors, file, _use_new_zipfile_serialization=kind == "torch")
     list(run(tmp_path / "hf", tmp_path / "native", "native"))
     ours = load_model(find_checkpoint(tmp_path / "native"))
     tokens = torch.randint(125, (2, 64))

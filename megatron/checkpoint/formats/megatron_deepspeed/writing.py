@@ -129,8 +129,15 @@ def _nested(pieces: dict[str, torch.Tensor]) -> dict[str, Any]:
 
 
 def _on_disk(scratch: Path, tensor: torch.Tensor) -> torch.Tensor:
-    """A copy whose memory is a file without a name, gone with the tensor."""
-    copy = torch.from_file(str(scratch), shared=True, size=tensor.numel(), dtype=tensor.dtype).view(tensor.shape)
+    """A copy whose memory is a file without a name, gone with the tensor.
+
+    Raises:
+        OSError: the file cannot have that size.
+    """
+    try:
+        copy = torch.from_file(str(scratch), shared=True, size=tensor.numel(), dtype=tensor.dtype).view(tensor.shape)
+    except RuntimeError as error:
+        raise OSError(str(error)) from None
     scratch.unlink()
     return copy.copy_(tensor)
 
