@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from megatron.checkpoint.errors import CheckpointError
 from megatron.checkpoint.folder import FileRecord, write_file
 from megatron.checkpoint.formats.contents import Lazy, some
+from megatron.checkpoint.formats.pickles import nothing_run
 from megatron.checkpoint.storage import write_safetensors
 from megatron.checkpoint.tensors import DTYPES, Deferred
 
@@ -133,13 +134,8 @@ def _safetensors_file(path: Path) -> dict[str, Lazy]:
 
 
 def _torch_file(path: Path) -> dict[str, Lazy]:
-    try:  # files of torch before 1.6 are no archives, and come into memory as a whole
+    with nothing_run(path):  # files of torch before 1.6 are no archives, and come into memory as a whole
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # unpickling raises whatever it likes
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(
-            f"{path} cannot be read as tensors only: {first}; fetch it again, or safetensors"
-        ) from None
     if not isinstance(content, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in content.values()):
         raise CheckpointError(f"{path} holds something else than named tensors; expected a PyTorch state dict")
 

@@ -239,6 +239,24 @@ def test_every_tensor_is_accounted_for(tmp_path):
     fails(good | {"lm_head.weight": model.lm_head.weight.detach() + 1}, "lm_head.weight differs from transformer.wte")
 
 
+class Code:
+    """What a hostile pickle would run."""
+
+    def __reduce__(self) -> tuple:
+        return print, ("run",)
+
+
+@pytest.mark.parametrize("archive", [True, False])
+def test_pickled_code_is_named_and_not_run(tmp_path, capsys, archive):
+    model = random_gpt2(tmp_path / "hf")
+    (tmp_path / "hf" / "model.safetensors").unlink()
+    content, file = model.state_dict() | {"more": Code()}, tmp_path / "hf" / "pytorch_model.bin"
+    torch.save(content, file, _use_new_zipfile_serialization=archive)
+    with pytest.raises(CheckpointError, match=r"pytorch_model.bin .* names \S*print, which is not allowed"):
+        list(run(tmp_path / "hf", tmp_path / "native", "native"))
+    assert capsys.readouterr().out == ""
+
+
 def test_damage_is_found_before_anything_is_written(tmp_path):
     saved = saved_model.save_model(tmp_path)
     export = tmp_path / "hf"

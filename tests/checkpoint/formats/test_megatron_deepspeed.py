@@ -182,6 +182,11 @@ def test_what_is_missing_or_hostile_is_named(written, tmp_path):
     fails(r"word_embeddings.weight has a piece of \[64, 32\], expected \[64, 16\]", first, content)
     content["args"].swiglu = True
     fails("holds a model that is not known here: swiglu True", first, content)
+    copy.mkdir()
+    (copy / "latest").write_bytes(b"\xff")
+    (copy / "mp_rank_00_model_states.pt").touch()  # so that it looks like one of theirs
+    with pytest.raises(CheckpointError, match="latest names '\N{REPLACEMENT CHARACTER}', which is no folder"):
+        run(saved, copy, tmp_path / "native")
     with pytest.raises(CheckpointError, match="holds no tokenizer; give the model's by --tokenizer-type"):
         list(convert(Conversion(str(tag), str(tmp_path / "native"), "native")))
 

@@ -21,7 +21,7 @@ import torch
 from megatron.checkpoint.errors import CheckpointError
 from megatron.checkpoint.formats.contents import Lazy, some
 from megatron.checkpoint.formats.megatron_deepspeed.names import EXPERTS
-from megatron.checkpoint.formats.megatron_deepspeed.pickles import load_pickle
+from megatron.checkpoint.formats.pickles import load_pickle
 
 Pieces = list[Lazy]  # of one tensor, by tensor-parallel rank
 _RANK = re.compile(r"mp_rank_(\d+)_model_states\.pt")
@@ -78,7 +78,7 @@ def _tag(folder: Path) -> Path:
         raise CheckpointError(f"{folder} does not exist; give the folder that holds mp_rank_00_model_states.pt")
     tag = folder
     if (folder / "latest").is_file():
-        name = (folder / "latest").read_text().strip()
+        name = (folder / "latest").read_text(errors="replace").strip()
         if Path(name).name != name or not (folder / name).is_dir():
             raise CheckpointError(f"{folder / 'latest'} names {name!r}, which is no folder in {folder}; restore it")
         tag = folder / name

@@ -21,8 +21,8 @@ from megatron.checkpoint.formats.contents import Lazy, some
 from megatron.checkpoint.formats.megatron_deepspeed.core_names import from_core
 from megatron.checkpoint.formats.megatron_deepspeed.layouts import Found, flat, lazy_of, named
 from megatron.checkpoint.formats.megatron_deepspeed.names import EXPERTS
-from megatron.checkpoint.formats.megatron_deepspeed.pickles import load_pickle
 from megatron.checkpoint.formats.megatron_deepspeed.torch_dist import METADATA, find_distributed
+from megatron.checkpoint.formats.pickles import load_pickle
 
 _TRACKER = "latest_checkpointed_iteration.txt"
 _MODEL_FILES = ("model_optim_rng.pt", "model_rng.pt")
@@ -50,7 +50,7 @@ def _iteration(folder: Path) -> Path:
         raise CheckpointError(f"{folder} does not exist; give the folder of Megatron-LM's --save")
     if not (folder / _TRACKER).is_file():
         return folder
-    text = (folder / _TRACKER).read_text().strip()
+    text = (folder / _TRACKER).read_text(errors="replace").strip()
     name = f"iter_{int(text):07d}" if text.isdecimal() else text
     if not (text.isdecimal() or text == "release") or not (folder / name).is_dir():
         raise CheckpointError(

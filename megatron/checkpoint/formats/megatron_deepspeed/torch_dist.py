@@ -23,7 +23,7 @@ from megatron.checkpoint.errors import CheckpointError
 from megatron.checkpoint.formats.contents import Lazy, some
 from megatron.checkpoint.formats.megatron_deepspeed.core_names import from_core
 from megatron.checkpoint.formats.megatron_deepspeed.layouts import Found
-from megatron.checkpoint.formats.megatron_deepspeed.pickles import load_metadata, load_pickle, load_tensor
+from megatron.checkpoint.formats.pickles import load_metadata, load_pickle, load_tensor
 from megatron.checkpoint.formats.shards import read_json
 from megatron.checkpoint.storage import BoxLoadPlanner
 

@@ -89,7 +89,7 @@ def load_pickle(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the file is damaged, names anything else, which is told, or holds no dictionary.
     """
-    with _nothing_run(path):
+    with nothing_run(path):
         unread = [(Unread, name) for name in _UNREAD]
         with torch.serialization.safe_globals([*ALLOWED, *unread]):
             # torch before 1.6 wrote files of another kind, which come into memory as a whole
@@ -105,7 +105,7 @@ def load_tensor(path: Path, offset: int, length: int) -> torch.Tensor:
     Raises:
         CheckpointError: there is none.
     """
-    with _nothing_run(path), open(path, "rb") as file:
+    with nothing_run(path), open(path, "rb") as file:
         file.seek(offset)
         tensor = torch.load(io.BytesIO(file.read(length)), map_location="cpu", weights_only=True)
     if not isinstance(tensor, torch.Tensor):
@@ -121,7 +121,7 @@ def load_metadata(path: Path) -> Metadata:
     Raises:
         CheckpointError: it is damaged or names anything else, which is told.
     """
-    with _nothing_run(path), open(path, "rb") as file:
+    with nothing_run(path), open(path, "rb") as file:
         metadata = _MetadataUnpickler(file).load()
     if not isinstance(metadata, Metadata):
         raise CheckpointError(f"{path} holds {type(metadata).__name__}; expected what torch's checkpoints hold there")
@@ -139,7 +139,8 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 @contextlib.contextmanager
-def _nothing_run(path: Path) -> Iterator[None]:
+def nothing_run(path: Path) -> Iterator[None]:
+    """Around what unpickles ``path`` under a restriction: its errors are CheckpointErrors that say what was found."""
     try:
         yield
     except Exception as error:  # unpickling raises whatever it likes
