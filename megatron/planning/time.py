@@ -211,12 +211,20 @@ def _update(
     share = 1 if config.parallel.enable_expert_tensor_parallelism else config.parallel.tensor_model_parallel_size
     pieces = held.dense / replicas + sum(n / (replicas // degree * share) for degree, n in held.experts.items())
     sums = 0 if _no_sums(config, replicas, micro_batches) else held.total * SUM_BYTES * micro_batches
-    return (pieces * UPDATE_BYTES + sums) / (device.bandwidth * measured.UPDATE_OF_BANDWIDTH)
+    more = 0.0
+    if config.optimizer.optimizer_cpu_offload:
+        more = pieces * measured.UPDATE_ON_HOST
+    elif config.optimizer.optimizer_name == "adamw8bit":
+        more = pieces * measured.UPDATE_IN_8_BITS * find_device(measured.DEVICE).bandwidth / device.bandwidth
+    return (pieces * UPDATE_BYTES + sums) / (device.bandwidth * measured.UPDATE_OF_BANDWIDTH) + more
 
 
 def _no_sums(config: RunConfig, replicas: int, micro_batches: int) -> bool:
     """Whether gradients are used as the backward pass leaves them."""
-    return replicas == 1 and micro_batches == 1 and config.parallel.pipeline_model_parallel_size == 1
+    optimizer = config.optimizer
+    as_they_come = optimizer.precision != "fp32" and optimizer.optimizer_name == "adamw"
+    single = replicas == 1 and micro_batches == 1 and config.parallel.pipeline_model_parallel_size == 1
+    return as_they_come and single
 
 
 def _seconds(sent: Traffic, device: Device) -> float:

@@ -36,6 +36,21 @@ def test_what_the_gpu_does_in_the_published_run_is_expected(options, seconds):
     assert step.parts["host"] == 0
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "milliseconds"),
+    [
+        ("1.3B:8", {"optimizer_name": "adamw8bit"}, 288.6),
+        ("1.3B+8:8", {"optimizer_name": "adamw8bit"}, 353.8),
+        ("1.3B+22:8", {"optimizer_name": "adamw8bit"}, 489.6),
+        ("1.3B:8", {"optimizer_cpu_offload": True}, 1484.2),
+        ("350M+8:16", {"optimizer_cpu_offload": True}, 1083.1),
+    ],
+)
+def test_updates_of_smaller_optimizer_states_take_longer(name, options, milliseconds):
+    """As measured (docs/memory.md)."""
+    assert expected_step(run_of(name, **options), 1, VOCAB, H200).seconds * 1e3 == pytest.approx(milliseconds, rel=0.06)
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize(("name", "layers"), [("350M:1:8", 0), ("350M+8:1:8", 12)])
 def test_a_gpu_waits_for_the_host_where_micro_batches_are_small(name, layers, recompute):
