@@ -198,7 +198,8 @@ def _of_dense(config: RunConfig, layer: int) -> float:
     """Speed of an MoE layer's feed-forward as a part of that of the dense one; exchanges are counted apart."""
     degree, experts = config.expert_parallel_degree(layer), config.moe.experts_of_layer(layer)
     rows = rows_of_experts(config, layer)[0] / experts * degree
-    return measured.between(measured.EXPERTS_OF_DENSE, rows)
+    table = measured.EXPERTS_OF_DENSE if config.moe.moe_token_dropping else measured.DROPLESS_OF_DENSE
+    return measured.between(table, rows)
 
 
 def _update(

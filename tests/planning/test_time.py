@@ -139,6 +139,8 @@ def test_small_buffers_slow_the_experts_down():
     few, many = (expected_step(run_of(name), 1, VOCAB, H200) for name in ("350M+8:8", "350M+128:8"))
     assert few.parts["dense"] < many.parts["dense"] * 1.01  # the routers
     assert few.parts["experts"] < many.parts["experts"]
+    dropless = expected_step(run_of("350M+8:8", moe_token_dropping=False), 1, VOCAB, H200)
+    assert dropless.parts["experts"] > few.parts["experts"]
 
 
 def test_a_device_without_a_known_peak_is_refused():
