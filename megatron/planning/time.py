@@ -159,7 +159,7 @@ def _compute(config: RunConfig, layers: range, vocab_size: int, device: Device, 
         flops = layer_flops_per_token(model, moe, layer, model.seq_length)
         if moe.experts_of_layer(layer) > 1:
             flops -= feed_forward
-            experts += feed_forward * of_token / _of_dense(config, layer)
+            experts += feed_forward * of_token * _slots(config, layer) / _of_dense(config, layer)
         dense += flops * of_token
     head = head_flops_per_token(model, vocab_size) * of_token if last else 0.0
     return {
@@ -192,6 +192,14 @@ def _dropout(config: RunConfig, device: Device) -> float:
         seconds += 2 * elements * (forward_passes + 1) * measured.DROPOUT_OF_HIDDEN
     peak = device.peak_flops(config.optimizer.precision)
     return seconds * find_device(measured.DEVICE).peak_flops("bf16") / peak
+
+
+def _slots(config: RunConfig, layer: int) -> float:
+    """Rows that experts compute for each choice of a token: slots are computed, full or not."""
+    parallel = config.parallel
+    share = 1 if parallel.enable_expert_tensor_parallelism else parallel.tensor_model_parallel_size
+    rows, choices = rows_of_experts(config, layer)
+    return rows * share / choices if config.moe.moe_token_dropping else 1.0
 
 
 def _of_dense(config: RunConfig, layer: int) -> float:

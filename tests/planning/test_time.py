@@ -143,6 +143,12 @@ def test_small_buffers_slow_the_experts_down():
     assert dropless.parts["experts"] > few.parts["experts"]
 
 
+def test_slots_are_computed_full_or_not():
+    run = run_of("350M+8:16", moe_train_capacity_factor=2.0)
+    twice, once = (expected_step(each, 1, VOCAB, H200).parts["experts"] for each in (run, run_of("350M+8:16")))
+    assert twice == pytest.approx(2 * once, rel=0.03)  # larger buffers are faster, or slower, by a little
+
+
 def test_a_device_without_a_known_peak_is_refused():
     with pytest.raises(ConfigError, match=r"the peak of Tesla V100.* in bf16 is not known"):
         expected_step(run_of("350M:4"), 1, VOCAB, find_device("V100"))
