@@ -190,8 +190,8 @@ def _dropout(config: RunConfig, device: Device) -> float:
     if model.hidden_dropout > 0:
         elements = tokens * model.hidden_size / (tensor if config.parallel.sequence_parallel else 1)
         seconds += 2 * elements * (forward_passes + 1) * measured.DROPOUT_OF_HIDDEN
-    peak = device.peak_flops(config.optimizer.precision)
-    return seconds * find_device(measured.DEVICE).peak_flops("bf16") / peak
+    numbers = 2 if config.optimizer.precision == "fp32" else 1  # no products, but twice the bytes
+    return numbers * seconds * find_device(measured.DEVICE).peak_flops("fp16") / device.peak_flops("fp16")
 
 
 def _slots(config: RunConfig, layer: int) -> float:

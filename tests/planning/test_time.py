@@ -143,6 +143,15 @@ def test_small_buffers_slow_the_experts_down():
     assert dropless.parts["experts"] > few.parts["experts"]
 
 
+def test_products_in_fp32_are_those_without_tf32():
+    """NVIDIA's data sheet of the A100: 19.5 TFLOP/s of 312."""
+    bf16, fp32 = (
+        expected_step(run_of("350M:16", precision=p), 1, VOCAB, find_device("A100")) for p in ("bf16", "fp32")
+    )
+    assert fp32.parts["dense"] == pytest.approx(bf16.parts["dense"] * 312 / 19.5)
+    assert expected_step(run_of("350M:16", precision="fp32"), 1, VOCAB, find_device("V100")).seconds > fp32.seconds
+
+
 def test_slots_are_computed_full_or_not():
     run = run_of("350M+8:16", moe_train_capacity_factor=2.0)
     twice, once = (expected_step(each, 1, VOCAB, H200).parts["experts"] for each in (run, run_of("350M+8:16")))
