@@ -117,6 +117,11 @@ find_python() { # sets PYTHON, for this machine, and interpreter, for the traine
     fi
     command -v "$PYTHON" >/dev/null ||
         fail "PYTHON is '$PYTHON', which is no program here; give the path of a Python that has torch, or leave it out"
+    if [[ "${DRY_RUN:-}" == 1 || (-z "$interpreter" && "${DRY_RUN:-}" != command) ]]; then
+        "$PYTHON" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)' ||
+            fail "PYTHON is '$PYTHON', $(command -v "$PYTHON"), which has no torch; activate the environment that has it," \
+                "or give PYTHON=PATH, or make one: source tools/setup_env.sh && setup_env"
+    fi
     : "${interpreter:=$PYTHON}"
     export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 }

@@ -24,6 +24,9 @@
 #   the others are those of the launch script; see: bash examples_moe/pretrain_gpt_125M_dense.sh --help
 set -euo pipefail
 
+case "${1:-}" in
+    -h | --help) sed -n '/^# An example/,/^#   the others/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && exit 0 ;;
+esac
 read -r -a rates <<<"${RATES:-3e-4 6e-4 1.2e-3}"
 read -r -a seeds <<<"${SEEDS:-1 2}"
 if [[ -z "${SLURM_ARRAY_TASK_ID:-}" ]]; then

@@ -25,6 +25,10 @@
 # More variables: JSON_KEY (text), EXTRA_ARGS (more flags of tools/preprocess_data.py), ROOT (the checkout), PYTHON.
 set -euo pipefail
 
+case "${1:-}" in
+    -h | --help) sed -n '/^# A corpus/,/^# More variables/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && exit 0 ;;
+esac
+
 fail() {
     printf 'error: %s\n' "$1" >&2
     exit 2

@@ -9,6 +9,7 @@ import bisect
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ STEPS = {"350M:16": 170.8, "350M+8:16": 174.3, "350M+32:16": 195.4, "1.3B:8": 25
 # python -m benchmarks.moe_layer: rows of an expert's buffer -> time of the dense feed-forward of the same FLOPs over
 # that of the MoE layer, forward and backward; 16 384 tokens of hidden size 2 048, 32 768 of 1 024
 EXPERTS_OF_DENSE = {128: 0.58, 256: 0.76, 512: 0.86, 1024: 0.88, 2048: 0.93, 4096: 0.91}
+# the same without a capacity (--mode dropless), of tokens that choose all experts equally often
+DROPLESS_OF_DENSE = {128: 0.48, 256: 0.65, 512: 0.80, 1024: 0.78, 2048: 0.88, 4096: 0.82}
 
 # Seconds that dropout adds for each element: of attention probabilities, in a forward and in a backward pass, and of
 # hidden states, in any pass (350M+MoE-64, micro-batches of 8, profiles with dropout and without)
@@ -40,6 +43,11 @@ HOST_MS = {False: (2.15, 4.63), True: (3.86, 7.55)}
 
 # AdamW: bytes a second that its kernel moves, of the GPU's 4.8e12
 UPDATE_OF_BANDWIDTH = 4.1 / 4.8
+
+# Seconds a weight that an update takes beyond that: with 8-bit moments, and in CPU memory, by four threads of a host
+# with one process (docs/memory.md: 1.3B:8, 1.3B+8:8; 1.3B:8, 350M+8:16)
+UPDATE_IN_8_BITS = 17e-12
+UPDATE_ON_HOST = 0.89e-9
 
 # Share of a link's data-sheet bandwidth that collectives reach. Not measured between nodes: an assumption.
 LINK_REACHED = 0.7
@@ -125,6 +133,7 @@ def run_of(name: str, **options: Any) -> RunConfig:
 
 
 WRITER = "benchmarks.train_step --json"
+_RUN = re.compile(rf"({'|'.join(map(re.escape, PRESETS))})(\+[1-9]\d*)?(:[1-9]\d*){{1,2}}")
 
 
 def peaks_in(file: Path) -> list[Peak]:
@@ -151,7 +160,11 @@ def peaks_in(file: Path) -> list[Peak]:
     if "dropout" in content:
         options |= {"hidden_dropout": content["dropout"], "attention_dropout": content["dropout"]}
     rows = (row | {"run": row["run"].removesuffix(" ours")} for row in content["rows"])
-    return [Peak(row["run"], row["memory_gb"], options) for row in rows if " " not in row["run"]]
+    peaks = [Peak(row["run"], row["memory_gb"], options) for row in rows if " " not in row["run"]]
+    for peak in peaks:
+        if not _RUN.fullmatch(peak.run) or not isinstance(peak.gb, int | float):
+            raise ValueError(f"{file}: got {peak.gb!r} GB of the run {peak.run!r}; give what {WRITER} writes")
+    return peaks
 
 
 def between(table: dict[int, float], at: float) -> float:

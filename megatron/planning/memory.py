@@ -66,6 +66,7 @@ class Memory:
     moment: str
     stage: int
     between: float  # bytes between two updates
+    cpu: float  # bytes in CPU memory, of the process that needs most there
 
     @property
     def peak(self) -> float:
@@ -86,7 +87,7 @@ def memory(config: RunConfig, world: int, vocab_size: int, *, kernels: bool = Tr
     for stage, count in enumerate(layers):
         found.append(_Stage(config, world, vocab_size, stage, range(first, first + count), kernels).peak())
         first += count
-    return max(found, key=lambda each: each.peak)
+    return dataclasses.replace(max(found, key=lambda each: each.peak), cpu=max(each.cpu for each in found))
 
 
 class _Stage:
@@ -140,7 +141,8 @@ class _Stage:
             moments["reduction of gradients"] = {"gradients": copied}
         moment, parts = max(moments.items(), key=lambda item: sum(item[1].values()))
         whole = {name: states.get(name, 0.0) + parts.get(name, 0.0) for name in PARTS}
-        return Memory(whole, moment, self._stage, between=sum(states.values()))
+        cpu = sum(count * self._each(ranks).cpu for count, ranks in self._groups(self._parameters))
+        return Memory(whole, moment, self._stage, between=sum(states.values()), cpu=cpu)
 
     # ------------------------------------------------------------------------------------------------ between updates
 

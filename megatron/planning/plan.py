@@ -160,6 +160,10 @@ def needs(plan: Plan) -> list[tuple[str, str]]:
         ("memory", f"{used.peak / GB:.1f} GB a GPU{limit}; {where}{used.moment}: {parts}"),
         ("FLOPs", f"{count(flops)} a token, {flops * tokens:.3g} in all"),
     ]
+    if used.cpu:
+        node = min(machine.world, machine.node)
+        words = f"{used.cpu / GB:.1f} GB or more a process, {used.cpu * node / GB:.0f} for {node} of a node"
+        lines.insert(2, ("CPU memory", f"{words}, for the optimizer's state"))
     if step is not None:
         shares = ", ".join(f"{name} {seconds / step.seconds:.0%}" for name, seconds in step.parts.items() if seconds)
         lines.append(

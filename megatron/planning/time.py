@@ -159,7 +159,7 @@ def _compute(config: RunConfig, layers: range, vocab_size: int, device: Device, 
         flops = layer_flops_per_token(model, moe, layer, model.seq_length)
         if moe.experts_of_layer(layer) > 1:
             flops -= feed_forward
-            experts += feed_forward * of_token / _of_dense(config, layer)
+            experts += feed_forward * of_token * _slots(config, layer) / _of_dense(config, layer)
         dense += flops * of_token
     head = head_flops_per_token(model, vocab_size) * of_token if last else 0.0
     return {
@@ -190,15 +190,24 @@ def _dropout(config: RunConfig, device: Device) -> float:
     if model.hidden_dropout > 0:
         elements = tokens * model.hidden_size / (tensor if config.parallel.sequence_parallel else 1)
         seconds += 2 * elements * (forward_passes + 1) * measured.DROPOUT_OF_HIDDEN
-    peak = device.peak_flops(config.optimizer.precision)
-    return seconds * find_device(measured.DEVICE).peak_flops("bf16") / peak
+    numbers = 2 if config.optimizer.precision == "fp32" else 1  # no products, but twice the bytes
+    return numbers * seconds * find_device(measured.DEVICE).peak_flops("fp16") / device.peak_flops("fp16")
+
+
+def _slots(config: RunConfig, layer: int) -> float:
+    """Rows that experts compute for each choice of a token: slots are computed, full or not."""
+    parallel = config.parallel
+    share = 1 if parallel.enable_expert_tensor_parallelism else parallel.tensor_model_parallel_size
+    rows, choices = rows_of_experts(config, layer)
+    return rows * share / choices if config.moe.moe_token_dropping else 1.0
 
 
 def _of_dense(config: RunConfig, layer: int) -> float:
     """Speed of an MoE layer's feed-forward as a part of that of the dense one; exchanges are counted apart."""
     degree, experts = config.expert_parallel_degree(layer), config.moe.experts_of_layer(layer)
     rows = rows_of_experts(config, layer)[0] / experts * degree
-    return measured.between(measured.EXPERTS_OF_DENSE, rows)
+    table = measured.EXPERTS_OF_DENSE if config.moe.moe_token_dropping else measured.DROPLESS_OF_DENSE
+    return measured.between(table, rows)
 
 
 def _update(
@@ -211,12 +220,20 @@ def _update(
     share = 1 if config.parallel.enable_expert_tensor_parallelism else config.parallel.tensor_model_parallel_size
     pieces = held.dense / replicas + sum(n / (replicas // degree * share) for degree, n in held.experts.items())
     sums = 0 if _no_sums(config, replicas, micro_batches) else held.total * SUM_BYTES * micro_batches
-    return (pieces * UPDATE_BYTES + sums) / (device.bandwidth * measured.UPDATE_OF_BANDWIDTH)
+    more = 0.0
+    if config.optimizer.optimizer_cpu_offload:
+        more = pieces * measured.UPDATE_ON_HOST
+    elif config.optimizer.optimizer_name == "adamw8bit":
+        more = pieces * measured.UPDATE_IN_8_BITS * find_device(measured.DEVICE).bandwidth / device.bandwidth
+    return (pieces * UPDATE_BYTES + sums) / (device.bandwidth * measured.UPDATE_OF_BANDWIDTH) + more
 
 
 def _no_sums(config: RunConfig, replicas: int, micro_batches: int) -> bool:
     """Whether gradients are used as the backward pass leaves them."""
-    return replicas == 1 and micro_batches == 1 and config.parallel.pipeline_model_parallel_size == 1
+    optimizer = config.optimizer
+    as_they_come = optimizer.precision != "fp32" and optimizer.optimizer_name == "adamw"
+    single = replicas == 1 and micro_batches == 1 and config.parallel.pipeline_model_parallel_size == 1
+    return as_they_come and single
 
 
 def _seconds(sent: Traffic, device: Device) -> float:

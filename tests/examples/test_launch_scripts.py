@@ -235,6 +235,7 @@ def test_several_nodes_without_slurm():
         ({"DATA_PATH": "0.7 a b"}, "DATA_PATH is '0.7 a b', 3 words"),
         ({"DATA_PATH": "x", "MASTER_PORT": 65536}, "from 1 to 65535"),
         ({"DATA_PATH": "x", "PYTHON": "/none/python"}, "PYTHON is '/none/python', which is no program here"),
+        ({"DATA_PATH": "x", "PYTHON": "false"}, "which has no torch; activate the environment that has it"),
         ({"DATA_PATH": "x", "SLURM_JOB_ID": 7}, "SLURM_JOB_ID is '7' and SLURM_JOB_NODELIST ''"),
         ({"DATA_PATH": "x", "SLURM_JOB_ID": "seven", "SLURM_JOB_NODELIST": "a"}, "SLURM_JOB_ID is 'seven'"),
     ],

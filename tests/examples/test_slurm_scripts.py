@@ -185,6 +185,15 @@ def test_help_of_a_chain(slurm):
     assert "DEPENDENCY" in done.stdout
 
 
+@pytest.mark.parametrize(("name", "last"), [("array.sh", "--help"), ("preprocess_array.sh", "PYTHON.")])
+def test_help_of_an_array(name, last):
+    done = subprocess.run(["bash", FOLDER / "slurm" / name, "--help"], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "sbatch" in done.stdout
+    assert done.stdout.split()[-1] == last
+    assert "#" not in done.stdout
+
+
 def test_tasks_of_the_array_are_the_pairs(slurm):
     shown = []
     for task in range(4):

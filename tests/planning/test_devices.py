@@ -40,3 +40,8 @@ def test_torch_s_name_and_memory(name, memory, like):
 def test_what_is_not_known():
     assert device_of("Some GPU 5000", 1e9) is None
     assert device_of("NVIDIA A1000", 8e9) is None
+
+
+def test_the_peak_of_a_slice_of_a_gpu_is_not_known():
+    found = device_of("NVIDIA A100-SXM4-40GB MIG 1g.5gb", 5e9)
+    assert [found.peak_flops(precision) for precision in ("bf16", "fp16", "fp32")] == [None] * 3

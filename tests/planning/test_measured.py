@@ -42,7 +42,10 @@ def test_peaks_are_read_from_what_the_benchmark_writes(tmp_path):
     )  # fmt: skip
 
 
-def test_another_file_is_refused(tmp_path):
-    (tmp_path / "a.json").write_text(json.dumps({"rows": [{"run": "x"}]}))
+@pytest.mark.parametrize(
+    "row", [{"run": "350M:16"}, {"run": "350M", "memory_gb": 1}, {"run": "350M:16", "memory_gb": "1"}]
+)
+def test_another_file_is_refused(row, tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps({"rows": [row]}))
     with pytest.raises(ValueError, match=r"give what benchmarks\.train_step --json writes"):
         peaks_in(tmp_path / "a.json")

@@ -60,6 +60,17 @@ def test_words_of_what_it_needs():
     assert [line.split()[0] for line in aligned(needs(plan)).splitlines()] == list(lines)
 
 
+def test_an_offloaded_optimizer_takes_cpu_memory():
+    """18 bytes a weight over the replicas (docs/memory.md), of which each of these experts has one."""
+    run = build(PRESETS["350M+MoE-128"] | {"optimizer_cpu_offload": True})
+    experts = 12 * 2 * (8 * 1024**2 + 5 * 1024)  # of a process, in 12 layers
+    plan = make_plan(run, Machine(64, 8, A100), VOCAB)
+    dense = plan.parameters.total - 64 * experts
+    assert plan.memory.cpu == pytest.approx(18 * (experts + dense / 64))
+    assert dict(needs(plan))["CPU memory"].startswith("3.7 GB or more a process, 30 for 8 of a node")
+    assert "CPU memory" not in dict(needs(make_plan(build(PRESETS["350M+MoE-128"]), Machine(64, 8, A100), VOCAB)))
+
+
 @pytest.mark.parametrize(
     ("options", "hinted"),
     [({}, True), ({"cuda_graphs": True}, False), ({"precision": "fp16"}, False), ({"micro_batch_size": 16}, False)],

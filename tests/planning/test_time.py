@@ -36,6 +36,21 @@ def test_what_the_gpu_does_in_the_published_run_is_expected(options, seconds):
     assert step.parts["host"] == 0
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "milliseconds"),
+    [
+        ("1.3B:8", {"optimizer_name": "adamw8bit"}, 288.6),
+        ("1.3B+8:8", {"optimizer_name": "adamw8bit"}, 353.8),
+        ("1.3B+22:8", {"optimizer_name": "adamw8bit"}, 489.6),
+        ("1.3B:8", {"optimizer_cpu_offload": True}, 1484.2),
+        ("350M+8:16", {"optimizer_cpu_offload": True}, 1083.1),
+    ],
+)
+def test_updates_of_smaller_optimizer_states_take_longer(name, options, milliseconds):
+    """As measured (docs/memory.md)."""
+    assert expected_step(run_of(name, **options), 1, VOCAB, H200).seconds * 1e3 == pytest.approx(milliseconds, rel=0.06)
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize(("name", "layers"), [("350M:1:8", 0), ("350M+8:1:8", 12)])
 def test_a_gpu_waits_for_the_host_where_micro_batches_are_small(name, layers, recompute):
@@ -124,6 +139,23 @@ def test_small_buffers_slow_the_experts_down():
     few, many = (expected_step(run_of(name), 1, VOCAB, H200) for name in ("350M+8:8", "350M+128:8"))
     assert few.parts["dense"] < many.parts["dense"] * 1.01  # the routers
     assert few.parts["experts"] < many.parts["experts"]
+    dropless = expected_step(run_of("350M+8:8", moe_token_dropping=False), 1, VOCAB, H200)
+    assert dropless.parts["experts"] > few.parts["experts"]
+
+
+def test_products_in_fp32_are_those_without_tf32():
+    """NVIDIA's data sheet of the A100: 19.5 TFLOP/s of 312."""
+    bf16, fp32 = (
+        expected_step(run_of("350M:16", precision=p), 1, VOCAB, find_device("A100")) for p in ("bf16", "fp32")
+    )
+    assert fp32.parts["dense"] == pytest.approx(bf16.parts["dense"] * 312 / 19.5)
+    assert expected_step(run_of("350M:16", precision="fp32"), 1, VOCAB, find_device("V100")).seconds > fp32.seconds
+
+
+def test_slots_are_computed_full_or_not():
+    run = run_of("350M+8:16", moe_train_capacity_factor=2.0)
+    twice, once = (expected_step(each, 1, VOCAB, H200).parts["experts"] for each in (run, run_of("350M+8:16")))
+    assert twice == pytest.approx(2 * once, rel=0.03)  # larger buffers are faster, or slower, by a little
 
 
 def test_a_device_without_a_known_peak_is_refused():

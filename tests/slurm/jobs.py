@@ -35,9 +35,10 @@ ENDLESS = {"TRAIN_TOKENS": 25 * TOKENS}  # minutes
 SRUN = {"LAUNCHER": "srun"}
 TORCHRUN = {"LAUNCHER": "torchrun", "PYTHON": sys.executable}
 DEEPSPEED = {"LAUNCHER": "deepspeed", "PYTHON": sys.executable}
-# Notes who it is, and becomes the interpreter. PYTHON_EXEC is torchrun's name for that of the ranks.
+# Notes who it is, unless the script only asks it for torch, and becomes the interpreter. PYTHON_EXEC
+# is torchrun's name for that of the ranks.
 INTERPRETER = f"""#!/usr/bin/env bash
-printf '%s\\n' "$SLURM_JOB_ID ${{SLURM_RESTART_COUNT:-0}} ${{RANK:-$SLURM_PROCID}} $(hostname) $$ \\
+[[ "$1" == -c ]] || printf '%s\\n' "$SLURM_JOB_ID ${{SLURM_RESTART_COUNT:-0}} ${{RANK:-$SLURM_PROCID}} $(hostname) $$ \\
 ${{LOCAL_RANK:-$SLURM_LOCALID}} $CUDA_VISIBLE_DEVICES" >>"$SEEN"
 exec {sys.executable} "$@"
 """
