@@ -1,5 +1,6 @@
 """Checksums of files, and writing them whole or not at all."""
 
+import errno
 import hashlib
 import os
 import threading
@@ -76,20 +77,33 @@ def check_writable(prefix: str) -> None:
         raise DataError(f"{prefix}: no permission to write to {folder}")
 
 
+def try_lock(file: IO | int) -> bool | None:
+    """Take the lock on an open file, for as long as it is open.
+
+    Returns:
+        Whether it is this process's, and no other's; None where the platform or the file system has no locks.
+    """
+    if fcntl is None:
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return False if error.errno in (errno.EAGAIN, errno.EACCES) else None
+    return True
+
+
 def take_lock(file: IO, prefix: str) -> None:
     """Keep other processes from writing what this one writes as ``prefix``, until ``file`` is closed.
 
     Raises:
         DataError: another process has the lock, or had it and has just renamed or removed ``file``.
     """
-    if fcntl is None:
+    free = try_lock(file)
+    if free is None:
         return
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        free = os.path.exists(file.name) and os.path.samestat(os.fstat(file.fileno()), os.stat(file.name))
-    except BlockingIOError:
-        free = False
-    except OSError:  # a file system without locks
+        free = free and os.path.exists(file.name) and os.path.samestat(os.fstat(file.fileno()), os.stat(file.name))
+    except OSError:
         return
     if not free:
         raise DataError(f"{prefix}: another process is writing it; wait for that one or give another --output-prefix")

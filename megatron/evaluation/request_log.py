@@ -1,11 +1,11 @@
 """Finished requests on disk, so that a killed evaluation goes on where it was."""
 
-import errno
-import fcntl
 import hashlib
 import json
 from pathlib import Path
 from typing import Any
+
+from megatron.data.files import try_lock
 
 
 def key_of(kind: str, *arguments: Any) -> str:
@@ -33,7 +33,10 @@ class RequestLog:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._held = path.open("ab")
         try:
-            self._take_lock()
+            if try_lock(self._held) is False:
+                raise ValueError(
+                    f"{path}: another evaluation is writing there; wait for it, or choose another --output"
+                )
             self._read()
         except BaseException:
             self.close()
@@ -42,16 +45,6 @@ class RequestLog:
     def close(self) -> None:
         """Let others have the file."""
         self._held.close()
-
-    def _take_lock(self) -> None:
-        try:
-            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES):
-                raise ValueError(
-                    f"{self.path}: another evaluation is writing there; wait for it, or choose another --output"
-                ) from None
-            # otherwise a file system without locks, and nothing to be had from it
 
     def _read(self) -> None:
         content = self.path.read_bytes()

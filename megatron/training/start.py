@@ -1,8 +1,6 @@
 """What a run makes sure of before it starts: folders it may write to, and the checkpoint that all ranks go on from."""
 
 import contextlib
-import errno
-import fcntl
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -15,6 +13,7 @@ import torch.distributed as dist
 from megatron.checkpoint import latest, read_meta
 from megatron.config import RunConfig
 from megatron.config.errors import ConfigError
+from megatron.data.files import try_lock
 from megatron.parallel.initialize import Topology
 from megatron.training.spikes import Update, checkpoint_before
 
@@ -156,14 +155,8 @@ def only_run_in(save: str | None, topology: Topology) -> Iterator[None]:
         if save is None:
             return
         held.append(os.open(Path(save) / ".lock", os.O_RDWR | os.O_CREAT, 0o644))
-        try:
-            fcntl.flock(held[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES):
-                raise ConfigError(
-                    f"--save {save}: another run is writing there; wait for it or choose another folder"
-                ) from None
-            # otherwise a file system without locks, and nothing to be had from it
+        if try_lock(held[0]) is False:
+            raise ConfigError(f"--save {save}: another run is writing there; wait for it or choose another folder")
 
     _as_first_rank(lock, topology)
     try:
