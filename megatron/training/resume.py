@@ -11,6 +11,7 @@ from megatron.checkpoint import CheckpointError, load
 from megatron.config import RunConfig
 from megatron.config.flags import from_dict, to_dict
 from megatron.config.options import OPTIONS
+from megatron.data.data_state import DataState
 from megatron.data.tokenizer import Tokenizer
 from megatron.engine.engine import Engine
 from megatron.parallel.initialize import Topology
@@ -19,6 +20,8 @@ from megatron.training.spikes import Detours, SpikeWatch
 
 # Options that may change at a resume without changing how the run goes on.
 _HARMLESS = {
+    # the data are compared by their content, and go on in the order of the checkpoint's seed
+    *("data_path", "split", "change_blend"),
     *("device", "num_workers", "data_cache_path", "vocab_file", "merge_file", "tokenizer_model", "tokenizer_type"),
     "allow_tokenizer_mismatch",
     *("eval_interval", "eval_iters", "checkpoint_activations", "max_skipped_updates", "moe_eval_capacity_factor"),
@@ -37,6 +40,7 @@ def describe(
     tokenizer: Tokenizer,
     optimizer: dict[str, Any],
     world_size: int,
+    data: DataState,
 ) -> dict[str, Any]:
     """The metadata of a checkpoint, JSON-able."""
     return {
@@ -48,6 +52,7 @@ def describe(
         "tokenizer": {"vocab_size": tokenizer.vocab_size, "fingerprint": tokenizer.fingerprint},
         "optimizer": optimizer,
         "world_size": world_size,
+        "data": data.state(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
     }
 
