@@ -1,8 +1,8 @@
 """Attention's dropout on a GPU: the rate that training really gets, and the same mask forward and backward.
 
 With queries and keys of 0 every probability of row i is 1 / (i + 1). If dimension d of the values is 1 at one key and 0
-elsewhere, that of the output is the key's probability after dropout: 0 where it was dropped. With a gradient that is 1 at
-one row in each dimension, the gradient of the values is the probabilities with the mask of the backward pass.
+elsewhere, that of the output is the key's probability after dropout: 0 where it was dropped. If the gradient of the
+output is 1 at one row in each dimension, that of the values has the probabilities after the backward pass's dropout.
 
 Letters: B batch, S sequence, N heads, D head size, H hidden.
 """
