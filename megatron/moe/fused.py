@@ -26,14 +26,18 @@ MOST_EXPERTS = 1024
 
 def routes(router: Router, x: torch.Tensor) -> bool:
     """Whether :func:`route` can take the place of ``router`` for input ``x``."""
-    return (
+    if not (
         router.topk == 1
         and router.num_experts <= MOST_EXPERTS
         and not router.tensor_group.sequence_parallel
         and not (router.training and router.noise_policy is not None)
         and x.numel() > 0
         and kernels.usable(x)
-    )
+    ):
+        return False
+    from megatron.moe.kernels.gate import fits
+
+    return fits(x, router.weight)
 
 
 def route(router: Router, x: torch.Tensor) -> Routing:

@@ -11,6 +11,8 @@ atomically, so results are deterministic, and the host waits for nothing.
 Letters: T tokens, H hidden, E experts, C capacity, R rows of all buffers, B tokens of a block.
 """
 
+import functools
+import sys
 from typing import NamedTuple
 
 import torch
@@ -172,12 +174,46 @@ def _gate_backward(
         tl.store(dx_at + start, dx.to(dx_ptr.dtype.element_ty), mask=where)
 
 
-def _tile(E: int) -> tuple[int, int, int, int]:
-    """Tokens of a block, experts rounded up, columns at a time, warps: accumulators fill the registers at most half."""
+class _Tile(NamedTuple):
+    """How the gate kernels cut their work."""
+
+    BT: int  # tokens of a block
+    BE: int  # experts, rounded up
+    BK: int  # columns of H at a time
+    warps: int
+    stages: int  # of the loop over columns: so many blocks of them are in shared memory at once
+
+
+def _tile(E: int, itemsize: int, shared: int) -> _Tile | None:
+    """The largest cut whose blocks fit into ``shared`` bytes, or None.
+
+    Logits fill the registers at most half. At most, the backward kernel has in shared memory the gradient of a block's
+    logits, and for each stage a block of the router's weight and one of the tokens.
+    """
     BE = max(16, triton.next_power_of_2(E))
-    if BE <= 128:
-        return 64, BE, 64, 4
-    return max(16, 16384 // BE), BE, 64 if BE <= 256 else 32, 8
+    BT, BK, warps = (64, 64, 4) if BE <= 128 else (max(16, 16384 // BE), 64 if BE <= 256 else 32, 8)
+    for columns, stages in ((BK, 3), (BK, 2), (BK, 1), (16, 1)):
+        if (BT * BE + stages * columns * (BT + BE)) * itemsize <= shared:
+            return _Tile(BT, BE, columns, warps, stages)
+    return None
+
+
+@functools.cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a kernel can have; without limit in Triton's interpreter."""
+    if device.type != "cuda":
+        return sys.maxsize
+    return triton.runtime.driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
+
+
+def _tile_for(x_TH: torch.Tensor, weight_EH: torch.Tensor) -> _Tile | None:
+    itemsize = 4 if _ieee(x_TH, weight_EH) else x_TH.element_size()
+    return _tile(weight_EH.size(0), itemsize, _shared_memory(x_TH.device))
+
+
+def fits(x_TH: torch.Tensor, weight_EH: torch.Tensor) -> bool:
+    """Whether the device has the shared memory that the kernels need for so many experts in this number format."""
+    return _tile_for(x_TH, weight_EH) is not None
 
 
 class Decided(NamedTuple):
@@ -191,7 +227,7 @@ def launch_forward(x_TH: torch.Tensor, weight_EH: torch.Tensor, capacity: int | 
     """The forward kernels; see :func:`gate`."""
     T, H = x_TH.shape
     E = weight_EH.size(0)
-    BT, BE, BK, warps = _tile(E)
+    BT, BE, BK, warps, stages = _tile_for(x_TH, weight_EH)
     B = block_size(BE)
     gate_blocks, blocks = triton.cdiv(T, BT), triton.cdiv(T, B)
     R = T if capacity is None else E * capacity
@@ -207,7 +243,7 @@ def launch_forward(x_TH: torch.Tensor, weight_EH: torch.Tensor, capacity: int | 
     if T:
         _gate_forward[(gate_blocks,)](
             x_TH, weight_EH, expert_T, gate_T, lse_T, p_sum, z_sum, T, H, E, BT, BE, BK, _ieee(x_TH, weight_EH),
-            num_warps=warps, num_stages=3,
+            num_warps=warps, num_stages=stages,
         )  # fmt: skip
         order[(blocks,)](
             expert_T, count, token_R, seed, T, E, R, low, high, blocks,
@@ -244,7 +280,7 @@ def launch_backward(
     expert_T, lse_T, row_T, counts_E = decided
     T, H = x_TH.shape
     E = weight_EH.size(0)
-    BT, BE, BK, warps = _tile(E)
+    BT, BE, BK, warps, stages = _tile_for(x_TH, weight_EH)
     ieee = _ieee(x_TH, weight_EH)
     zero = lse_T.new_zeros(())
     losses = torch.stack([zero if d is None else d.float() for d in d_losses])
@@ -256,7 +292,7 @@ def launch_backward(
             x_TH, weight_EH, expert_T, lse_T, row_T, counts_E, d_gate, losses, d_logits_TE,
             dx_TH if dx is None else dx, dx_TH, T, H, E, parts,
             BT, BE, BK, triton.next_power_of_2(parts), ieee, dx is not None, by_row,
-            num_warps=warps, num_stages=3,
+            num_warps=warps, num_stages=stages,
         )  # fmt: skip
     d_weight_EH = d_logits_TE.T @ x_TH.to(d_logits_TE.dtype)
     return dx_TH, d_weight_EH.to(weight_EH.dtype)
@@ -294,7 +330,7 @@ def gate(
 
     Args:
         x_TH: in bf16, fp16 or fp32; contiguous.
-        weight_EH: of the router, E at most 1 024.
+        weight_EH: of the router, E at most 1 024; see :func:`fits`.
         capacity: rows of each expert's buffer; None for as many as needed.
         random: an over-full expert keeps a random choice of its tokens instead of the first; drawn by a random order of
             the tokens, which follows from one number of torch's default generator of the device.
