@@ -191,7 +191,8 @@ def _tile(E: int, itemsize: int, shared: int) -> _Tile | None:
     logits, and for each stage a block of the router's weight and one of the tokens.
     """
     BE = max(16, triton.next_power_of_2(E))
-    BT, BK, warps = (64, 64, 4) if BE <= 128 else (max(16, 16384 // BE), 64 if BE <= 256 else 32, 8)
+    BT, warps = (64, 4) if BE <= 128 else (max(16, 16384 // BE), 8)
+    BK = 64 if BE * itemsize <= 512 else 32
     for columns, stages in ((BK, 3), (BK, 2), (BK, 1), (16, 1)):
         if (BT * BE + stages * columns * (BT + BE)) * itemsize <= shared:
             return _Tile(BT, BE, columns, warps, stages)
