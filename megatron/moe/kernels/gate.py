@@ -13,6 +13,7 @@ Letters: T tokens, H hidden, E experts, C capacity, R rows of all buffers, B tok
 
 import functools
 import sys
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -217,6 +218,9 @@ def fits(x_TH: torch.Tensor, weight_EH: torch.Tensor) -> bool:
     return _tile_for(x_TH, weight_EH) is not None
 
 
+Agree = Callable[[torch.Tensor], object]
+
+
 class Decided(NamedTuple):
     """What :func:`launch_forward` computes: the public part, and what the way back needs of it."""
 
@@ -224,7 +228,9 @@ class Decided(NamedTuple):
     lse_T: torch.Tensor  # fp32, logsumexp of each token's logits
 
 
-def launch_forward(x_TH: torch.Tensor, weight_EH: torch.Tensor, capacity: int | None, random: bool) -> Decided:
+def launch_forward(
+    x_TH: torch.Tensor, weight_EH: torch.Tensor, capacity: int | None, random: bool, agree: Agree | None = None
+) -> Decided:
     """The forward kernels; see :func:`gate`."""
     T, H = x_TH.shape
     E = weight_EH.size(0)
@@ -246,6 +252,8 @@ def launch_forward(x_TH: torch.Tensor, weight_EH: torch.Tensor, capacity: int | 
             x_TH, weight_EH, expert_T, gate_T, lse_T, p_sum, z_sum, T, H, E, BT, BE, BK, _ieee(x_TH, weight_EH),
             num_warps=warps, num_stages=stages,
         )  # fmt: skip
+        if agree is not None:
+            agree(expert_T)
         order[(blocks,)](
             expert_T, count, token_R, seed, T, E, R, low, high, blocks,
             B, BE, min(B, max(16, 8192 // BE)), random,
@@ -306,8 +314,8 @@ def _ieee(x_TH: torch.Tensor, weight_EH: torch.Tensor) -> bool:
 
 class _Gate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_TH, weight_EH, capacity, random):
-        (gate_T, aux_loss, z_loss, *rest), lse_T = launch_forward(x_TH, weight_EH, capacity, random)
+    def forward(ctx, x_TH, weight_EH, capacity, random, agree):
+        (gate_T, aux_loss, z_loss, *rest), lse_T = launch_forward(x_TH, weight_EH, capacity, random, agree)
         expert_T, _, row_T, counts_E, *_ = rest
         ctx.save_for_backward(x_TH, weight_EH, expert_T, lse_T, row_T, counts_E)
         ctx.set_materialize_grads(False)
@@ -321,11 +329,11 @@ class _Gate(torch.autograd.Function):
         d_gate_T = torch.zeros_like(decided[1]) if d_gate_T is None else d_gate_T.contiguous()
         dx_TH = None if dx_TH is None else dx_TH.clone(memory_format=torch.contiguous_format)
         dx_TH, d_weight_EH = launch_backward(x_TH, weight_EH, decided, d_gate_T, (d_aux, d_z), dx_TH, by_row=False)
-        return dx_TH, d_weight_EH, None, None
+        return dx_TH, d_weight_EH, None, None, None
 
 
 def gate(
-    x_TH: torch.Tensor, weight_EH: torch.Tensor, capacity: int | None, *, random: bool
+    x_TH: torch.Tensor, weight_EH: torch.Tensor, capacity: int | None, *, random: bool, agree: Agree | None = None
 ) -> tuple[torch.Tensor, Gating]:
     """Route each token to its best expert.
 
@@ -335,9 +343,11 @@ def gate(
         capacity: rows of each expert's buffer; None for as many as needed.
         random: an over-full expert keeps a random choice of its tokens instead of the first; drawn by a random order of
             the tokens, which follows from one number of torch's default generator of the device.
+        agree: is given each token's expert, int32 [T], before slots follow from them, and may write others in their
+            place. Gates stay those of the highest logits, so it is for choices that rounding alone can tell apart.
 
     Returns:
         ``x_TH`` to go on with (its gradient is then added to the router's where that is computed), and the decisions.
     """
-    x_TH, *gating = _Gate.apply(x_TH, weight_EH.contiguous(), capacity, random)
+    x_TH, *gating = _Gate.apply(x_TH, weight_EH.contiguous(), capacity, random, agree)
     return x_TH, Gating(*gating)
