@@ -15,7 +15,7 @@ from torch import nn
 from megatron.checkpoint import Box, ShardedTensor, flat_boxes
 from megatron.config import MoEConfig, RunConfig
 from megatron.engine.cuda_graphs import GraphedMicroBatches
-from megatron.engine.eight_bit import AdamW8bit, Stretch
+from megatron.engine.eight_bit import AdamW8bit, Stretch, warn_of_slow_decay
 from megatron.engine.offload import use_cores
 from megatron.engine.schedule import learning_rate
 from megatron.model.gpt import GPTModel
@@ -140,6 +140,8 @@ class Engine:
         if config.optimizer.optimizer_cpu_offload and topology.device.type == "cuda":
             use_cores(topology.launch.world_size)
         self._adam = build_adam(module, config.optimizer, config.training.compile)
+        if isinstance(self._adam, AdamW8bit) and topology.launch.rank == 0:
+            warn_of_slow_decay((config.optimizer.adam_beta1, config.optimizer.adam_beta2))
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=module,
             optimizer=self._adam,
