@@ -10,6 +10,7 @@ from megatron.checkpoint import CheckpointError
 from megatron.config import RunConfig
 from megatron.config.flags import to_dict
 from megatron.config.validation import validate
+from megatron.data.documents import check_documents
 from megatron.data.gpt_dataset import build_datasets
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.engine import deepspeed_config
@@ -139,6 +140,7 @@ def _run(config: RunConfig, topology: Topology, stop: StopRequest, line: Line | 
         config.training.eval_iters * config.training.global_batch_size if config.training.eval_interval else 0
     )
     train_data, valid_data, _ = build_datasets(config, tokenizer, (samples, valid_samples, 0))
+    check_documents(config.data, tokenizer)
     if _stops_early(stop, config, topology, clock):
         return
 
