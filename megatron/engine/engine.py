@@ -189,9 +189,9 @@ class Engine:
 
     def _forward_backward(self, batch: Mapping[str, Any], count: int) -> LossSums:
         """One of ``count`` micro-batches of an update: its losses; its gradients are added to the update's."""
+        self._check_documents(batch)
         seed = micro_batch_seed(self._config.training.seed, int(batch["sample_index"]))
         if self._graphs is not None and self._graphs.serves(batch):
-            self._check_documents(batch)
             sums = LossSums(*self._graphs.run(batch, seed, count))
             self._internals.end_backward(self._engine)
             return sums
@@ -228,6 +228,7 @@ class Engine:
         self._engine.eval()
         sums: LossSums | None = None
         for batch in micro_batches:
+            self._check_documents(batch)
             new = self._engine.module(self._to_device(batch))[1]
             sums = new if sums is None else sums + new
         if sums is None:
@@ -242,7 +243,6 @@ class Engine:
         return float(self._optimizer.loss_scaler.cur_scale) if self._config.optimizer.precision == "fp16" else 1.0
 
     def _to_device(self, batch: Mapping[str, Any], names: Sequence[str] = (*FIELDS, *DOCUMENTS)) -> dict[str, Any]:
-        self._check_documents(batch)
         return {name: batch[name].to(self._topology.device, non_blocking=True) for name in names if name in batch}
 
     def _check_documents(self, batch: Mapping[str, Any]) -> None:

@@ -48,6 +48,8 @@ class PipelineEngine(Engine):
         """One optimizer update; see :meth:`Engine.train_step`."""
         if not micro_batches:
             raise ValueError("a step needs at least one micro-batch; got none")
+        for batch in micro_batches:
+            self._check_documents(batch)
         lr = self._set_learning_rate(tokens_after)
         scale = self._loss_scale()
         count, engine = len(micro_batches), self._engine
@@ -63,6 +65,8 @@ class PipelineEngine(Engine):
         batches = list(micro_batches)
         if not batches:
             raise ValueError("the validation set is empty; raise --eval-iters or give validation documents in --split")
+        for batch in batches:
+            self._check_documents(batch)
         self._module.begin(self._seeds(batches), 1.0, self._documents(batches))
         self._engine.eval_batch(self._inputs(batches), bcast_loss=False, num_micro_batches=len(batches))
         return self._module.sums
