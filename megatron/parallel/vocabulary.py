@@ -18,6 +18,6 @@ def check_ids(ids: torch.Tensor, rows: int) -> None:
         if lowest < 0 or highest >= rows:
             wrong = lowest if lowest < 0 else highest
             raise IndexError(
-                f"got token id {wrong}; expected 0 to {rows - 1}, the rows of the token table. Give the tokenizer that the "
-                "data was made with"
+                f"got token id {wrong}; expected 0 to {rows - 1}, the rows of the token table. Give the tokenizer that"
+                " the data was made with"
             )

@@ -45,8 +45,8 @@ def refused(wrong: int) -> list[str]:
 @OUTSIDE
 def test_a_model_refuses_ids_outside_of_it(size, wrong):
     message = (
-        f"got token id {wrong}; expected 0 to 63, the rows of the token table. Give the tokenizer that the data was made"
-        " with"
+        f"got token id {wrong}; expected 0 to 63, the rows of the token table. Give the tokenizer that the data was"
+        " made with"
     )
     for told in run_distributed(refused, size, wrong):
         assert told == [message] * 4
