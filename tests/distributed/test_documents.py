@@ -3,6 +3,7 @@
 import itertools
 
 import pytest
+import tiny_run
 from distributed.spawn import run_distributed
 from distributed.test_layouts import LAYOUTS
 from distributed.tiny_training import (
@@ -76,3 +77,34 @@ def _refusals(options: dict) -> list[str]:
             engine.train_step([micro_batch(number, data=made) for number in range(count)], 1)
         told.append(str(error.value).partition(" has")[0] + " has")
     return told
+
+
+OPTIONS = {"reset_position_ids": True, "reset_attention_mask": True, "eod_mask_loss": True}
+
+
+def test_the_trainer_keeps_documents_apart_in_training_and_validation(server, corpus, tmp_path):
+    """One process, and two stages with processes that load data; and a run without the options."""
+    setups = {"one": OPTIONS, "stages": OPTIONS | {"pipeline_model_parallel_size": 2, "num_workers": 1}, "plain": {}}
+    jobs = {
+        name: server.start(2 if name == "stages" else 1, tiny_run.flags(corpus, save=tmp_path / name, **options))
+        for name, options in setups.items()
+    }
+    for job in jobs.values():
+        assert set(job.wait(120)) == {0}, job.output()
+    one, stages, plain = (
+        [[record["loss"] for record in tiny_run.records(tmp_path / name, kind)] for kind in ("train", "valid")]
+        for name in jobs
+    )
+    for found, expected, other in zip(stages, one, plain, strict=True):
+        assert len(found) == len(expected) == len(other) > 1
+        assert found == pytest.approx(expected, abs=1e-4)
+        assert all(abs(x - y) > 1e-3 for x, y in zip(expected, other, strict=True))
+    (run,) = tiny_run.records(tmp_path / "one", "run")
+    assert OPTIONS.items() <= run["config"]["data"].items()
+
+
+def test_the_trainer_refuses_a_corpus_whose_documents_do_not_end(server, corpus):
+    flags = tiny_run.flags(corpus, tokenizer_type="ByteTokenizer", tokenizer_model=None, eod_mask_loss=True)
+    job = server.start(1, flags)
+    assert job.wait(60) == [1]
+    assert "none of 64 documents looked at ends with the end-of-document token 256" in job.output()
