@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from megatron.model.document_attention import document_attention
 from megatron.parallel.groups import ALONE, TensorGroup
 from megatron.parallel.randomness import own_randomness
 from megatron.parallel.tensor_parallel import ColumnParallelLinear, RowParallelLinear
@@ -61,8 +62,13 @@ class SelfAttention(nn.Module):
         self.qkv = ColumnParallelLinear(hidden_size, 3 * hidden_size, tensor_group, parts=3)
         self.dense = RowParallelLinear(hidden_size, hidden_size, tensor_group)
 
-    def forward(self, x_BSH: torch.Tensor, cache: KeyValueCache | None = None) -> torch.Tensor:
-        """Attend from each token of ``x_BSH`` to itself and those before it, cached ones included; [B, S, H]."""
+    def forward(
+        self, x_BSH: torch.Tensor, cache: KeyValueCache | None = None, cu_seqlens: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Attend from each token of ``x_BSH`` to itself and those before it, cached ones included; [B, S, H].
+
+        With ``cu_seqlens``, int32 [documents + 1], only to those of its own document; see :func:`document_attention`.
+        """
         qkv = self.qkv(x_BSH)  # with sequence parallelism x has a piece of the sequence, and this has all of it
         B, S, _ = qkv.shape
         qkv = qkv.view(B, S, 3, self.num_heads, self.head_size)
@@ -74,5 +80,8 @@ class SelfAttention(nn.Module):
         own = own_randomness(self.tensor_group, q.device) if dropout and self.tensor_group.size > 1 else nullcontext()
         backends = sdpa_kernel(DROPOUT_BACKENDS, set_priority=True) if dropout else nullcontext()
         with own, backends:  # other heads, other dropout
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None)
+            if cu_seqlens is not None:
+                y = document_attention(q, k, v, cu_seqlens, dropout)
+            else:
+                y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None)
         return self.dense(y.transpose(1, 2).reshape(B, S, -1))  # (B, N, S, D) -> (B, S, N * D) -> (B, S, H)

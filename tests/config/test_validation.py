@@ -222,6 +222,16 @@ def test_valid(values, world_size):
             "--distributed-backend nccl must have GPUs, and --device is cpu; use --distributed-backend gloo",
         ),
         (
+            {"reset_attention_mask": True}, 4,
+            "--reset-attention-mask requires --attention-dropout 0 on GPUs in bf16, where torch's variable-length"
+            " attention has no dropout; got 0.1. Use --attention-dropout 0, or drop --reset-attention-mask",
+        ),
+        (
+            GRAPHS | {"reset_attention_mask": True, "attention_dropout": 0.0}, 4,
+            "--cuda-graphs does not go with --reset-attention-mask: how many documents a micro-batch has follows from"
+            " the data; drop one of the two",
+        ),
+        (
             {"split": "98,2"}, 4,
             "--split '98,2' must be three numbers with commas between them, for training (above 0), validation and"
             " test (0 or more); use 98,2,0",
@@ -270,6 +280,20 @@ def test_valid(values, world_size):
 )  # fmt: skip
 def test_message_names_the_numbers_the_rule_and_the_fix(values, world_size, message):
     assert problems(values, world_size) == (message,)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"reset_attention_mask": True, "attention_dropout": 0.0, "hidden_dropout": 0.1},
+        {"reset_attention_mask": True, "precision": "fp32"},
+        {"reset_attention_mask": True, "device": "cpu"},
+        {"reset_position_ids": True, "eod_mask_loss": True},
+        GRAPHS | {"reset_position_ids": True, "eod_mask_loss": True},
+    ],
+)
+def test_documents_kept_apart_where_attention_can(values):
+    assert problems(values) == ()
 
 
 @pytest.mark.parametrize("split", ["", "98;2;0", "0,50,50", "-1,1,1", "inf,1,1", "a,b,c", "1,2,3,4"])
