@@ -72,7 +72,7 @@ class SelfAttention(nn.Module):
             k, v, mask = cache.append(self.layer, k, v)  # (B, N, M, D)
         dropout = self.dropout if self.training else 0.0
         own = own_randomness(self.tensor_group, q.device) if dropout and self.tensor_group.size > 1 else nullcontext()
-        backends = sdpa_kernel(DROPOUT_BACKENDS, set_priority=True) if dropout else nullcontext()
+        backends = sdpa_kernel(DROPOUT_BACKENDS) if dropout else nullcontext()
         with own, backends:  # other heads, other dropout
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None)
         return self.dense(y.transpose(1, 2).reshape(B, S, -1))  # (B, N, S, D) -> (B, S, N * D) -> (B, S, H)
