@@ -18,7 +18,7 @@ from megatron.parallel.randomness import own_randomness
 from megatron.parallel.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
 # With dropout, the first of these that can: flash attention drops 26 of 256 for 0.1, the others as many as asked for.
-# cuDNN's attention, which torch prefers on Hopper, is left out: releases of it round the probability to sixteenths, so
+# cuDNN's attention, which torch prefers on Hopper, is left out: some releases round the probability to sixteenths, so
 # that 0.1 becomes 0.0625 or 0.125. Without dropout the choice is torch's.
 DROPOUT_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
