@@ -89,7 +89,7 @@ def batch(data: DataConfig, number: int, length: int = SEQ) -> dict:
     """As that of :mod:`gpu.small_training`, in documents of a number of tokens that differs between micro-batches."""
     made = plain_batch(number, length)
     generator = torch.Generator().manual_seed(number)
-    ends = torch.rand(MICRO, length, generator=generator) < 1 / (4 + 16 * (number % 3))
+    ends = torch.rand(MICRO, length, generator=generator) < 1 / (12 << number % 3)
     made["tokens"] = made["tokens"].masked_fill(ends, EOD)
     made = with_documents(made, data, EOD)
     return {name: x.pin_memory() if isinstance(x, torch.Tensor) else x for name, x in made.items()}
