@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -86,22 +87,43 @@ def own_disk() -> None:
 
 def poisoned_samples(first: str, end: str) -> None:
     """Some of the training data is noise."""
+    _poison(int(first), int(end), noise)
+
+
+def samples_not_finite(first: str, end: str) -> None:
+    """Some of the training data has a loss that is not finite."""
+    _poison(int(first), int(end), nan)
+
+
+def noise(item: dict, index: int) -> dict:
+    """The item with other words."""
+    generator = torch.Generator().manual_seed(index)
+    words = torch.randint(120, (len(item["tokens"]) + 1,), generator=generator)
+    return item | {"tokens": words[:-1], "labels": words[1:]}
+
+
+def nan(item: dict, index: int) -> dict:
+    """The item with a loss of NaN."""
+    return item | {"loss_mask": torch.full_like(item["loss_mask"], torch.nan)}
+
+
+def _poison(first: int, end: int, poison: Callable[[dict, int], dict]) -> None:
     from megatron.training import pretrain
 
     whole = pretrain.build_datasets
 
     def build(*args):
         train, *others = whole(*args)
-        return Poisoned(train, int(first), int(end)), *others
+        return Poisoned(train, first, end, poison), *others
 
     pretrain.build_datasets = build
 
 
 class Poisoned:
-    """A dataset with noise in samples ``first`` to ``end``; loader processes have it too."""
+    """A dataset with poison in samples ``first`` to ``end``; loader processes have it too."""
 
-    def __init__(self, source, first: int, end: int) -> None:
-        self._source, self._first, self._end = source, first, end
+    def __init__(self, source, first: int, end: int, poison: Callable[[dict, int], dict]) -> None:
+        self._source, self._first, self._end, self._poison = source, first, end, poison
 
     def __len__(self) -> int:
         return len(self._source)
@@ -109,9 +131,7 @@ class Poisoned:
     def __getitem__(self, index: int) -> dict:
         item = self._source[index]
         if self._first <= index < self._end:
-            generator = torch.Generator().manual_seed(index)
-            words = torch.randint(120, (len(item["tokens"]) + 1,), generator=generator)
-            item |= {"tokens": words[:-1], "labels": words[1:]}
+            item = self._poison(item, index)
         return item
 
 
