@@ -325,10 +325,13 @@ def commit(folder: Path, step: int, files: Mapping[str, FileRecord], stands: Sta
 
 def mark_latest(checkpoint: Path) -> None:
     """Have ``latest`` name a checkpoint."""
-    mark = checkpoint.parent / f".{LATEST}.tmp"
+    folder = checkpoint.parent
+    if _marked(folder) == checkpoint.name:
+        return
+    mark = folder / f".{LATEST}.tmp"
     write_file(mark, f"{checkpoint.name}\n".encode())
-    mark.replace(checkpoint.parent / LATEST)
-    sync_folder(checkpoint.parent)
+    mark.replace(folder / LATEST)
+    sync_folder(folder)
 
 
 def record_standing(checkpoint: Path, stands: Standing) -> None:
