@@ -98,6 +98,8 @@ class Console:
         what = f"saved {record['folder']} in {record['seconds']:.1f} s"
         if record["background"]:
             what = f"saving {record['folder']}"
+        if record.get("standing") == "doubted":
+            what += ", in doubt: the last loss is far above the usual; latest does not name it"
         return f"{self._progress(record)} | {what}"
 
     def _not_saved(self, record: dict[str, Any]) -> str:

@@ -316,7 +316,8 @@ class Trainer:
                 if stands.good:
                     self._checkpoints.delete_older()
             seconds = time.perf_counter() - start
-            self._log("save", folder=str(written), seconds=seconds, background=background is not None)
+            in_background = background is not None
+            self._log("save", folder=str(written), seconds=seconds, background=in_background, standing=stands.value)
         self._window.pause(time.perf_counter() - start)
 
     def _end_of_saving(self) -> None:
