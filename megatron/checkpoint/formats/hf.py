@@ -33,7 +33,7 @@ from megatron.config.flags import from_dict, to_dict
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
 
 SIDECAR = "megatron_moe.json"
-CODE = ("configuration_gpt_moe.py", "modeling_gpt_moe.py")
+CODE = ("attention_gpt_moe.py", "configuration_gpt_moe.py", "modeling_gpt_moe.py")
 SHARD = 5_000_000_000
 _HEAD, _TABLE = "lm_head.weight", "transformer.wte.weight"
 _ONE_EXPERT = re.compile(r"\.mlp\.experts\.\d+\.")  # of exports of earlier versions
