@@ -14,10 +14,10 @@ import sysconfig
 from pathlib import Path
 from typing import Any
 
-import hf_release_job as job
 import pytest
 import saved_model
 import torch
+from checkpoint.formats import hf_release_job as job
 
 from megatron.checkpoint.formats.convert import Conversion, convert
 from megatron.config import ModelConfig, MoEConfig
