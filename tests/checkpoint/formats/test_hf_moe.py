@@ -1,5 +1,5 @@
-"""The exported model with experts in Hugging Face's libraries: devices, disks, recomputation, their interfaces, Trainer,
-packed sequences, tracing. test_hf_releases.py has more, with other releases of transformers."""
+"""The exported model with experts in Hugging Face's libraries: devices, disks, recomputation, caches, packed sequences,
+interfaces, tracing, Trainer. test_hf_releases.py has more, with other releases of transformers."""
 
 from pathlib import Path
 
@@ -187,14 +187,14 @@ def test_a_traced_model_takes_other_experts_for_other_tokens(folder, experts):
     model.set_experts_implementation(experts)
     router = model.transformer.h[1].mlp.router
     router.weight.zero_()[0] = 1.0  # the example goes to two experts alone
-    example, other = tokens_of(1, 3), tokens_of(1, 3, seed=9)
+    example, other, longer = tokens_of(1, 1), tokens_of(1, 1, seed=9), tokens_of(1, 9)
     traced = torch.jit.trace(Logits(model), (example,), check_trace=False)
-    exported = torch.export.export(Logits(model), (example,)).module()
+    length = torch.export.Dim("length", min=2, max=48)
+    exported = torch.export.export(Logits(model), (tokens_of(1, 3),), dynamic_shapes={"tokens": {1: length}}).module()
     router.weight.copy_(torch.randn(router.weight.shape, generator=torch.Generator().manual_seed(3)))
-    for tokens in (example, other):
-        expected = model(tokens).logits
-        torch.testing.assert_close(traced(tokens), expected, rtol=0, atol=1e-5)
-        torch.testing.assert_close(exported(tokens), expected, rtol=0, atol=1e-5)
+    for tokens in (example, other, longer):
+        torch.testing.assert_close(traced(tokens), model(tokens).logits, rtol=0, atol=1e-5)
+    torch.testing.assert_close(exported(longer), model(longer).logits, rtol=0, atol=1e-5)
 
 
 class Logits(nn.Module):
