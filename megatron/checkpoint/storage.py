@@ -235,7 +235,9 @@ def write_safetensors(
         put(len(text).to_bytes(8, "little"))
         put(text)
         for _, tensor in tensors:
-            put(memoryview(data_of(tensor).contiguous().cpu().view(-1).view(torch.uint8).numpy()))
+            in_rows = isinstance(tensor, Deferred) and tensor.rows is not None
+            for part in tensor.rows() if in_rows else [data_of(tensor)]:
+                put(memoryview(part.contiguous().cpu().view(-1).view(torch.uint8).numpy()))
         file.flush()
         os.fsync(file.fileno())
     return FileRecord(size, digest.hexdigest())
