@@ -67,7 +67,8 @@ class Trainer:
         origin = None
         if resumed_from is not None:
             origin = find_origin(resumed_from[0], topology)
-            self._spikes.load_state(resumed_from[1].get("spikes"))
+            if self._same_blend(resumed_from[1]):  # the losses of other data are no measure
+                self._spikes.load_state(resumed_from[1].get("spikes"))
         saving = config.checkpoint
         self._checkpoints = Confirmation(saving.save, saving.keep_last, topology.is_first, origin)
         self._save_due = False
@@ -225,7 +226,7 @@ class Trainer:
             if self._detours.restarts < self.config.guard.spike_restarts:
                 found = find_checkpoint_before(self.config, spike.first, self.topology)
                 why_not = f"there is no checkpoint from before update {spike.first.number}"
-                if found is not None and found[1].get("data", {}).get("position", 0) != self._data_state.position:
+                if found is not None and not self._same_blend(found[1]):
                     found, why_not = None, f"the blend has changed since {found[0].name}"
             self._tell_spike(spike, found, why_not)
             if found is None:
@@ -242,6 +243,10 @@ class Trainer:
             self._save(Standing.CONFIRMED)  # the checkpoint to go on from is now one that knows of the detour
             self._window.clear()
         return True
+
+    def _same_blend(self, meta: dict[str, Any]) -> bool:
+        """Whether a checkpoint of this run is from after the last change of its blend."""
+        return meta.get("data", {}).get("position", 0) == self._data_state.position
 
     def _tell_spike(self, spike: Spike, found: tuple[Path, dict[str, Any]] | None, why_not: str) -> None:
         seq = self.config.model.seq_length
