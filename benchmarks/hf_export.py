@@ -4,8 +4,8 @@
     python -m benchmarks.hf_export --hidden-size 1024 --layers 24 --experts 32       # 350M+MoE-32, on a GPU
 
 The model has random weights and experts in every second layer. On a CPU, seconds are those that the process itself
-computed, all threads together, so that other processes hardly count. Logits of each experts implementation are first compared
-with those of the loop over experts.
+computed, all threads together, so that other processes hardly count. Logits of each experts implementation are first
+compared with those of the loop over experts.
 """
 
 import argparse

@@ -97,7 +97,8 @@ def causal_mask(
 ) -> Any:
     """What the attention implementation takes as a mask: causal, without padding, and without a cache each packed
     sequence on its own, which begins where ``position_ids`` do not go on."""
-    if torch.jit.is_tracing() and attention_mask is None and position_ids is None and past_key_values is None:
+    plain = attention_mask is None and position_ids is None and past_key_values is None
+    if torch.jit.is_tracing() and plain and "cache_position" not in MASK_ARGUMENTS:  # older masks cannot be traced
         attention_mask = inputs_embeds.new_ones(inputs_embeds.shape[:2], dtype=torch.bool)  # or a constant is traced
     arguments = {"config": config, "attention_mask": attention_mask, "position_ids": position_ids}
     for name, value in (
