@@ -71,9 +71,7 @@ def test_a_file_that_is_no_safetensors_file_is_named(checkpoint):
 @pytest.mark.parametrize("made", [torch.zeros(3, dtype=torch.float32), torch.zeros(4, dtype=torch.bfloat16)], ids=str)
 def test_data_that_is_not_as_announced_is_not_written(tmp_path, made):
     deferred = Deferred(torch.Size((3,)), torch.bfloat16, lambda: made)
-    with pytest.raises(
-        CheckpointError, match=r"w is (float32 \[3\]|bfloat16 \[4\]), but was announced as bfloat16 \[3\]"
-    ):
+    with pytest.raises(CheckpointError, match=r"w is (float32 \[3\]|bfloat16 \[4\]), but was announced as"):
         write_safetensors(tmp_path / "file.safetensors", [("w", deferred)])
     with pytest.raises(CheckpointError, match="was announced as"):
         save(tmp_path / "run", 1, [ShardedTensor("w", (3,), torch.bfloat16, [Box((0,), deferred)])], {}, None)
@@ -85,7 +83,7 @@ def test_the_inspection_verifies_that_a_checkpoint_can_be_read(tmp_path):
     assert inspect(str(folder), verify=True)["verified"]
     checkpoint = folder / "step_00000003"
     (checkpoint / "data-00007.safetensors").touch()
-    with pytest.raises(CheckpointError, match="data-00007.safetensors is not in its manifest"):
+    with pytest.raises(CheckpointError, match=r"data-00007\.safetensors is not in its manifest"):
         inspect(str(folder), verify=True)
     (checkpoint / "data-00007.safetensors").unlink()
     edit_index(checkpoint, "model.layers.1.mlp.experts.w1", dtype="bfloat16")

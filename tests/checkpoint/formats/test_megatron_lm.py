@@ -280,14 +280,12 @@ def test_what_does_not_belong_together_is_refused(dense, run, tmp_path):
     save_old(tmp_path / "old", ours, 3.0, 1, 1)
     first, second = (tmp_path / "old" / "release" / f"mp_rank_{rank:02d}" for rank in range(2))
     shutil.copytree(second, first.with_name("mp_rank_02"))
-    with pytest.raises(
-        CheckpointError, match="mp_rank_02/model_optim_rng.pt is of none of the 2 tensor-parallel ranks"
-    ):
+    with pytest.raises(CheckpointError, match=r"mp_rank_02/model_optim_rng\.pt is of none of the 2 tensor-"):
         run(tmp_path / "old")
     shutil.rmtree(first.with_name("mp_rank_02"))
     content = torch.load(second / "model_optim_rng.pt", weights_only=False)
     encoder = content["model"]["language_model"]["encoder"]
     encoder["layers.0.mlp.dense_h_to_4h.weight"] = encoder["layers.0.mlp.dense_h_to_4h.weight"].half()
     torch.save(content, second / "model_optim_rng.pt")
-    with pytest.raises(CheckpointError, match="dense_h_to_4h.weight is float16, the first rank's piece float32"):
+    with pytest.raises(CheckpointError, match=r"dense_h_to_4h\.weight is float16, the first rank's piece float32"):
         run(tmp_path / "old")

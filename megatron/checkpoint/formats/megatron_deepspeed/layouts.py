@@ -149,9 +149,9 @@ def _gather(tag: Path, ranks: list[dict[str, Any]], args: Any) -> dict[str, Piec
             f"{tag} holds files of {size} tensor-parallel ranks, and was saved by {expected}; copy the files of all "
             "ranks, and none of another checkpoint"
         )
-    if other := [name for name, by in found.items() if EXPERTS in name and max(by) >= size]:
+    if other := [name for name, by in found.items() if EXPERTS in name and max(by) >= len(ranks)]:
         raise CheckpointError(
-            f"{tag} holds {other[0]} of tensor-parallel rank {max(found[other[0]])}, and was saved by {size}; remove "
+            f"{tag} holds {other[0]} of mp_rank_{max(found[other[0]]):02d}, where {len(ranks)} ranks saved; remove "
             "files of another checkpoint"
         )
     for name, of in pieces.items():
