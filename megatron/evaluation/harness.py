@@ -21,6 +21,7 @@ from megatron.evaluation.report import write
 from megatron.evaluation.request_log import RequestLog
 from megatron.evaluation.tasks import build_tasks
 from megatron.inference.load import DTYPES, choose_dtype, find_checkpoint, load_tokenizer
+from megatron.inference.special_tokens import special_tokens
 
 REQUESTS, SAMPLES = 32 << 20, 256 << 20  # bytes of the six tasks' results, without and with samples, and more
 
@@ -72,7 +73,8 @@ def evaluate(wanted: Evaluation) -> str | None:
         model = load_share(source, processes, device, DTYPES[dtype])
         if processes.rank == 0 and log is None:
             log = stack.enter_context(contextlib.closing(RequestLog(path, about)))
-        lm = MegatronLM(model, tokenizer, wanted.batch_size, processes, log)
+        special = special_tokens(source.meta, tokenizer)
+        lm = MegatronLM(model, tokenizer, wanted.batch_size, processes, log, special=special)
         results = _run(wanted, tasks, lm)
         if results is None:
             return None

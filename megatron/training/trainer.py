@@ -24,7 +24,7 @@ from megatron.training.evaluation import evaluate
 from megatron.training.metrics import StepWindow, mean_loss
 from megatron.training.profiling import profiled
 from megatron.training.report import Report
-from megatron.training.resume import clock_from, describe, restore
+from megatron.training.resume import carried, clock_from, describe, restore
 from megatron.training.signals import StopRequest
 from megatron.training.spikes import Detours, Spike, SpikeWatch, Update
 from megatron.training.start import find_checkpoint_before
@@ -60,7 +60,9 @@ class Trainer:
         self._saver = AsyncSaver(topology.control_group) if config.checkpoint.async_save else None
         self._detours, self._spikes, self._spike = detours, SpikeWatch(config.guard), None
         self._last_saved, self._first_step = None, clock.steps
+        self._carried: dict[str, Any] = {}
         if resumed_from is not None:
+            self._carried = carried(resumed_from[1], tokenizer)
             self._last_saved = resumed_from[0]
             self._spikes.load_state(resumed_from[1].get("spikes"))
         self._saving: Path | None = None  # in the background
@@ -265,6 +267,7 @@ class Trainer:
             self.config, self.clock, self._detours, self._spikes, self._vocab_size, self._tokenizer,
             self.engine.scalar_state(), world_size,
         )  # fmt: skip
+        meta |= self._carried
         self._end_of_saving()
         background = self._saver if in_background else None
         with self._told_if_not_saved():

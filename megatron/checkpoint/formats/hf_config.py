@@ -1,5 +1,6 @@
 """The configuration of a model as Hugging Face's libraries keep it (config.json), from ours and back."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from megatron.checkpoint.errors import CheckpointError
@@ -29,8 +30,9 @@ def experts_per_layer(model: ModelConfig, moe: MoEConfig) -> list[int]:
     return [moe.experts_of_layer(layer) for layer in range(model.num_layers)]
 
 
-def to_hf(model: ModelConfig, moe: MoEConfig, vocab_size: int, eod: int, dtype: str) -> dict[str, Any]:
-    """The content of config.json: stock GPT-2, or the configuration class in ``hf_moe`` for a model with experts."""
+def to_hf(model: ModelConfig, moe: MoEConfig, vocab_size: int, ids: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """The content of config.json: stock GPT-2, or the configuration class in ``hf_moe`` for a model with experts; with
+    the ``ids`` of special tokens."""
     shared = {
         "vocab_size": vocab_size,
         "embd_pdrop": model.hidden_dropout,
@@ -38,8 +40,7 @@ def to_hf(model: ModelConfig, moe: MoEConfig, vocab_size: int, eod: int, dtype: 
         "attn_pdrop": model.attention_dropout,
         "layer_norm_epsilon": model.layernorm_epsilon,
         "initializer_range": model.init_method_std,
-        "bos_token_id": eod,
-        "eos_token_id": eod,
+        **ids,
         "tie_word_embeddings": True,
         "torch_dtype": dtype,
     }

@@ -64,14 +64,14 @@ def test_what_is_wrong_is_named(content, message):
 def test_a_model_with_experts_names_all_its_sizes():
     moe = MoEConfig(num_experts=(4,))
     model = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, seq_length=48)
-    content = to_hf(model, moe, 128, 121, "float32")
+    content = to_hf(model, moe, 128, {"eos_token_id": 121}, "float32")
     with pytest.raises(CheckpointError, match="intermediate_size is None; expected whole numbers"):
         from_hf({key: value for key, value in content.items() if key != "intermediate_size"}, "config.json")
 
 
 def test_a_dense_export_names_its_positions_for_llama_cpp_too():
     model = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, seq_length=48)
-    content = to_hf(model, MoEConfig(), 128, 121, "float32")
+    content = to_hf(model, MoEConfig(), 128, {"eos_token_id": 121}, "float32")
     assert content["n_ctx"] == content["n_positions"] == 48
 
 

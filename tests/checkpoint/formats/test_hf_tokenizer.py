@@ -9,7 +9,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
 
 from megatron.checkpoint import CheckpointError
-from megatron.checkpoint.formats.hf_tokenizer import find_tokenizer, write_tokenizer
+from megatron.checkpoint.formats.hf_tokenizer import write_tokenizer
+from megatron.checkpoint.formats.hf_tokenizer_import import find_tokenizer
 from megatron.config import DataConfig
 from megatron.data.sentencepiece_training import train
 from megatron.data.tokenizer import build_tokenizer
@@ -51,7 +52,7 @@ def test_the_ids_of_training(tmp_path, kind):
     (tmp_path / "hf").mkdir()
     files = make(kind, tmp_path / "own")
     ours = build_tokenizer(DataConfig(tokenizer_type=KINDS[kind], **files))
-    copies = write_tokenizer(ours, files, tmp_path / "hf", 64)
+    copies = write_tokenizer(ours, files, tmp_path / "hf", 64, {})
     theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert (theirs.eos_token_id, theirs.model_max_length) == (ours.eod, 64)
     named = json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())["model_input_names"]
@@ -61,7 +62,7 @@ def test_the_ids_of_training(tmp_path, kind):
         assert theirs(text)["input_ids"] == ids, text
         assert theirs.decode(ids) == ours.decode(ids)
     if kind != "json":  # there, what adds tokens was taken out
-        assert find_tokenizer(tmp_path / "hf", {})[0].fingerprint == ours.fingerprint
+        assert find_tokenizer(tmp_path / "hf", {}, {})[0].fingerprint == ours.fingerprint
     for field, name in copies.items():
         assert (tmp_path / "hf" / name).read_bytes() == Path(files[field]).read_bytes()
 
@@ -70,6 +71,6 @@ def test_what_cannot_be_exported_is_refused(tmp_path):
     files = make("bpe", tmp_path)
     ours = build_tokenizer(DataConfig(tokenizer_type="SentencePieceTokenizer", **files))
     with pytest.raises(CheckpointError, match="it would have to be a unigram model"):
-        write_tokenizer(ours, files, tmp_path, 64)
+        write_tokenizer(ours, files, tmp_path, 64, {})
     with pytest.raises(CheckpointError, match="--tokenizer-type ByteTokenizer cannot be exported"):
-        write_tokenizer(build_tokenizer(DataConfig(tokenizer_type="ByteTokenizer")), {}, tmp_path, 64)
+        write_tokenizer(build_tokenizer(DataConfig(tokenizer_type="ByteTokenizer")), {}, tmp_path, 64, {})

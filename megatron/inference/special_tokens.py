@@ -1,0 +1,35 @@
+"""Which tokens begin and end a generated text."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from megatron.data.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class SpecialTokens:
+    """Of a model that was trained here, both are the end-of-document token."""
+
+    begin: int
+    """What a text begins with that continues nothing."""
+    ends: frozenset[int]
+    """Any of them ends a text."""
+
+
+def special_tokens(meta: Mapping[str, Any], tokenizer: Tokenizer) -> SpecialTokens:
+    """Those of a checkpoint: a model that came from Hugging Face has its own, maybe several that end a text.
+
+    Args:
+        meta: the checkpoint's metadata.
+        tokenizer: the checkpoint's.
+    """
+    carried = meta.get("huggingface") or {}
+    config, generation = carried.get("config") or {}, carried.get("generation_config") or {}
+    ends = generation.get("eos_token_id", config.get("eos_token_id"))
+    begin = generation.get("bos_token_id", config.get("bos_token_id"))
+    if ends is None:
+        ends = tokenizer.eod
+    return SpecialTokens(
+        tokenizer.eod if begin is None else begin, frozenset(ends if isinstance(ends, list) else [ends])
+    )
