@@ -4,7 +4,6 @@ tokenizer.json is what transformers' tokenizers compute from, and is taken where
 merges.txt, or a SentencePiece model, is taken where there is no tokenizer.json, or one that adds nothing to them.
 """
 
-import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -188,7 +187,7 @@ def _names(options: Mapping[str, Any]) -> NameOf:
     """The name of each id of a tokenizer that is not built yet."""
     kind = options.get("tokenizer_type")
     if kind == HFTokenizer.kind and Path(options.get("tokenizer_model", "")).is_file():
-        return lambda token: _backend(options["tokenizer_model"]).id_to_token(token)
+        return _backend(options["tokenizer_model"]).id_to_token
     ids: Mapping[str, int] = {}
     if kind == GPT2BPETokenizer.kind and Path(options.get("vocab_file", "")).is_file():
         ids = read_json(Path(options["vocab_file"]))
@@ -197,7 +196,6 @@ def _names(options: Mapping[str, Any]) -> NameOf:
     return {token: name for name, token in ids.items()}.get
 
 
-@functools.lru_cache(1)
 def _backend(file: str) -> Any:
     from tokenizers import Tokenizer as Backend
 
