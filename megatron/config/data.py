@@ -34,10 +34,6 @@ class DataConfig:
         None, "The token that ends a document (default: the first there is of <|endoftext|>, </s>, <|end_of_text|>, "
         "<eos>, or a SentencePiece model's own).", metavar="TOKEN",
     )  # fmt: skip
-    split_special_tokens: bool = option(
-        True, "HFTokenizer: recognise the names of special tokens in text, as Hugging Face's libraries do by default, "
-        "where otherwise they are text like any other.", flag="--no-split-special-tokens",
-    )  # fmt: skip
     allow_tokenizer_mismatch: bool = option(
         False, "Read data, and go on from a checkpoint, of another tokenizer by its fingerprint; tokens must still fit "
         "into the vocabulary.",

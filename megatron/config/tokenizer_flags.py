@@ -5,17 +5,14 @@ import dataclasses
 
 from megatron.config.data import DataConfig
 
-_FIELDS = ("tokenizer_type", "vocab_file", "merge_file", "tokenizer_model", "eod_token", "split_special_tokens")
+_FIELDS = ("tokenizer_type", "vocab_file", "merge_file", "tokenizer_model", "eod_token")
 
 
 def add_tokenizer_flags(parser: argparse.ArgumentParser) -> None:
     """Add a group with the flags that a training run has for its tokenizer."""
     group = parser.add_argument_group("tokenizer")
     for field in dataclasses.fields(DataConfig):
-        if field.name in _FIELDS and field.default is True:
-            flag, about = field.metadata["flag"], field.metadata["help"]
-            group.add_argument(flag, dest=field.name, action="store_false", help=about)
-        elif field.name in _FIELDS:
+        if field.name in _FIELDS:
             group.add_argument(
                 "--" + field.name.replace("_", "-"),
                 default=field.default,

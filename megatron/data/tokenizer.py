@@ -1,8 +1,8 @@
 """Tokenizers behind one small protocol.
 
 Text is text: a document that happens to contain ``<|endoftext|>`` or ``</s>`` is encoded letter by letter, never as the
-special token of that name, unless ``--no-split-special-tokens`` asks for it. Only the tools put end-of-document tokens
-where documents end.
+special token of that name. Only the tools put end-of-document tokens where documents end. (Prompts of a model that came
+from Hugging Face are another matter: there, special tokens are recognised as its own tokenizer does it.)
 """
 
 import functools
@@ -33,7 +33,8 @@ class Tokenizer(Protocol):
     eod: int
     """Id of the end-of-document token."""
     fingerprint: str
-    """SHA-256 over its kind, the content of its files and its options; equal fingerprints mean equal tokens."""
+    """SHA-256 over its kind, the content of its files and an end-of-document token that was named; equal fingerprints
+    mean equal tokens of a corpus."""
 
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text``; no special token is added."""
@@ -68,6 +69,7 @@ class GPT2BPETokenizer:
         vocab_file: ``vocab.json``, token -> id.
         merge_file: ``merges.txt``, one merge a line, best first.
         eod_token: the token that ends a document; ``<|endoftext|>`` by default.
+        split_special_tokens: whether that token's name in a text is text.
 
     Raises:
         DataError: a file is missing or broken, or the vocabulary lacks a byte or the end-of-document token.
@@ -75,7 +77,9 @@ class GPT2BPETokenizer:
 
     kind = "GPT2BPETokenizer"
 
-    def __init__(self, vocab_file: str, merge_file: str, eod_token: str | None = None) -> None:
+    def __init__(
+        self, vocab_file: str, merge_file: str, eod_token: str | None = None, split_special_tokens: bool = True
+    ) -> None:
         from tokenizers import Tokenizer as Backend
         from tokenizers import decoders, models, pre_tokenizers
 
@@ -97,11 +101,13 @@ class GPT2BPETokenizer:
         self.vocab_size = max(vocab.values()) + 1
         self.eod, other = _end_of_document(vocab, ("<|endoftext|>",), f"--vocab-file {vocab_file}", eod_token)
         self.fingerprint = _fingerprint(self.kind, vocab_file, merge_file, **other)
-        self._files = (vocab_file, merge_file)
+        self._files = (vocab_file, merge_file) if split_special_tokens else None
+        if not split_special_tokens:
+            self._backend.add_special_tokens([self._backend.id_to_token(self.eod)])
 
     @functools.cached_property
     def _fast(self) -> Any | None:
-        return tiktoken_backend.from_gpt2_files(*self._files)
+        return tiktoken_backend.from_gpt2_files(*self._files) if self._files else None
 
     def encode_arrays(self, texts: list[str]) -> list[np.ndarray]:
         if self._fast is None:
@@ -151,8 +157,6 @@ class HFTokenizer(_FromLists):
         vocab = self._backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocab.values()) + 1
         self.eod, other = _end_of_document(vocab, END_OF_DOCUMENT, f"--tokenizer-model {tokenizer_file}", eod_token)
-        if not split_special_tokens:
-            other["split_special_tokens"] = "false"
         self.fingerprint = _fingerprint(self.kind, tokenizer_file, **other)
 
     def encode(self, text: str) -> list[int]:
@@ -262,8 +266,13 @@ class ByteTokenizer:
         return b"".join(parts).decode("utf-8", "replace")
 
 
-def build_tokenizer(data: DataConfig) -> Tokenizer:
+def build_tokenizer(data: DataConfig, *, split_special_tokens: bool = True) -> Tokenizer:
     """The tokenizer that ``data`` describes.
+
+    Args:
+        data: kind, files, and the token that ends a document.
+        split_special_tokens: False for one that recognises the names of special tokens in a text, if it is of GPT-2's
+            files or a tokenizer.json.
 
     Raises:
         DataError: a file it needs is not given, missing or broken.
@@ -278,16 +287,14 @@ def build_tokenizer(data: DataConfig) -> Tokenizer:
         return path
 
     kind, eod_token = data.tokenizer_type, data.eod_token
-    if not data.split_special_tokens and kind != HFTokenizer.kind:
-        raise DataError(f"--no-split-special-tokens has no meaning for --tokenizer-type {kind}; drop it")
     if eod_token is not None and kind in (ByteTokenizer.kind, TiktokenTokenizer.kind):
         raise DataError(f"--eod-token has no meaning for --tokenizer-type {kind}, whose end of a document is fixed")
     if kind == GPT2BPETokenizer.kind:
-        return GPT2BPETokenizer(file("vocab_file"), file("merge_file"), eod_token)
+        return GPT2BPETokenizer(file("vocab_file"), file("merge_file"), eod_token, split_special_tokens)
     if kind == ByteTokenizer.kind:
         return ByteTokenizer()
     if kind == HFTokenizer.kind:
-        return HFTokenizer(file("tokenizer_model"), eod_token, data.split_special_tokens)
+        return HFTokenizer(file("tokenizer_model"), eod_token, split_special_tokens)
     if kind == SentencePieceTokenizer.kind:
         return SentencePieceTokenizer(file("tokenizer_model"), eod_token)
     if kind == TiktokenTokenizer.kind:
@@ -303,7 +310,7 @@ def _spaced_out(text: str) -> bool:
 
 
 def _fingerprint(kind: str, *files: str, **options: str) -> str:
-    """``options`` are those that are not as they are by default."""
+    """``options`` are those that are not at their default."""
     digest = hashlib.sha256(kind.encode())
     for file in files:
         content = Path(file).read_bytes()

@@ -1,4 +1,4 @@
-"""Which tokens begin and end a generated text."""
+"""Which tokens begin and end a generated text, and whether they are recognised in one."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -33,3 +33,9 @@ def special_tokens(meta: Mapping[str, Any], tokenizer: Tokenizer) -> SpecialToke
     return SpecialTokens(
         tokenizer.eod if begin is None else begin, frozenset(ends if isinstance(ends, list) else [ends])
     )
+
+
+def splits_special_tokens(meta: Mapping[str, Any]) -> bool:
+    """Whether the name of a special token in a text is text: in training always, and so here; a model that came from
+    Hugging Face is prompted as there, where by default it is the token."""
+    return (meta.get("huggingface") or {}).get("split_special_tokens", True)

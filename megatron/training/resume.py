@@ -20,7 +20,7 @@ from megatron.training.spikes import Detours, SpikeWatch
 # Options that may change at a resume without changing how the run goes on.
 _HARMLESS = {
     *("device", "num_workers", "data_cache_path", "vocab_file", "merge_file", "tokenizer_model", "tokenizer_type"),
-    *("eod_token", "split_special_tokens", "allow_tokenizer_mismatch"),
+    *("eod_token", "allow_tokenizer_mismatch"),
     *("eval_interval", "eval_iters", "checkpoint_activations", "max_skipped_updates", "moe_eval_capacity_factor"),
     *("skip_samples", "check_replicas", "compile", "optimizer_cpu_offload", "cuda_graphs", "deterministic"),
     *("ffn_hidden_size", "max_position_embeddings", "num_experts", "expert_interval", "make_vocab_size_divisible_by"),

@@ -7,7 +7,7 @@ from megatron.checkpoint import CheckpointError
 from megatron.config import RunConfig
 from megatron.config.flags import to_dict
 from megatron.data.tokenizer import build_tokenizer
-from megatron.training.resume import check
+from megatron.training.resume import carried, check
 
 
 def test_another_tokenizer_is_refused_unless_allowed(tmp_path):
@@ -21,3 +21,12 @@ def test_another_tokenizer_is_refused_unless_allowed(tmp_path):
     (warning,) = check(meta, config, 1024, other)
     assert mine.fingerprint[:12] in warning
     assert other.fingerprint[:12] in warning
+
+
+def test_what_came_from_hugging_face_is_kept_with_its_tokenizer(tmp_path):
+    mine, other = build_tokenizer(gpt2(tmp_path)), build_tokenizer(byte_level(tmp_path))
+    meta = {"tokenizer": {"fingerprint": mine.fingerprint}, "clock": {}}
+    assert carried(meta, mine) == {}
+    meta["huggingface"] = {"chat_template": "{{ messages }}"}
+    assert carried(meta, mine) == {"huggingface": {"chat_template": "{{ messages }}"}}
+    assert carried(meta, other) == {}

@@ -3,11 +3,12 @@ tokenizer, a chat template.
 
 Only the ids mean something here. All of it is carried in meta.json under ``huggingface``, and goes into exports::
 
-    config              the ids of config.json
-    generation_config   the content of generation_config.json
-    tokenizer_config    the content of tokenizer_config.json
-    special_tokens_map  the content of special_tokens_map.json
-    chat_template       the text of chat_template.jinja
+    config                the ids of config.json
+    generation_config     the content of generation_config.json
+    tokenizer_config      the content of tokenizer_config.json
+    special_tokens_map    the content of special_tokens_map.json
+    chat_template         the text of chat_template.jinja
+    split_special_tokens  whether special tokens' names in a text are text; where the tokenizer is the folder's own
 """
 
 import json
@@ -46,8 +47,10 @@ def read_extras(folder: Path, about: Mapping[str, Any], *, with_tokenizer: bool)
     if not with_tokenizer:
         gone = [name for name in (*_OF_TOKENIZER, "chat_template") if extras.pop(name, None) is not None]
         notes += [f"left out, as the tokenizer is another one: {', '.join(gone)}"] if gone else []
-    elif "auto_map" in extras.get("tokenizer_config", {}):
-        del extras["tokenizer_config"]["auto_map"]
+        return extras, notes
+    settings = extras.get("tokenizer_config", {})
+    extras["split_special_tokens"] = bool(settings.get("split_special_tokens"))
+    if settings.pop("auto_map", None) is not None:
         notes.append("left out: auto_map of tokenizer_config.json; the tokenizer's own code is not run")
     return extras, notes
 

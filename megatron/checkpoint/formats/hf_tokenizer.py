@@ -50,7 +50,7 @@ def write_tokenizer(
     if tokenizer.kind == GPT2BPETokenizer.kind:
         backend = _gpt2(files, tokenizer.eod)
         copies = {"vocab_file": "vocab.json", "merge_file": "merges.txt"}
-    elif tokenizer.kind == HFTokenizer.kind and "tokenizer_config" in extras:
+    elif tokenizer.kind == HFTokenizer.kind and "split_special_tokens" in extras:
         backend = Backend.from_file(files["tokenizer_model"])
         copies = {"tokenizer_model": "tokenizer.json"}
     elif tokenizer.kind == HFTokenizer.kind:
@@ -80,7 +80,8 @@ def write_tokenizer(
         # without this, transformers 4 makes token_type_ids too, and its GPT-2 adds their embeddings
         "model_input_names": ["input_ids", "attention_mask"],
     }
-    own = extras.get("tokenizer_config", {"split_special_tokens": True, "model_max_length": positions})
+    split = extras.get("split_special_tokens", True)
+    own = extras.get("tokenizer_config", {"split_special_tokens": split, "model_max_length": positions})
     # of this class, which takes tokenizer.json as it is; others make it anew of its vocabulary
     write_json(folder / "tokenizer_config.json", usual | own | {"tokenizer_class": "PreTrainedTokenizerFast"})
     write_extras(folder, extras)

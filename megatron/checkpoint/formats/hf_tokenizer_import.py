@@ -68,12 +68,7 @@ def _in_folder(folder: Path, extras: Mapping[str, Any]) -> dict[str, Any]:
             return gpt2
         if pieces.is_file() and _is_plain_sentencepiece(model, pieces):
             return {"tokenizer_type": SentencePieceTokenizer.kind, "tokenizer_model": str(pieces)}
-        split = settings.get("split_special_tokens", False)
-        return {
-            "tokenizer_type": HFTokenizer.kind,
-            "tokenizer_model": str(model),
-            "split_special_tokens": split is not False,
-        }
+        return {"tokenizer_type": HFTokenizer.kind, "tokenizer_model": str(model)}
     if has_gpt2:
         _check_nothing_added(folder, read_json(vocab), extras)
         return gpt2

@@ -20,7 +20,7 @@ from megatron.checkpoint import CheckpointError
 from megatron.checkpoint.formats.convert import Conversion, convert
 from megatron.checkpoint.formats.native import read_native
 from megatron.data.errors import DataError
-from megatron.data.tokenizer import HFTokenizer
+from megatron.data.tokenizer import HFTokenizer, build_tokenizer
 from megatron.inference.load import find_checkpoint, load_model, load_tokenizer
 from megatron.inference.sampling import Sampling
 from megatron.inference.special_tokens import special_tokens
@@ -132,11 +132,10 @@ def test_every_text_gets_the_same_ids(tmp_path, kind, older):
     run(tmp_path / "hf", tmp_path / "native")
     source = find_checkpoint(tmp_path / "native")
     ours = load_tokenizer(source)
-    plain = older and kind == "plain"  # is GPT-2's, of which special tokens in a text are text
-    assert ours.kind == ("GPT2BPETokenizer" if plain else "HFTokenizer")
+    assert ours.kind == ("GPT2BPETokenizer" if older and kind == "plain" else "HFTokenizer")
     assert (ours.vocab_size, ours.eod) == (len(theirs), theirs.eos_token_id)
     for text in TEXTS:
-        ids = theirs(text, add_special_tokens=False, split_special_tokens=plain)["input_ids"]
+        ids = theirs(text, add_special_tokens=False)["input_ids"]
         assert ours.encode(text) == ours.encode_batch([text])[0] == ids, text
     special = special_tokens(source.meta, ours)
     assert (special.begin, special.ends) == (theirs.bos_token_id, {theirs.eos_token_id})
@@ -220,6 +219,18 @@ def test_ids_that_no_token_has_are_replaced_and_told(tmp_path):
         run(tmp_path / "hf", tmp_path / "third", eod_token="[END]")
 
 
+def test_the_end_of_a_document_may_be_named_by_the_model_alone(tmp_path):
+    """As with BERT's tokenizers, which have a sep_token and no eos_token."""
+    theirs = tokenizer_of("wordpiece")
+    theirs.bos_token = theirs.eos_token = None
+    save_hf(tmp_path / "hf", theirs, bos_token_id=2, eos_token_id=3)
+    run(tmp_path / "hf", tmp_path / "native")
+    source = find_checkpoint(tmp_path / "native")
+    assert (load_tokenizer(source).eod, special_tokens(source.meta, load_tokenizer(source)).begin) == (3, 2)
+    run(tmp_path / "native", tmp_path / "out", "hf")
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").eos_token == "[SEP]"
+
+
 def test_what_is_not_used_here_is_told(tmp_path):
     save_hf(tmp_path / "hf", tokenizer_of("wordpiece"), eos_token_id=2)
     (tmp_path / "hf" / "additional_chat_templates").mkdir()
@@ -274,14 +285,23 @@ def test_gpt2s_two_files_alone_come_in_as_before(tmp_path):
     assert [again(text)["input_ids"] for text in TEXTS] == [theirs(text)["input_ids"] for text in TEXTS]
 
 
-def test_options_are_in_the_fingerprint(tmp_path):
+@pytest.mark.parametrize("kind", ["plain", "chat"])
+def test_special_tokens_are_text_in_a_corpus_and_tokens_in_a_prompt(tmp_path, kind):
+    theirs = tokenizer_of(kind)
+    save_hf(tmp_path / "hf", theirs)
+    as_transformers_4(tmp_path / "hf")
+    run(tmp_path / "hf", tmp_path / "native")
+    source = find_checkpoint(tmp_path / "native")
+    corpus, prompts = build_tokenizer(source.config.data), load_tokenizer(source)
+    assert corpus.fingerprint == prompts.fingerprint == source.meta["tokenizer"]["fingerprint"]
+    text = f"x{theirs.eos_token}y"
+    split = theirs(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    assert corpus.encode(text) == [*corpus.encode_arrays([text])[0]] == split
+    assert prompts.encode(text) == [*prompts.encode_arrays([text])[0]] == theirs(text)["input_ids"] != split
+
+
+def test_a_named_end_of_document_is_in_the_fingerprint(tmp_path):
     tokenizer_of("chat").save_pretrained(tmp_path)
-    file = str(tmp_path / "tokenizer.json")
-    made = [
-        HFTokenizer(file), HFTokenizer(file, "<|endoftext|>"), HFTokenizer(file, "<|im_end|>"),
-        HFTokenizer(file, split_special_tokens=False),
-    ]  # fmt: skip
-    assert made[0].fingerprint == made[1].fingerprint
-    assert len({tokenizer.fingerprint for tokenizer in made}) == 3
-    text = "x<|im_end|>"
-    assert made[2].eod == made[3].encode(text)[-1] != made[0].encode(text)[-1]
+    made = [HFTokenizer(str(tmp_path / "tokenizer.json"), end) for end in (None, "<|endoftext|>", "<|im_end|>")]
+    assert made[0].fingerprint == made[1].fingerprint != made[2].fingerprint
+    assert [tokenizer.eod for tokenizer in made] == [0, 0, 383]
