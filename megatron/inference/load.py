@@ -68,7 +68,7 @@ def find_checkpoint(folder: str | Path) -> Source:
 
 
 def load_tokenizer(source: Source, **files: str | None) -> Tokenizer:
-    """The tokenizer that the model was trained with. For a model from Hugging Face it recognises special tokens as there.
+    """The tokenizer that the model was trained with; of a model from Hugging Face, with special tokens as there.
 
     Args:
         source: the checkpoint; the files are where the training run found them.

@@ -72,9 +72,10 @@ def write_tokenizer(
         shutil.copyfile(files[field], folder / name)
     if "tokenizer.json" not in copies.values():
         (folder / "tokenizer.json").write_text(backend.to_str(pretty=True), encoding="utf-8")  # save() hides OSErrors
+    begin = (extras.get("config") or {}).get("bos_token_id")
     end = backend.id_to_token(tokenizer.eod)
     usual = {
-        "bos_token": named_token(extras, "bos_token") or end,
+        "bos_token": named_token(extras, "bos_token") or (end if begin is None else backend.id_to_token(begin)),
         "eos_token": named_token(extras, "eos_token") or end,
         "clean_up_tokenization_spaces": False,
         # without this, transformers 4 makes token_type_ids too, and its GPT-2 adds their embeddings
