@@ -4,6 +4,7 @@ The ids are the same for every text. So ``split_special_tokens`` is set for a to
 that happens to spell ``<|endoftext|>`` is text. A tokenizer that came from Hugging Face goes out as it came.
 """
 
+import json
 import re
 import shutil
 from collections.abc import Mapping
@@ -81,6 +82,9 @@ def write_tokenizer(
         # without this, transformers 4 makes token_type_ids too, and its GPT-2 adds their embeddings
         "model_input_names": ["input_ids", "attention_mask"],
     }
+    before = json.loads(backend.to_str()).get("pre_tokenizer") or {}
+    if "add_prefix_space" in before:  # transformers 4 would put false there
+        usual["add_prefix_space"] = before["add_prefix_space"]
     split = extras.get("split_special_tokens", True)
     own = extras.get("tokenizer_config", {"split_special_tokens": split, "model_max_length": positions})
     # of this class, which takes tokenizer.json as it is; others make it anew of its vocabulary
