@@ -25,14 +25,13 @@ def special_tokens(meta: Mapping[str, Any], tokenizer: Tokenizer) -> SpecialToke
         tokenizer: the checkpoint's.
     """
     carried = meta.get("huggingface") or {}
-    config, generation = carried.get("config") or {}, carried.get("generation_config") or {}
-    ends = generation.get("eos_token_id", config.get("eos_token_id"))
-    begin = generation.get("bos_token_id", config.get("bos_token_id"))
-    if ends is None:
-        ends = tokenizer.eod
-    return SpecialTokens(
-        tokenizer.eod if begin is None else begin, frozenset(ends if isinstance(ends, list) else [ends])
-    )
+    parts = [carried.get(name) or {} for name in ("generation_config", "config")]
+
+    def first(key: str) -> Any:
+        return next((part[key] for part in parts if part.get(key) not in (None, [])), tokenizer.eod)
+
+    ends = first("eos_token_id")
+    return SpecialTokens(first("bos_token_id"), frozenset(ends if isinstance(ends, list) else [ends]))
 
 
 def splits_special_tokens(meta: Mapping[str, Any]) -> bool:

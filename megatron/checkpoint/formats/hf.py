@@ -110,8 +110,9 @@ def _generation(
     own = extras.get("generation_config")
     if own is None:
         own = {"pad_token_id": tokenizer.eod} | {key: token for key, token in ids.items() if token is not None}
-    padding = list(range(tokenizer.vocab_size, vocab_size))
-    return ({"suppress_tokens": padding} if padding else {}) | own
+    padding = range(tokenizer.vocab_size, vocab_size)
+    suppressed = sorted({*(own.get("suppress_tokens") or ()), *padding})
+    return own | ({"suppress_tokens": suppressed} if suppressed else {})
 
 
 # ------------------------------------------------------------------------------------------------- reading

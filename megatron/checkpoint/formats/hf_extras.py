@@ -11,6 +11,7 @@ Only the ids mean something here. All of it is carried in meta.json under ``hugg
     split_special_tokens  whether special tokens' names in a text are text; where the tokenizer is the folder's own
 """
 
+import itertools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,6 +25,8 @@ IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _GPT2_DEFAULT = 50256  # bos_token_id and eos_token_id of transformers' GPT2Config
 _OF_TOKENIZER = ("tokenizer_config", "special_tokens_map")
 _TEMPLATE = "chat_template.jinja"
+_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_MORE_NAMES = ("additional_special_tokens", "extra_special_tokens")
 _NOT_CARRIED = ("additional_chat_templates", "chat_template.json", "processor_config.json")
 
 
@@ -65,6 +68,16 @@ def end_of_document(extras: Mapping[str, Any], name_of: Callable[[int], str | No
     return named_token(extras, "eos_token")
 
 
+def special_names(extras: Mapping[str, Any]) -> dict[str, str]:
+    """Each special token that the tokenizer's settings name, and as what."""
+    found = {name: key for key in _NAMES if (name := named_token(extras, key)) is not None}
+    for part, key in itertools.product(_OF_TOKENIZER, _MORE_NAMES):
+        tokens = extras.get(part, {}).get(key) or ()
+        for token in tokens.values() if isinstance(tokens, Mapping) else tokens:
+            found.setdefault(token["content"] if isinstance(token, Mapping) else token, key)
+    return found
+
+
 def named_token(extras: Mapping[str, Any], key: str) -> str | None:
     """A special token's name in the tokenizer's settings."""
     for part in _OF_TOKENIZER:
@@ -83,9 +96,9 @@ def settled(extras: dict[str, Any], tokenizer: Tokenizer, name_of: Callable[[int
         for key in IDS:
             given = extras.get(part, {}).get(key)
             known = [token for token in _ids(given) if name_of(token) is not None]
-            if given is None or len(known) == len(_ids(given)):
+            if given is None or (known and len(known) == (len(given) if isinstance(given, list) else 1)):
                 continue
-            instead = (known if len(known) > 1 else known[0]) if known else None if "pad" in key else tokenizer.eod
+            instead = known or (None if key == "pad_token_id" else tokenizer.eod)
             extras[part][key] = instead
             notes.append(f"{part}.json: {key} {given} is none of the tokenizer's; {instead} is taken")
     return notes

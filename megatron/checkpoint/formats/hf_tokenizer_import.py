@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron.checkpoint.errors import CheckpointError
 from megatron.checkpoint.formats.contents import some
-from megatron.checkpoint.formats.hf_extras import end_of_document, named_token
+from megatron.checkpoint.formats.hf_extras import end_of_document, named_token, special_names
 from megatron.checkpoint.formats.shards import read_json
 from megatron.config import DataConfig
 from megatron.data.tokenizer import GPT2BPETokenizer, HFTokenizer, SentencePieceTokenizer, Tokenizer, build_tokenizer
@@ -62,8 +62,8 @@ def _in_folder(folder: Path, extras: Mapping[str, Any]) -> dict[str, Any]:
     gpt2 = {"tokenizer_type": GPT2BPETokenizer.kind, "vocab_file": str(vocab), "merge_file": str(merges)}
     has_gpt2, model = vocab.is_file() and merges.is_file(), folder / "tokenizer.json"
     if model.is_file():
-        content, settings = read_json(model), extras.get("tokenizer_config", {})
-        _check_settings(folder, content, settings)
+        content = read_json(model)
+        _check_settings(folder, content, extras)
         if has_gpt2 and _is_plain_gpt2(content, vocab, merges):
             return gpt2
         if pieces.is_file() and _is_plain_sentencepiece(model, pieces):
@@ -83,14 +83,20 @@ def _in_folder(folder: Path, extras: Mapping[str, Any]) -> dict[str, Any]:
     )
 
 
-def _check_settings(folder: Path, content: dict[str, Any], settings: Mapping[str, Any]) -> None:
+def _check_settings(folder: Path, content: dict[str, Any], extras: Mapping[str, Any]) -> None:
     """Raises CheckpointError where transformers would change what tokenizer.json says by the folder's other files."""
+    settings = extras.get("tokenizer_config", {})
     in_file = {token["content"]: token["id"] for token in content.get("added_tokens") or []}
     problems = [
         f"{name} is {token} in {file}, {in_file.get(name, 'missing')} among the added tokens of tokenizer.json"
         for file, added in _added_elsewhere(folder, settings)
         for name, (token, _) in added.items()
         if in_file.get(name) != token
+    ]
+    problems += [
+        f"{key} {name} is none of the added tokens of tokenizer.json"
+        for name, key in special_names(extras).items()
+        if name not in in_file
     ]
     before, normal = content.get("pre_tokenizer") or {}, content.get("normalizer") or {}
     compared = [(before, "add_prefix_space", "add_prefix_space")]
@@ -133,10 +139,9 @@ def _check_nothing_added(
         problems.append("add_prefix_space is true in tokenizer_config.json")
     if not any_class and (made_by := settings.get("tokenizer_class")) not in _GPT2_CLASSES:
         problems.append(f"tokenizer_class is {made_by} in tokenizer_config.json")
-    for key in ("bos_token", "eos_token", "unk_token", "pad_token"):
-        name = named_token(extras, key)
-        if name is not None and name not in vocab:
-            problems.append(f"{key} {name} is not in the vocabulary")
+    problems += [
+        f"{key} {name} is not in the vocabulary" for name, key in special_names(extras).items() if name not in vocab
+    ]
     if problems:
         raise CheckpointError(
             f"{folder} has no tokenizer.json, and its other files change what its vocabulary says: {some(problems)}; "

@@ -18,6 +18,7 @@ from transformers import (
 
 from megatron.checkpoint import CheckpointError
 from megatron.checkpoint.formats.convert import Conversion, convert
+from megatron.checkpoint.formats.hf_extras import settled
 from megatron.checkpoint.formats.native import read_native
 from megatron.data.errors import DataError
 from megatron.data.tokenizer import HFTokenizer, build_tokenizer
@@ -222,6 +223,19 @@ def test_ids_that_no_token_has_are_replaced_and_told(tmp_path):
         run(tmp_path / "hf", tmp_path / "third", eod_token="[END]")
 
 
+@pytest.mark.parametrize(
+    ("given", "ends"),
+    [([3, 50256], {3}), ([50256], {0}), ("3", {0}), ([], {0}), ([0, 4], {0, 4}), (None, {0})],
+    ids=str,
+)
+def test_ids_that_end_a_text(tmp_path, given, ends):
+    extras = {"config": {"eos_token_id": 0}, "generation_config": {"eos_token_id": given}}
+    tokenizer_of("wordlevel").save_pretrained(tmp_path)
+    tokenizer = HFTokenizer(str(tmp_path / "tokenizer.json"), "[PAD]")
+    settled(extras, tokenizer, lambda token: "token" if token < 25 else None)
+    assert special_tokens({"huggingface": extras}, tokenizer).ends == ends
+
+
 def test_the_end_of_a_document_may_be_named_by_the_model_alone(tmp_path):
     """As with BERT's tokenizers, which have a sep_token and no eos_token."""
     theirs = tokenizer_of("wordpiece")
@@ -264,6 +278,8 @@ def test_files_that_contradict_tokenizer_json_are_refused(tmp_path):
     fails("add_prefix_space is True in tokenizer_config.json, False in tokenizer.json", add_prefix_space=True)
     more = good["added_tokens_decoder"] | {"390": {"content": "<new>", "special": False}}
     fails("<new> is 390 in tokenizer_config.json, missing among the added tokens", added_tokens_decoder=more)
+    fails("eos_token <stop> is none of the added tokens", eos_token={"content": "<stop>"})
+    fails("extra_special_tokens <tool> is none of the added tokens", extra_special_tokens=["<|im_end|>", "<tool>"])
     (tmp_path / "hf" / "tokenizer.json").unlink()
     fails(r"has no tokenizer\.json, and its other files change .*<b> is token 380 in added_tokens\.json")
     (tmp_path / "hf" / "added_tokens.json").unlink()
