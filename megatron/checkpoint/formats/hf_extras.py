@@ -96,7 +96,7 @@ def settled(extras: dict[str, Any], tokenizer: Tokenizer, name_of: Callable[[int
         for key in IDS:
             given = extras.get(part, {}).get(key)
             known = [token for token in _ids(given) if name_of(token) is not None]
-            if given is None or (known and len(known) == (len(given) if isinstance(given, list) else 1)):
+            if given in (None, []) or (known and len(known) == (len(given) if isinstance(given, list) else 1)):
                 continue
             instead = known or (None if key == "pad_token_id" else tokenizer.eod)
             extras[part][key] = instead

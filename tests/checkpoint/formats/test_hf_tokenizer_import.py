@@ -225,11 +225,11 @@ def test_ids_that_no_token_has_are_replaced_and_told(tmp_path):
 
 @pytest.mark.parametrize(
     ("given", "ends"),
-    [([3, 50256], {3}), ([50256], {0}), ("3", {0}), ([], {0}), ([0, 4], {0, 4}), (None, {0})],
+    [([3, 50256], {3}), ([50256], {0}), ("3", {0}), ([], {5}), ([0, 4], {0, 4}), (None, {5})],
     ids=str,
 )
 def test_ids_that_end_a_text(tmp_path, given, ends):
-    extras = {"config": {"eos_token_id": 0}, "generation_config": {"eos_token_id": given}}
+    extras = {"config": {"eos_token_id": 5}, "generation_config": {"eos_token_id": given}}
     tokenizer_of("wordlevel").save_pretrained(tmp_path)
     tokenizer = HFTokenizer(str(tmp_path / "tokenizer.json"), "[PAD]")
     settled(extras, tokenizer, lambda token: "token" if token < 25 else None)
