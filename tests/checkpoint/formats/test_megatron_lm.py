@@ -172,8 +172,10 @@ def test_files_of_a_distributed_checkpoint_are_neither_unpickled_nor_sought_else
     index, place = next(item for item in metadata.storage_data.items() if item[0].fqn.endswith("embeddings.weight"))
     torch.save({"run": subprocess.Popen}, folder / "hostile.distcp")
     torch.save(torch.ones(1, 1), folder / "small.distcp")
+    torch.save(torch.ones(metadata.state_dict_metadata[index.fqn].size).half(), folder / "half.distcp")
     for path, message in (
         ("small.distcp", r"embeddings.weight has a chunk of float32 \[1, 1\], where .metadata says float32 \["),
+        ("half.distcp", r"embeddings.weight has a chunk of float16 \[.*, where .metadata says float32 \["),
         ("hostile.distcp", "hostile.distcp is damaged .*it names .*Popen, which is not allowed"),
         ("../hostile.distcp", "names files of other folders: ../hostile.distcp"),
     ):
