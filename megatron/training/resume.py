@@ -98,8 +98,10 @@ def check(meta: dict[str, Any], config: RunConfig, vocab_size: int, tokenizer: T
         if config.data.allow_tokenizer_mismatch:
             changed["tokenizer fingerprint"] = fingerprints
         else:
+            ends = [each.data.eod_token for each in (saved, config)]
+            named = "" if ends[0] == ends[1] else f", --eod-token {ends[0]!r} and {ends[1]!r}"
             problems.append(
-                f"tokenizer fingerprint: checkpoint {fingerprints[0]}, this run {fingerprints[1]} "
+                f"tokenizer fingerprint: checkpoint {fingerprints[0]}, this run {fingerprints[1]}{named} "
                 "(--allow-tokenizer-mismatch goes on all the same)"
             )
     if problems:

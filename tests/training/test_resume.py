@@ -1,5 +1,7 @@
 """What a run may go on from: a checkpoint of another tokenizer only if that is asked for."""
 
+import dataclasses
+
 import pytest
 from corpus import byte_level, gpt2
 
@@ -17,6 +19,10 @@ def test_another_tokenizer_is_refused_unless_allowed(tmp_path):
     assert check(meta, config, 1024, mine) == []
     with pytest.raises(CheckpointError, match=r"tokenizer fingerprint: checkpoint .*--allow-tokenizer-mismatch"):
         check(meta, config, 1024, other)
+    named = build_tokenizer(dataclasses.replace(gpt2(tmp_path), eod_token="a"))
+    again = dataclasses.replace(config, data=dataclasses.replace(config.data, eod_token="a"))
+    with pytest.raises(CheckpointError, match=r"tokenizer fingerprint: .*, --eod-token None and 'a' \("):
+        check(meta, again, 1024, named)
     config.data.allow_tokenizer_mismatch = True
     (warning,) = check(meta, config, 1024, other)
     assert mine.fingerprint[:12] in warning
