@@ -41,9 +41,14 @@ def find_tokenizer(
         ValueError: a file is wrong.
         CheckpointError: there is none, or it would give other ids than there.
     """
-    options: dict[str, Any] = dict(given)
+    options: dict[str, Any] = {"tokenizer_type": DataConfig().tokenizer_type} | given
     if not given.keys() - {"eod_token"}:
-        options = _in_folder(folder, extras) | options
+        try:
+            options = _in_folder(folder, extras) | given
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"{folder}: the tokenizer's files are not as transformers writes them: {error!r}; {_WRITE_IT}"
+            ) from None
     name_of = _names(options)
     notes = []
     if "eod_token" not in options and (end := end_of_document(extras, name_of)) is not None:
@@ -185,9 +190,10 @@ def _piece_ids(file: str) -> dict[str, int]:
 
 def _names(options: Mapping[str, Any]) -> NameOf:
     """The name of each id of a tokenizer that is not built yet."""
-    kind = options.get("tokenizer_type")
+    kind = options["tokenizer_type"]
     if kind == HFTokenizer.kind and Path(options.get("tokenizer_model", "")).is_file():
-        return _backend(options["tokenizer_model"]).id_to_token
+        backend = _backend(options["tokenizer_model"])
+        return lambda token: backend.id_to_token(token) if 0 <= token < 2**32 else None
     ids: Mapping[str, int] = {}
     if kind == GPT2BPETokenizer.kind and Path(options.get("vocab_file", "")).is_file():
         ids = read_json(Path(options["vocab_file"]))

@@ -211,6 +211,10 @@ def test_ids_that_no_token_has_are_replaced_and_told(tmp_path):
     assert any("eos_token_id 50256 is none of the tokenizer's; 3 is taken" in line for line in told)
     source = find_checkpoint(tmp_path / "native")
     assert load_tokenizer(source).eod == theirs.eos_token_id == 3
+    about = json.loads((tmp_path / "hf" / "config.json").read_text())
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(about | {"eos_token_id": -1}))
+    run(tmp_path / "hf", tmp_path / "again")
+    assert load_tokenizer(find_checkpoint(tmp_path / "again")).eod == 3
     config = json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())
     del config["eos_token"]
     (tmp_path / "hf" / "tokenizer_config.json").write_text(json.dumps(config))
@@ -278,6 +282,7 @@ def test_files_that_contradict_tokenizer_json_are_refused(tmp_path):
     fails("add_prefix_space is True in tokenizer_config.json, False in tokenizer.json", add_prefix_space=True)
     more = good["added_tokens_decoder"] | {"390": {"content": "<new>", "special": False}}
     fails("<new> is 390 in tokenizer_config.json, missing among the added tokens", added_tokens_decoder=more)
+    fails("not as transformers writes them: KeyError.'content'", added_tokens_decoder={"390": {}})
     fails("eos_token <stop> is none of the added tokens", eos_token={"content": "<stop>"})
     fails("extra_special_tokens <tool> is none of the added tokens", extra_special_tokens=["<|im_end|>", "<tool>"])
     (tmp_path / "hf" / "tokenizer.json").unlink()
@@ -297,6 +302,10 @@ def test_gpt2s_two_files_alone_come_in_as_before(tmp_path):
     run(tmp_path / "hf", tmp_path / "whole")
     (tmp_path / "hf" / "tokenizer.json").unlink()
     run(tmp_path / "hf", tmp_path / "two")
+    files = {
+        name: str(tmp_path / "hf" / file) for name, file in (("vocab_file", "vocab.json"), ("merge_file", "merges.txt"))
+    }
+    run(tmp_path / "hf", tmp_path / "given", **files)
     one, other = (find_checkpoint(tmp_path / each).meta["tokenizer"]["fingerprint"] for each in ("whole", "two"))
     assert one == other
     shutil.rmtree(tmp_path / "hf")
