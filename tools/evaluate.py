@@ -24,7 +24,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--load", required=True, metavar="DIR", help="Folder of checkpoints (the latest is taken), or one of them.")
-    add("--output", required=True, metavar="DIR", help="Folder for results.json, .md and .csv and requests.jsonl.")
+    add("--output", required=True, metavar="DIR", help="Folder for the results and for requests.jsonl.")
     add("--tasks", default=TASKS, metavar="A,B", help=f"lm-eval's names (default: the published six, {TASKS}).")
     add("--data-dir", metavar="DIR", help="Folder with the tasks' files (default: the hub, as lm-eval does).")
     add("--limit", type=int, metavar="N", help="Only the first N samples of each task, for a try.")
@@ -34,7 +34,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", metavar="NAME", help="cpu or cuda (default: cuda where there is a GPU).")
     add_dtype_flag(parser)
     add("--name", help="The model's name in the tables (default: the folder's).")
-    add("--log-samples", action="store_true", help="Keep every sample with its answers in results.json.")
+    add("--log-samples", action="store_true", help="Keep every sample with its answers too.")
     add_tokenizer_files(parser)
     args = parser.parse_args(argv)
     check_counts(parser, args, "limit", "batch_size", "max_gen_toks", "expert_parallel")

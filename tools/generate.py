@@ -100,13 +100,15 @@ def main(argv: list[str] | None = None) -> int:
 
 def _generate(args: argparse.Namespace, sampling: Any) -> None:
     from megatron.inference.load import DTYPES, choose_device, choose_dtype, find_checkpoint, load_model, load_tokenizer
+    from megatron.inference.special_tokens import special_tokens
     from megatron.inference.text import stream_text
 
     prompts = _prompts(args)
     device = choose_device(args.device)
     source = find_checkpoint(args.load)
     tokenizer = load_tokenizer(source, **tokenizer_files(args))
-    ids = [tokenizer.encode(prompt) or [tokenizer.eod] for prompt in prompts]
+    special = special_tokens(source.meta, tokenizer)
+    ids = [tokenizer.encode(prompt) or [special.begin] for prompt in prompts]
     count = _new_tokens(args.max_new_tokens, max(map(len, ids)), source.config.model.position_rows)
     model = load_model(source, device, DTYPES[choose_dtype(args.dtype, device, source)])
     several = len(prompts) * args.num_samples > 1
@@ -125,7 +127,7 @@ def _generate(args: argparse.Namespace, sampling: Any) -> None:
     for start in range(0, len(requests), args.batch_size):
         batch = requests[start : start + args.batch_size]
         prompt_ids, seeds = [request.ids for request in batch], [request.seed for request in batch]
-        show(batch, stream_text(model, tokenizer, prompt_ids, count, sampling, seeds))
+        show(batch, stream_text(model, tokenizer, prompt_ids, count, sampling, seeds, special.ends))
 
 
 def _prompts(args: argparse.Namespace) -> list[str]:

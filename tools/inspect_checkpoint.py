@@ -16,7 +16,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "folder", metavar="DIR", help="A run's --save folder, one checkpoint, or a Hugging Face folder."
     )
-    parser.add_argument("--verify", action="store_true", help="Compare every file with its checksum.")
+    parser.add_argument("--verify", action="store_true", help="Compare every file with its checksum and the index.")
     parser.add_argument("--json", action="store_true", help="Print JSON.")
     return parser.parse_args(argv)
 

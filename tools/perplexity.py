@@ -63,6 +63,7 @@ def _measure(args: argparse.Namespace) -> None:
     from megatron.evaluation.perplexity import documents_of_dataset, documents_of_files, measure, to_json
     from megatron.evaluation.processes import join, load_share
     from megatron.inference.load import DTYPES, choose_dtype, find_checkpoint, load_tokenizer
+    from megatron.inference.special_tokens import special_tokens
 
     output = Path(args.output) if args.output else None
     if output and output.is_dir():
@@ -82,10 +83,11 @@ def _measure(args: argparse.Namespace) -> None:
     processes, device = join(args.device, args.expert_parallel)
     dtype = choose_dtype(args.dtype, device, source)
     model = load_share(source, processes, device, DTYPES[dtype])
+    begin = special_tokens(source.meta, tokenizer).begin
     longest = args.max_length or model.config.position_rows
     stride = args.stride or max(1, longest // 2)
     found = measure(
-        model, documents, tokenizer.eod, stride=stride, longest=longest, batch_size=args.batch_size, processes=processes
+        model, documents, begin, stride=stride, longest=longest, batch_size=args.batch_size, processes=processes
     )
     if processes.rank > 0:
         return

@@ -101,7 +101,7 @@ def read_manifest(checkpoint: Path) -> Manifest:
         raise CheckpointError(f"{path} is missing: {checkpoint} is not a complete checkpoint") from None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}") from None
 
 

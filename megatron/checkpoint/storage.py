@@ -168,7 +168,7 @@ class Writer(StorageWriter):
         with _in_words():
             path: Path = plan.storage_data
             path.parent.mkdir(exist_ok=True)  # made by rank 0; a network file system may not show it yet
-            boxes = [(_key(item.index), planner.resolve_data(item)) for item in plan.items]
+            boxes = [(box_key(item.index), planner.resolve_data(item)) for item in plan.items]
             file = _DataFile(path.name, write_safetensors(path, boxes))
         sizes = [tensor.numel() * tensor.element_size() for _, tensor in boxes]
         return _done(
@@ -216,6 +216,9 @@ def write_safetensors(
 
     Layout (https://github.com/huggingface/safetensors): the header's length as 8 bytes, little-endian; the header, JSON
     padded with blanks to a multiple of 8; the data without gaps.
+
+    Raises:
+        CheckpointError: data that was deferred has another shape or data type than was announced.
     """
     header: dict[str, Any] = {} if about is None else {"__metadata__": about}
     end = 0
@@ -234,16 +237,31 @@ def write_safetensors(
 
         put(len(text).to_bytes(8, "little"))
         put(text)
-        for _, tensor in tensors:
+        for key, tensor in tensors:
             in_rows = isinstance(tensor, Deferred) and tensor.rows is not None
+            written = 0
             for part in tensor.rows() if in_rows else [data_of(tensor)]:
+                if part.dtype != tensor.dtype or not (in_rows or part.shape == tensor.shape):
+                    raise CheckpointError(_not_as_announced(key, tensor, _kind(part.shape, part.dtype)))
+                written += part.numel()
                 put(memoryview(part.contiguous().cpu().view(-1).view(torch.uint8).numpy()))
+            if written != math.prod(tensor.shape):  # else the header is wrong about what follows
+                raise CheckpointError(_not_as_announced(key, tensor, f"{written} numbers"))
         file.flush()
         os.fsync(file.fileno())
     return FileRecord(size, digest.hexdigest())
 
 
-def _key(index: MetadataIndex) -> str:
+def _not_as_announced(key: str, tensor: torch.Tensor | Deferred, found: str) -> str:
+    return f"{key} is {found}, but was announced as {_kind(tensor.shape, tensor.dtype)}; nothing can read such a file"
+
+
+def _kind(shape: Sequence[int], dtype: torch.dtype) -> str:
+    return f"{dtype_name(dtype)} {list(shape)}"
+
+
+def box_key(index: MetadataIndex) -> str:
+    """The name of a box in its file."""
     return f"{index.fqn}@{','.join(str(offset) for offset in index.offset or ())}"
 
 
@@ -267,7 +285,7 @@ def read_index(checkpoint: Path) -> Metadata:
                 places[MetadataIndex(name, offsets)] = content["files"][number]
             dtype = dtype_of(tensor["dtype"])
             tensors[name] = TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(tensor["shape"]), chunks)
-    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be used: {type(error).__name__}: {error}") from None
     return Metadata(tensors, storage_data=places)
 
@@ -359,8 +377,13 @@ class Reader(StorageReader):
         for name, items in by_file.items():
             with _in_words(), safe_open(self._checkpoint / name, framework="pt", device="cpu") as file:
                 for item in items:
-                    destination = planner.resolve_tensor(item)
-                    destination.copy_(_read(file, item))
+                    destination, found = planner.resolve_tensor(item), _read(file, item)
+                    if found.shape != destination.shape:  # copy_ would broadcast it
+                        raise CheckpointError(
+                            f"{name} holds {list(found.shape)} of {box_key(item.storage_index)}, expected "
+                            f"{list(destination.shape)}"
+                        )
+                    destination.copy_(found)
                     planner.commit_tensor(item, destination)
         return _done(None)
 
@@ -371,7 +394,7 @@ class Reader(StorageReader):
 
 
 def _read(file: Any, item: ReadItem) -> torch.Tensor:
-    key = _key(item.storage_index)
+    key = box_key(item.storage_index)
     if not item.lengths:
         return file.get_tensor(key)
     region = tuple(

@@ -39,6 +39,10 @@ class DataConfig:
         None, "SentencePieceTokenizer: the .model file. HFTokenizer: the tokenizer.json file. TiktokenTokenizer: the "
         "file of ranks under its name, such as cl100k_base.tiktoken.", metavar="FILE",
     )  # fmt: skip
+    eod_token: str | None = option(
+        None, "The token that ends a document (default: the first there is of <|endoftext|>, </s>, <|end_of_text|>, "
+        "<eos>, or a SentencePiece model's own).", metavar="TOKEN",
+    )  # fmt: skip
     allow_tokenizer_mismatch: bool = option(
         False, "Read data, and go on from a checkpoint, of another tokenizer by its fingerprint; tokens must still fit "
         "into the vocabulary.",

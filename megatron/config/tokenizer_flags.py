@@ -5,7 +5,7 @@ import dataclasses
 
 from megatron.config.data import DataConfig
 
-_FIELDS = ("tokenizer_type", "vocab_file", "merge_file", "tokenizer_model")
+_FIELDS = ("tokenizer_type", "vocab_file", "merge_file", "tokenizer_model", "eod_token")
 
 
 def add_tokenizer_flags(parser: argparse.ArgumentParser) -> None:

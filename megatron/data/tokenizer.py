@@ -1,11 +1,13 @@
 """Tokenizers behind one small protocol.
 
 Text is text: a document that happens to contain ``<|endoftext|>`` or ``</s>`` is encoded letter by letter, never as the
-special token of that name. Only the tools put end-of-document tokens where documents end.
+special token of that name. Only the tools put end-of-document tokens where documents end. (Prompts of a model that came
+from Hugging Face are another matter: there, special tokens are recognised as its own tokenizer does it.)
 """
 
 import functools
 import hashlib
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,10 +33,11 @@ class Tokenizer(Protocol):
     eod: int
     """Id of the end-of-document token."""
     fingerprint: str
-    """SHA-256 over its kind and the content of its files; equal fingerprints mean equal tokens."""
+    """SHA-256 over its kind, the content of its files and an end-of-document token that was named; equal fingerprints
+    mean equal tokens of a corpus."""
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of ``text``; no special token is added or recognised."""
+        """Token ids of ``text``; no special token is added."""
         ...
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
@@ -65,18 +68,21 @@ class GPT2BPETokenizer:
     Args:
         vocab_file: ``vocab.json``, token -> id.
         merge_file: ``merges.txt``, one merge a line, best first.
+        eod_token: the token that ends a document; ``<|endoftext|>`` by default.
+        split_special_tokens: whether that token's name in a text is text.
 
     Raises:
-        DataError: a file is missing or broken, or the vocabulary lacks a byte or ``<|endoftext|>``.
+        DataError: a file is missing or broken, or the vocabulary lacks a byte or the end-of-document token.
     """
 
     kind = "GPT2BPETokenizer"
 
-    def __init__(self, vocab_file: str, merge_file: str) -> None:
+    def __init__(
+        self, vocab_file: str, merge_file: str, eod_token: str | None = None, split_special_tokens: bool = True
+    ) -> None:
         from tokenizers import Tokenizer as Backend
         from tokenizers import decoders, models, pre_tokenizers
 
-        self.fingerprint = _fingerprint(self.kind, vocab_file, merge_file)
         try:
             self._backend = Backend(models.BPE.from_file(vocab_file, merge_file))
         except Exception as error:  # the library raises plain Exception
@@ -93,12 +99,15 @@ class GPT2BPETokenizer:
                 "text with those bytes would be lost. Use a byte-level vocabulary such as GPT-2's"
             )
         self.vocab_size = max(vocab.values()) + 1
-        self.eod = _end_of_document(vocab, ("<|endoftext|>",), f"--vocab-file {vocab_file}")
-        self._files = (vocab_file, merge_file)
+        self.eod, other = _end_of_document(vocab, ("<|endoftext|>",), f"--vocab-file {vocab_file}", eod_token)
+        self.fingerprint = _fingerprint(self.kind, vocab_file, merge_file, **other)
+        self._files = (vocab_file, merge_file) if split_special_tokens else None
+        if not split_special_tokens:
+            self._backend.add_special_tokens([self._backend.id_to_token(self.eod)])
 
     @functools.cached_property
     def _fast(self) -> Any | None:
-        return tiktoken_backend.from_gpt2_files(*self._files)
+        return tiktoken_backend.from_gpt2_files(*self._files) if self._files else None
 
     def encode_arrays(self, texts: list[str]) -> list[np.ndarray]:
         if self._fast is None:
@@ -121,31 +130,34 @@ class GPT2BPETokenizer:
 
 
 class HFTokenizer(_FromLists):
-    """A Hugging Face ``tokenizer.json``, without the special tokens, truncation and padding it may ask for.
+    """A Hugging Face ``tokenizer.json``, without truncation, padding and the special tokens it may add around a text.
 
     Args:
         tokenizer_file: the ``tokenizer.json``.
+        eod_token: the token that ends a document; by default the first of ``END_OF_DOCUMENT`` that there is.
+        split_special_tokens: whether a special token's name in a text is text. (Added tokens that are not special are
+            always recognised; the file says which are.)
 
     Raises:
-        DataError: the file is missing or broken, or has none of the tokens in ``END_OF_DOCUMENT``.
+        DataError: the file is missing or broken, or has no end-of-document token.
     """
 
     kind = "HFTokenizer"
 
-    def __init__(self, tokenizer_file: str) -> None:
+    def __init__(self, tokenizer_file: str, eod_token: str | None = None, split_special_tokens: bool = True) -> None:
         from tokenizers import Tokenizer as Backend
 
-        self.fingerprint = _fingerprint(self.kind, tokenizer_file)
         try:
             self._backend = Backend.from_file(tokenizer_file)
         except Exception as error:  # the library raises plain Exception
             raise DataError(f"--tokenizer-model {tokenizer_file} is no Hugging Face tokenizer.json: {error}") from error
         self._backend.no_truncation()
         self._backend.no_padding()
-        self._backend.encode_special_tokens = True  # the library's name for: special tokens in text are text
+        self._backend.encode_special_tokens = split_special_tokens  # the library's name for it
         vocab = self._backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocab.values()) + 1
-        self.eod = _end_of_document(vocab, END_OF_DOCUMENT, f"--tokenizer-model {tokenizer_file}")
+        self.eod, other = _end_of_document(vocab, END_OF_DOCUMENT, f"--tokenizer-model {tokenizer_file}", eod_token)
+        self.fingerprint = _fingerprint(self.kind, tokenizer_file, **other)
 
     def encode(self, text: str) -> list[int]:
         return self._backend.encode(text, add_special_tokens=False).ids
@@ -165,28 +177,29 @@ class SentencePieceTokenizer(_FromLists):
 
     Args:
         model_file: the ``.model``.
+        eod_token: the piece that ends a document; by default the end-of-sentence piece, or the first of
+            ``END_OF_DOCUMENT`` that there is.
 
     Raises:
-        DataError: the file is missing or broken, or has neither an end-of-sentence piece nor any of
-            ``END_OF_DOCUMENT``.
+        DataError: the file is missing or broken, or has no end-of-document piece.
     """
 
     kind = "SentencePieceTokenizer"
 
-    def __init__(self, model_file: str) -> None:
+    def __init__(self, model_file: str, eod_token: str | None = None) -> None:
         import sentencepiece
 
-        self.fingerprint = _fingerprint(self.kind, model_file)
         try:
             self._backend = sentencepiece.SentencePieceProcessor(model_proto=Path(model_file).read_bytes())
         except RuntimeError as error:
             raise DataError(f"--tokenizer-model {model_file} is no SentencePiece model: {error}") from error
         self.vocab_size = self._backend.vocab_size()
-        self.eod = self._backend.eos_id()
-        if self.eod < 0:
-            ids = {name: self._backend.piece_to_id(name) for name in END_OF_DOCUMENT}
-            pieces = {name: id for name, id in ids.items() if self._backend.id_to_piece(id) == name}
-            self.eod = _end_of_document(pieces, END_OF_DOCUMENT, f"--tokenizer-model {model_file}")
+        own = self._backend.eos_id()
+        names = END_OF_DOCUMENT if own < 0 else (self._backend.id_to_piece(own),)
+        ids = {name: self._backend.piece_to_id(name) for name in (*names, eod_token or names[0])}
+        pieces = {name: id for name, id in ids.items() if self._backend.id_to_piece(id) == name}
+        self.eod, other = _end_of_document(pieces, names, f"--tokenizer-model {model_file}", eod_token)
+        self.fingerprint = _fingerprint(self.kind, model_file, **other)
 
     def encode(self, text: str) -> list[int]:
         return self._backend.encode(text, out_type=int)
@@ -253,8 +266,13 @@ class ByteTokenizer:
         return b"".join(parts).decode("utf-8", "replace")
 
 
-def build_tokenizer(data: DataConfig) -> Tokenizer:
+def build_tokenizer(data: DataConfig, *, split_special_tokens: bool = True) -> Tokenizer:
     """The tokenizer that ``data`` describes.
+
+    Args:
+        data: kind, files, and the token that ends a document.
+        split_special_tokens: False for one that recognises the names of special tokens in a text, if it is of GPT-2's
+            files or a tokenizer.json.
 
     Raises:
         DataError: a file it needs is not given, missing or broken.
@@ -268,14 +286,19 @@ def build_tokenizer(data: DataConfig) -> Tokenizer:
             raise DataError(f"{flag} {path}: there is no such file")
         return path
 
-    kind = data.tokenizer_type
+    kind, eod_token = data.tokenizer_type, data.eod_token
+    if eod_token is not None and kind in (ByteTokenizer.kind, TiktokenTokenizer.kind):
+        raise DataError(f"--eod-token has no meaning for --tokenizer-type {kind}, whose end of a document is fixed")
     if kind == GPT2BPETokenizer.kind:
-        return GPT2BPETokenizer(file("vocab_file"), file("merge_file"))
+        return GPT2BPETokenizer(file("vocab_file"), file("merge_file"), eod_token, split_special_tokens)
     if kind == ByteTokenizer.kind:
         return ByteTokenizer()
-    for made in (SentencePieceTokenizer, HFTokenizer, TiktokenTokenizer):
-        if kind == made.kind:
-            return made(file("tokenizer_model"))
+    if kind == HFTokenizer.kind:
+        return HFTokenizer(file("tokenizer_model"), eod_token, split_special_tokens)
+    if kind == SentencePieceTokenizer.kind:
+        return SentencePieceTokenizer(file("tokenizer_model"), eod_token)
+    if kind == TiktokenTokenizer.kind:
+        return TiktokenTokenizer(file("tokenizer_model"))
     raise DataError(f"--tokenizer-type {kind!r} is not known; choose one of {', '.join(TOKENIZERS)}")
 
 
@@ -286,22 +309,33 @@ def _spaced_out(text: str) -> bool:
     return len(text) > tiktoken_backend.LONG and _SPACES.search(text) is not None
 
 
-def _fingerprint(kind: str, *files: str) -> str:
+def _fingerprint(kind: str, *files: str, **options: str) -> str:
+    """``options`` are those that are not at their default."""
     digest = hashlib.sha256(kind.encode())
     for file in files:
         content = Path(file).read_bytes()
         digest.update(len(content).to_bytes(8, "little"))
         digest.update(content)
+    if options:
+        digest.update(json.dumps(options, sort_keys=True).encode())
     return digest.hexdigest()
 
 
-def _end_of_document(vocab: dict[str, int], names: Sequence[str], where: str) -> int:
-    for name in names:
-        if name in vocab:
-            return vocab[name]
-    raise DataError(
-        f"{where} has no end-of-document token: looked for {', '.join(names)}. Add one of them to the tokenizer"
-    )
+def _end_of_document(
+    vocab: dict[str, int], names: Sequence[str], where: str, wanted: str | None
+) -> tuple[int, dict[str, str]]:
+    """Its id; and, for the fingerprint, the name that was wanted if that is not the default's."""
+    default = next((name for name in names if name in vocab), None)
+    if wanted is not None and wanted not in vocab:
+        raise DataError(f"--eod-token {wanted} is no token of {where}")
+    if wanted is None and default is None:
+        raise DataError(
+            f"{where} has no end-of-document token: looked for {', '.join(names)}. Name its own by --eod-token, or add "
+            "one of them to the tokenizer"
+        )
+    if wanted is None or wanted == default:
+        return vocab[default], {}
+    return vocab[wanted], {"eod_token": wanted}
 
 
 def _checked(ids: Sequence[Any], vocab_size: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import os
 import sys
 import time
@@ -10,17 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import lm_eval
+import torch
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 
 from megatron.checkpoint.folder import MANIFEST, hash_file
+from megatron.checkpoint.formats.contents import parameter_shapes
+from megatron.data.tokenizer import Tokenizer
 from megatron.evaluation.lm import LONGEST_TEXT, MegatronLM
 from megatron.evaluation.output import check_output
 from megatron.evaluation.processes import join, load_share
 from megatron.evaluation.report import write
 from megatron.evaluation.request_log import RequestLog
 from megatron.evaluation.tasks import build_tasks
-from megatron.inference.load import DTYPES, choose_dtype, find_checkpoint, load_tokenizer
+from megatron.inference.load import DTYPES, Source, choose_dtype, find_checkpoint, load_tokenizer
+from megatron.inference.special_tokens import SpecialTokens, special_tokens
 
 REQUESTS, SAMPLES = 32 << 20, 256 << 20  # bytes of the six tasks' results, without and with samples, and more
 
@@ -72,17 +77,47 @@ def evaluate(wanted: Evaluation) -> str | None:
         model = load_share(source, processes, device, DTYPES[dtype])
         if processes.rank == 0 and log is None:
             log = stack.enter_context(contextlib.closing(RequestLog(path, about)))
-        lm = MegatronLM(model, tokenizer, wanted.batch_size, processes, log)
-        results = _run(wanted, tasks, lm)
+        special = special_tokens(source.meta, tokenizer)
+        lm = MegatronLM(model, tokenizer, wanted.batch_size, processes, log, special=special)
+        begun = time.perf_counter()
+        results = _run(wanted, tasks, lm, device)
         if results is None:
             return None
-        results["config"] |= {"checkpoint": str(source.path), "dtype": dtype, "data_dir": wanted.data_dir}
-        return write(path.parent, wanted.name or source.path.parent.name, results)
+        results["config"] |= {
+            "model_num_parameters": _parameters(source),
+            "model_revision": source.path.name,
+            "model_sha": about["contents"],
+            "checkpoint": str(source.path),
+            "dtype": dtype,
+            "data_dir": wanted.data_dir,
+        }
+        results |= _about_tokens(tokenizer, special, lm.max_length)
+        return write(path.parent, wanted.name or source.path.parent.name, results, begun)
 
 
-def _run(wanted: Evaluation, tasks: Sequence[Task], lm: MegatronLM) -> dict[str, Any] | None:
+def _parameters(source: Source) -> int:
+    shapes = parameter_shapes(source.config.model, source.config.moe, source.meta["vocab_size"])
+    return sum(math.prod(shape) for shape in shapes.values())
+
+
+def _about_tokens(tokenizer: Tokenizer, special: SpecialTokens, longest: int) -> dict[str, Any]:
+    """What lm-eval's own backends tell of the tokenizer: special tokens and their ids, and the model's positions."""
+
+    def told(token: int) -> list[str]:
+        return [tokenizer.decode([token]), str(token)]
+
+    return {
+        "tokenizer_pad_token": told(tokenizer.eod),
+        "tokenizer_eos_token": told(tokenizer.eod),
+        "tokenizer_bos_token": told(special.begin),
+        "eot_token_id": tokenizer.eod,
+        "max_length": longest,
+    }
+
+
+def _run(wanted: Evaluation, tasks: Sequence[Task], lm: MegatronLM, device: torch.device) -> dict[str, Any] | None:
     """lm-eval's results of all tasks; on process 0."""
-    begin, first = time.perf_counter(), lm.processes.rank == 0
+    first = lm.processes.rank == 0
     os.environ["DISABLE_MULTIPROC"] = "1"  # else lm-eval forks this process, whose collectives have threads
     with contextlib.redirect_stdout(sys.stderr):  # standard output is for the results alone
         results = lm_eval.simple_evaluate(
@@ -90,15 +125,13 @@ def _run(wanted: Evaluation, tasks: Sequence[Task], lm: MegatronLM) -> dict[str,
             tasks=tasks,
             task_manager=TaskManager(include_defaults=False),  # the tasks are made; its index takes seconds
             batch_size=wanted.batch_size,
+            device=str(device),  # for the record
             limit=wanted.limit,
             log_samples=wanted.log_samples,
             bootstrap_iters=1000 if first else 0,
             gen_kwargs={"max_gen_toks": wanted.max_gen_toks} if wanted.max_gen_toks else None,
         )
-    if not first:
-        return None
-    results["total_evaluation_time_seconds"] = str(time.perf_counter() - begin)  # as lm-eval's own command has it
-    return results
+    return results if first else None
 
 
 def _check_lengths(tasks: Sequence[Task], wanted: int | None, positions: int) -> None:

@@ -19,6 +19,7 @@ from megatron.evaluation.request_log import RequestLog, key_of
 from megatron.evaluation.scoring import score
 from megatron.inference.generate import stream
 from megatron.inference.sampling import Sampling
+from megatron.inference.special_tokens import SpecialTokens, special_tokens
 from megatron.model.gpt import GPTModel
 
 LONGEST_TEXT = 256  # tokens that a task generates which names no length; as lm-eval's own models
@@ -38,6 +39,7 @@ class MegatronLM(TemplateLM):
         batch_size: sequences of one forward pass.
         processes: who shares the work.
         log: where finished requests are kept; used by process 0 only.
+        special: what begins and ends a text; by default the tokenizer's end-of-document token.
     """
 
     def __init__(
@@ -48,9 +50,11 @@ class MegatronLM(TemplateLM):
         processes: Processes | None = None,
         log: RequestLog | None = None,
         *,
+        special: SpecialTokens | None = None,
         progress: bool = True,
     ) -> None:
         super().__init__()
+        self._special = special or special_tokens({}, tokenizer)
         self.model, self._tokenizer, self.batch_size = model, tokenizer, batch_size
         self.processes = processes or Processes()
         self._log = log
@@ -60,8 +64,13 @@ class MegatronLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """The end-of-document token, which also begins a text that has no context."""
+        """The end-of-document token."""
         return self._tokenizer.eod
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The token before a text that has no context."""
+        return self._special.begin
 
     @property
     def max_length(self) -> int:
@@ -145,7 +154,7 @@ class MegatronLM(TemplateLM):
         sampling = Sampling(kwargs["temperature"], int(kwargs.get("top_k", 0)), float(kwargs.get("top_p", 1.0)))
         items = []
         for number, context in enumerate(contexts):
-            ids = self.tok_encode(context)[-(self.max_length - count) :] or [eod]
+            ids = self.tok_encode(context)[-(self.max_length - count) :] or [self._special.begin]
             seed = 0 if sampling.greedy else number
             items.append((key_of("generate", ids, options, seed), (ids, seed), len(ids)))
 
@@ -158,7 +167,7 @@ class MegatronLM(TemplateLM):
     def _continue(
         self, prompts: Sequence[list[int]], seeds: Sequence[int], sampling: Sampling, count: int, stop: list[str]
     ) -> list[str]:
-        eod, together = self.eot_token_id, self.processes.expert_parallel > 1
+        ends, together = self._special.ends, self.processes.expert_parallel > 1
         new: list[list[int]] = [[] for _ in prompts]
         texts = ["" for _ in prompts]
         running = set(range(len(prompts)))
@@ -167,7 +176,7 @@ class MegatronLM(TemplateLM):
         )
         for step in steps:
             for number in sorted(running):
-                if step[number] == eod:
+                if step[number] in ends:
                     running.remove(number)
                     continue
                 new[number].append(step[number])

@@ -94,7 +94,7 @@ def windows(tokens: Sequence[int], longest: int, stride: int) -> Iterator[tuple[
 def measure(
     model: GPTModel,
     documents: Iterable[Document],
-    eod: int,
+    begin: int,
     *,
     stride: int,
     longest: int | None = None,
@@ -106,7 +106,7 @@ def measure(
     Args:
         model: in evaluation mode; dropping no token.
         documents: at least one token in all.
-        eod: the end-of-document token.
+        begin: the token before a document: the end-of-document token, or the model's own that begins a text.
         stride: see :func:`windows`.
         longest: tokens of input; the model's positions by default.
         batch_size: windows of one forward pass of one process.
@@ -128,12 +128,14 @@ def measure(
             sums["documents"] += 1
             for name, count in (("tokens", len(document.tokens)), ("words", document.words), ("bytes", document.bytes)):
                 sums[name] += count
-            yield from windows([eod, *document.tokens], longest, stride)
+            yield from windows([begin, *document.tokens], longest, stride)
 
     nll, rounds = 0.0, iter(cut())
     with tqdm(desc="perplexity", unit=" tokens", unit_scale=True, disable=processes.rank > 0) as bar:
         while turn := list(itertools.islice(rounds, batch_size * processes.size)):
-            mine = turn[processes.rank :: processes.size] or [([eod, eod], 0)]  # keeps peers with other experts company
+            mine = turn[processes.rank :: processes.size] or [
+                ([begin, begin], 0)
+            ]  # keeps peers with other experts company
             failure, found = None, []
             try:
                 found = score(model, *zip(*mine, strict=True))

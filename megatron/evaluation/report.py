@@ -1,4 +1,4 @@
-"""Results as files: lm-eval's JSON, a Markdown table beside the published one, and a CSV."""
+"""Results as files: lm-eval's own, a Markdown table beside the published one, and a CSV."""
 
 import csv
 import io
@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron.evaluation.output import write_whole
+
+SOURCE = "megatron"  # of the model, where lm-eval's own backends have "hf" or "vllm"
 
 # task: heading, lm-eval's metric
 COLUMNS = {
@@ -55,8 +57,20 @@ def rows(results: dict[str, dict[str, Any]]) -> list[tuple[str, str, float, Any]
     return found
 
 
-def write(folder: Path, name: str, results: dict[str, Any]) -> str:
-    """Write results.json, results.md and results.csv, each at once; returns the Markdown."""
+def write(folder: Path, name: str, results: dict[str, Any], begun: float) -> str:
+    """Write results.json, results.md and results.csv, each at once, and lm-eval's own files in a folder of the model's
+    name; returns the Markdown.
+
+    Args:
+        folder: where to.
+        name: of the model.
+        results: lm-eval's, maybe with samples; its tracker's fields are added.
+        begun: ``time.perf_counter()`` when the evaluation began.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    from lm_eval.loggers import EvaluationTracker
     from lm_eval.utils import handle_non_serializable
 
     table = markdown(name, results["results"])
@@ -64,10 +78,31 @@ def write(folder: Path, name: str, results: dict[str, Any]) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["model", "task", "metric", "value", "stderr"])
     writer.writerows([name, *row] for row in rows(results["results"]))
-    dumped = json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False)
+    samples = results.pop("samples", {})
+    tracker = EvaluationTracker(output_path=str(folder))
+    tracker.general_config_tracker.start_time = begun
+    tracker.general_config_tracker.log_experiment_args(SOURCE, {"model": name}, None, None, True)
+    tracker.save_results_aggregated(results, samples)
+    whole = results | ({"samples": samples} if samples else {})
+    dumped = json.dumps(whole, indent=2, default=handle_non_serializable, ensure_ascii=False)
     for file, content in (("results.json", dumped + "\n"), ("results.md", table), ("results.csv", text.getvalue())):
         write_whole(folder / file, content)
+    for task, lines in samples.items():  # which are changed by it
+        tracker.save_results_samples(task, lines)
+    _check_written(
+        folder / tracker.general_config_tracker.model_name_sanitized, getattr(tracker, "date_id", ""), samples
+    )
     return table
+
+
+def _check_written(folder: Path, date: str, samples: dict[str, list[Any]]) -> None:
+    """Raises OSError where lm-eval's tracker failed, which it tells in its log alone."""
+    files = {f"results_{date}.json": 1} | {f"samples_{task}_{date}.jsonl": len(of) for task, of in samples.items()}
+    for name, least in files.items():
+        content = (folder / name).read_bytes() if (folder / name).is_file() else b""
+        complete = content.endswith(b"}") if name.endswith(".json") else content.count(b"\n") == least
+        if not complete:
+            raise OSError(f"{folder / name} could not be written; is the disk full? The same command writes it again")
 
 
 def _row(cells: list[str]) -> str:

@@ -116,7 +116,7 @@ def read_local(task: str, folder: Path) -> list[Doc]:
                 if labels is not None:
                     line["label"] = labels[len(docs)]
                 docs.append(data.convert(line))
-            except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
                 what = f"{type(error).__name__}: {error}"
                 raise ValueError(f"{path}, line {number}, is no line of {task} ({what}); restore the file") from None
     if not docs or (labels is not None and len(labels) != len(docs)):

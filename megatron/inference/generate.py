@@ -3,7 +3,7 @@
 Letters: B batch, S sequence, H hidden, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -23,7 +23,7 @@ def generate(
     sampling: Sampling | None = None,
     *,
     seeds: Sequence[int] | None = None,
-    eod: int | None = None,
+    eod: int | Collection[int] | None = None,
     vocab_size: int | None = None,
 ) -> list[list[int]]:
     """The new tokens of each prompt, all at once; the arguments are those of :func:`stream`."""
@@ -43,7 +43,7 @@ def stream(
     sampling: Sampling | None = None,
     *,
     seeds: Sequence[int] | None = None,
-    eod: int | None = None,
+    eod: int | Collection[int] | None = None,
     vocab_size: int | None = None,
 ) -> Iterator[list[int | None]]:
     """Yield the next token of each prompt as soon as it is known; None once a sequence has ended.
@@ -57,7 +57,7 @@ def stream(
         max_new_tokens: steps at most.
         sampling: how tokens are chosen; plain sampling by default.
         seeds: one for each prompt, by default 0, 1, 2 ...
-        eod: the token that ends a sequence; it is not part of the output.
+        eod: the token that ends a sequence, or several of which each does; it is not part of the output.
         vocab_size: ids from here on are padding of the token table and never chosen.
 
     Raises:
@@ -66,6 +66,7 @@ def stream(
     """
     sampling = sampling or Sampling()
     seeds = range(len(prompts)) if seeds is None else seeds
+    ends = frozenset(eod if isinstance(eod, Collection) else () if eod is None else (eod,))
     _check(model, prompts, max_new_tokens, seeds, vocab_size)
     device = model.embedding.word_embeddings.weight.device
     uniform_BS = torch.stack([torch.rand(max_new_tokens, generator=_generator(seed)) for seed in seeds]).to(device)
@@ -88,7 +89,7 @@ def stream(
             tokens_BS = next_tokens(logits_BV, sampling, uniform_BS[:, step])[:, None]
             last_B = torch.zeros_like(last_B)
             chosen = tokens_BS[:, 0].tolist()
-            running = [on and token != eod for on, token in zip(running, chosen, strict=True)]
+            running = [on and token not in ends for on, token in zip(running, chosen, strict=True)]
             if not any(running):
                 return
             yield [token if on else None for on, token in zip(running, chosen, strict=True)]

@@ -12,6 +12,7 @@ from megatron.checkpoint import Box, CheckpointError, ShardedTensor, latest, loa
 from megatron.config import RunConfig
 from megatron.config.flags import from_dict
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
+from megatron.inference.special_tokens import splits_special_tokens
 from megatron.model.gpt import GPTModel
 from megatron.parallel.groups import ExpertGroup
 from megatron.parallel.sharding import global_shape, place, shards_of
@@ -67,7 +68,7 @@ def find_checkpoint(folder: str | Path) -> Source:
 
 
 def load_tokenizer(source: Source, **files: str | None) -> Tokenizer:
-    """The tokenizer that the model was trained with.
+    """The tokenizer that the model was trained with; of a model from Hugging Face, with special tokens as there.
 
     Args:
         source: the checkpoint; the files are where the training run found them.
@@ -77,7 +78,8 @@ def load_tokenizer(source: Source, **files: str | None) -> Tokenizer:
         ValueError: a file is missing, or is not the one of the training run.
     """
     moved = {name: path for name, path in files.items() if path is not None}
-    tokenizer = build_tokenizer(dataclasses.replace(source.config.data, **moved))
+    data = dataclasses.replace(source.config.data, **moved)
+    tokenizer = build_tokenizer(data, split_special_tokens=splits_special_tokens(source.meta))
     expected = source.meta["tokenizer"]["fingerprint"]
     if tokenizer.fingerprint != expected:
         raise ValueError(

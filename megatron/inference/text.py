@@ -1,6 +1,6 @@
 """Text that grows token by token."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
 from megatron.data.tokenizer import Tokenizer
@@ -17,7 +17,7 @@ class Piece(NamedTuple):
     number: int  # of the prompt
     text: str  # may be empty
     tokens: list[int]
-    ended: str | None  # "eod": by the end-of-document token; "length": by the limit; None: more follows
+    ended: str | None  # "eod": by a token that ends it; "length": by the limit; None: more follows
 
 
 def stream_text(
@@ -27,15 +27,23 @@ def stream_text(
     max_new_tokens: int,
     sampling: Sampling,
     seeds: Sequence[int],
+    ends: Collection[int] | None = None,
 ) -> Iterator[Piece]:
     """Continue all ``prompts`` together; yields each one's text as it comes, and its end exactly once.
 
-    Arguments and errors are those of :func:`megatron.inference.generate.stream`.
+    Arguments and errors are those of :func:`megatron.inference.generate.stream`; any token of ``ends``, by default the
+    tokenizer's end-of-document token, ends a text.
     """
     texts = [TextStream(tokenizer, prompt) for prompt in prompts]
     running = set(range(len(prompts)))
     steps = stream(
-        model, prompts, max_new_tokens, sampling, seeds=seeds, eod=tokenizer.eod, vocab_size=tokenizer.vocab_size
+        model,
+        prompts,
+        max_new_tokens,
+        sampling,
+        seeds=seeds,
+        eod=tokenizer.eod if ends is None else ends,
+        vocab_size=tokenizer.vocab_size,
     )
     for step in steps:
         for number in sorted(running):

@@ -23,7 +23,7 @@ _HARMLESS = {
     # the data are compared by their content, and go on in the order of the checkpoint's seed
     *("data_path", "split", "change_blend"),
     *("device", "num_workers", "data_cache_path", "vocab_file", "merge_file", "tokenizer_model", "tokenizer_type"),
-    "allow_tokenizer_mismatch",
+    *("eod_token", "allow_tokenizer_mismatch"),
     *("eval_interval", "eval_iters", "checkpoint_activations", "max_skipped_updates", "moe_eval_capacity_factor"),
     *("skip_samples", "check_replicas", "compile", "optimizer_cpu_offload", "cuda_graphs", "deterministic"),
     *("ffn_hidden_size", "max_position_embeddings", "num_experts", "expert_interval", "make_vocab_size_divisible_by"),
@@ -55,6 +55,13 @@ def describe(
         "data": data.state(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
     }
+
+
+def carried(meta: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
+    """What the next checkpoints keep of an earlier one's metadata: what a model brought from Hugging Face, of which
+    nothing is used in training, as long as it has the same tokenizer."""
+    same = meta["tokenizer"]["fingerprint"] == tokenizer.fingerprint
+    return {"huggingface": meta["huggingface"]} if same and "huggingface" in meta else {}
 
 
 def _structure(config: RunConfig) -> dict[str, Any]:
@@ -96,8 +103,10 @@ def check(meta: dict[str, Any], config: RunConfig, vocab_size: int, tokenizer: T
         if config.data.allow_tokenizer_mismatch:
             changed["tokenizer fingerprint"] = fingerprints
         else:
+            ends = [each.data.eod_token for each in (saved, config)]
+            named = "" if ends[0] == ends[1] else f", --eod-token {ends[0]!r} and {ends[1]!r}"
             problems.append(
-                f"tokenizer fingerprint: checkpoint {fingerprints[0]}, this run {fingerprints[1]} "
+                f"tokenizer fingerprint: checkpoint {fingerprints[0]}, this run {fingerprints[1]}{named} "
                 "(--allow-tokenizer-mismatch goes on all the same)"
             )
     if problems:

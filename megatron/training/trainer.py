@@ -27,7 +27,7 @@ from megatron.training.evaluation import evaluate
 from megatron.training.metrics import StepWindow, mean_loss
 from megatron.training.profiling import profiled
 from megatron.training.report import Report
-from megatron.training.resume import clock_from, describe, restore
+from megatron.training.resume import carried, clock_from, describe, restore
 from megatron.training.signals import StopRequest
 from megatron.training.spikes import Detours, Spike, SpikeWatch, Update
 from megatron.training.start import find_checkpoint_before, find_origin
@@ -64,8 +64,10 @@ class Trainer:
         self._saver = AsyncSaver(topology.control_group) if config.checkpoint.async_save else None
         self._detours, self._spikes, self._spike = detours, SpikeWatch(config.guard), None
         self._first_step = clock.steps
+        self._carried: dict[str, Any] = {}
         origin = None
         if resumed_from is not None:
+            self._carried = carried(resumed_from[1], tokenizer)
             origin = find_origin(resumed_from[0], topology)
             if self._same_blend(resumed_from[1]):  # the losses of other data are no measure
                 self._spikes.load_state(resumed_from[1].get("spikes"))
@@ -305,6 +307,7 @@ class Trainer:
             self.config, self.clock, self._detours, self._spikes, self._vocab_size, self._tokenizer,
             self.engine.scalar_state(), world_size, self._data_state,
         )  # fmt: skip
+        meta |= self._carried
         self._end_of_saving()
         self._checkpoints.wait()
         background = self._saver if in_background else None

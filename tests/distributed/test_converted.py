@@ -26,6 +26,7 @@ def test_weights_alone_are_trained_further(corpus, tmp_path):
     assert losses[-1] < losses[0] - 0.2
     assert read_meta(save)["optimizer"]["adam_step"] == 8
     assert Path(save / "latest").is_file()
+    assert read_meta(save)["huggingface"]["config"]["eos_token_id"] == 121  # for an export of what was trained
 
 
 @pytest.mark.exhaustive  # tests/checkpoint/formats/test_upcycle.py compares the losses too

@@ -1,5 +1,6 @@
 """Our scores against lm-eval's own ``hf`` backend on the exported model, task by task."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import lm_eval
 import pytest
 import saved_model
+from lm_eval.loggers import EvaluationTracker
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -75,6 +77,49 @@ def test_scores_are_those_of_lm_evals_own_backend(case, tmp_path):
     assert [again[part] for part in ("samples", "results")] == [ours[part] for part in ("samples", "results")]
     assert log.read_bytes().startswith(kept)
     assert {*log.read_bytes().splitlines()} == {*complete.splitlines()}
+
+
+def test_files_are_those_of_lm_evals_own_command(case, tmp_path):
+    """Field by field; what differs is what the model is called, and the last digits of numbers."""
+    saved, data, theirs = case
+    theirs = copy.deepcopy(theirs)
+    samples, tracker = theirs.pop("samples"), EvaluationTracker(output_path=str(tmp_path / "theirs"))
+    tracker.general_config_tracker.log_experiment_args("hf", {"pretrained": "tiny"}, None, None, True)
+    tracker.save_results_aggregated(theirs, samples)
+    for task, lines in samples.items():
+        tracker.save_results_samples(task, lines)
+    wanted = Evaluation(
+        str(saved.folder), str(tmp_path / "ours"), tuple(LOCAL), str(data),
+        batch_size=3, max_gen_toks=NEW, device="cpu", log_samples=True, name="tiny",
+    )  # fmt: skip
+    evaluate(wanted)
+    found = {}
+    for name in ("ours", "theirs"):
+        files = {path.name.rsplit("_", 1)[0]: path for path in (tmp_path / name / "tiny").iterdir()}
+        assert len(files) == 1 + len(LOCAL)
+        found[name] = {key: [json.loads(line) for line in path.open()] for key, path in files.items() if "s_" in key}
+        found[name]["results"] = json.loads(files["results"].read_text())
+    ours, theirs = found["ours"], found["theirs"]
+    assert ours.keys() == theirs.keys()
+    named = {"model_name": "tiny", "model_source": "megatron", "max_length": 64, "eot_token_id": 121}
+    assert {key: ours["results"][key] for key in named} == named
+    assert ours["results"].keys() == theirs["results"].keys()
+    for key in ("task_hashes", "versions", "n-shot", "n-samples", "higher_is_better", "max_length", "eot_token_id"):
+        assert ours["results"][key] == theirs["results"][key], key
+    for key in ("tokenizer_eos_token", "tokenizer_bos_token", "tokenizer_pad_token", "chat_template_sha"):
+        assert ours["results"][key] == theirs["results"][key], key
+    for part in ("config", "results", "configs"):
+        assert ours["results"][part].keys() >= theirs["results"][part].keys(), part
+    assert ours["results"]["config"]["model_num_parameters"] == theirs["results"]["config"]["model_num_parameters"]
+    for task in LOCAL:
+        for one, other in zip(ours[f"samples_{task}"], theirs[f"samples_{task}"], strict=True):
+            numbers = {"resps", "filtered_resps", "perplexity"}
+            assert one.keys() == other.keys()
+            assert {k: v for k, v in one.items() if k not in numbers} == {
+                k: v for k, v in other.items() if k not in numbers
+            }
+    whole = json.loads((tmp_path / "ours" / "results.json").read_text())
+    assert {key: value for key, value in whole.items() if key != "samples"} == ours["results"]
 
 
 @pytest.mark.distributed

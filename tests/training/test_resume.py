@@ -1,5 +1,7 @@
 """What a run may go on from: a checkpoint of another tokenizer only if that is asked for."""
 
+import dataclasses
+
 import pytest
 from corpus import byte_level, gpt2
 
@@ -7,7 +9,7 @@ from megatron.checkpoint import CheckpointError
 from megatron.config import RunConfig
 from megatron.config.flags import to_dict
 from megatron.data.tokenizer import build_tokenizer
-from megatron.training.resume import check
+from megatron.training.resume import carried, check
 
 
 def test_another_tokenizer_is_refused_unless_allowed(tmp_path):
@@ -17,6 +19,10 @@ def test_another_tokenizer_is_refused_unless_allowed(tmp_path):
     assert check(meta, config, 1024, mine) == []
     with pytest.raises(CheckpointError, match=r"tokenizer fingerprint: checkpoint .*--allow-tokenizer-mismatch"):
         check(meta, config, 1024, other)
+    named = build_tokenizer(dataclasses.replace(gpt2(tmp_path), eod_token="a"))
+    again = dataclasses.replace(config, data=dataclasses.replace(config.data, eod_token="a"))
+    with pytest.raises(CheckpointError, match=r"tokenizer fingerprint: .*, --eod-token None and 'a' \("):
+        check(meta, again, 1024, named)
     config.data.allow_tokenizer_mismatch = True
     (warning,) = check(meta, config, 1024, other)
     assert mine.fingerprint[:12] in warning
@@ -36,3 +42,12 @@ def test_documents_kept_apart_from_here_on_are_told(tmp_path):
         "--reset-attention-mask: checkpoint False, this run True",
         "--eod-mask-loss: checkpoint False, this run True",
     ]
+
+
+def test_what_came_from_hugging_face_is_kept_with_its_tokenizer(tmp_path):
+    mine, other = build_tokenizer(gpt2(tmp_path)), build_tokenizer(byte_level(tmp_path))
+    meta = {"tokenizer": {"fingerprint": mine.fingerprint}, "clock": {}}
+    assert carried(meta, mine) == {}
+    meta["huggingface"] = {"chat_template": "{{ messages }}"}
+    assert carried(meta, mine) == {"huggingface": {"chat_template": "{{ messages }}"}}
+    assert carried(meta, other) == {}

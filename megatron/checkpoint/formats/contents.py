@@ -4,7 +4,7 @@ Letters: E experts, H hidden, F FFN hidden.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -43,7 +43,8 @@ class Contents:
     """A checkpoint. ``tensors`` are named ``model.…`` and, with an optimizer's state, ``exp_avg.…``, ``exp_avg_sq.…``.
 
     ``meta`` is what our checkpoints keep in meta.json; its ``optimizer`` is None where there is no optimizer state.
-    ``tokenizer_files`` tells where the tokenizer's files are, if elsewhere than the configuration says.
+    ``tokenizer_files`` tells where the tokenizer's files are, if elsewhere than the configuration says. ``notes`` tell
+    what the reader left out or changed.
     """
 
     where: str  # for messages
@@ -51,6 +52,7 @@ class Contents:
     tensors: Mapping[str, Lazy]
     step: int = 0
     tokenizer_files: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    notes: Sequence[str] = ()
 
     @property
     def config(self) -> RunConfig:

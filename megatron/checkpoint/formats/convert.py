@@ -9,6 +9,7 @@ from megatron.checkpoint.folder import in_use, latest
 from megatron.checkpoint.formats.changes import average, cast, for_layout
 from megatron.checkpoint.formats.contents import MOMENTS, Contents, without_optimizer
 from megatron.checkpoint.formats.hf import is_hf, read_hf, write_hf
+from megatron.checkpoint.formats.hf_extras import KEY, names
 from megatron.checkpoint.formats.hf_tokenizer import FILES, files_of
 from megatron.checkpoint.formats.megatron_deepspeed import (
     is_megatron_deepspeed,
@@ -58,11 +59,12 @@ class Conversion:
     vocab_file: str | None = None
     merge_file: str | None = None
     tokenizer_model: str | None = None
+    eod_token: str | None = None
 
     @property
     def tokenizer_options(self) -> dict[str, str]:
         """The tokenizer's flags that were given."""
-        names = ("tokenizer_type", *FILES)
+        names = ("tokenizer_type", *FILES, "eod_token")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
@@ -80,6 +82,7 @@ def convert(job: Conversion) -> Iterator[str]:
         changed = change(contents, job)
         moments = [name for name in contents.tensors if name.startswith(MOMENTS)]
         total = sum(lazy.bytes for lazy in changed.tensors.values())
+        yield from contents.notes
         yield f"{changed.where}: {len(changed.tensors)} tensors, {total / 1e9:.3f} GB"
         if moments and not changed.has_optimizer:
             yield f"left out: the optimizer's state, {len(moments)} tensors"
@@ -89,6 +92,8 @@ def convert(job: Conversion) -> Iterator[str]:
         elif job.target == MEGATRON_DEEPSPEED:
             if options := no_place(changed.config.moe):
                 yield f"left out, of training: {', '.join(options)}; Megatron-DeepSpeed has no such arguments"
+            if extras := names(changed.meta.get(KEY) or {}):
+                yield f"left out, of Hugging Face: {', '.join(extras)}; Megatron-DeepSpeed has no place for them"
             written = write_megatron_deepspeed(changed, job.save)
         else:
             written = write_native(changed, job.save)

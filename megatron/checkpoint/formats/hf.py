@@ -6,7 +6,6 @@ files have no place for (our configuration, the tokens seen) and a checksum of e
 """
 
 import dataclasses
-import json
 import os
 import re
 import shutil
@@ -21,8 +20,10 @@ from megatron.checkpoint.folder import FileRecord, damage, hash_file
 from megatron.checkpoint.formats.changes import check_model
 from megatron.checkpoint.formats.contents import MODEL, Contents, Lazy, is_stacked, parameter_shapes, some
 from megatron.checkpoint.formats.hf_config import from_hf, to_hf
+from megatron.checkpoint.formats.hf_extras import KEY, read_extras, settled, write_json
 from megatron.checkpoint.formats.hf_names import Piece, pieces
-from megatron.checkpoint.formats.hf_tokenizer import find_tokenizer, write_tokenizer
+from megatron.checkpoint.formats.hf_tokenizer import FILES, write_tokenizer
+from megatron.checkpoint.formats.hf_tokenizer_import import find_tokenizer
 from megatron.checkpoint.formats.native import new_meta
 from megatron.checkpoint.formats.output import staged
 from megatron.checkpoint.formats.shards import read_json, read_shards, write_shards
@@ -73,11 +74,13 @@ def write_hf(
         (piece.theirs, _deferred(contents.tensors[MODEL + piece.ours], piece))
         for piece in pieces(config.model, config.moe, vocab_size)
     ]
-    about = to_hf(config.model, config.moe, vocab_size, tokenizer.eod, dtype_name(dtype))
+    extras = contents.meta.get(KEY) or {}
+    ids = extras.get("config") or {"bos_token_id": tokenizer.eod, "eos_token_id": tokenizer.eod}
+    about = to_hf(config.model, config.moe, vocab_size, ids, dtype_name(dtype))
     with staged(folder, sum(tensor.numel() * tensor.element_size() for _, tensor in tensors)) as temporary:
-        copies = write_tokenizer(tokenizer, files, temporary, config.model.position_rows)
-        _write_json(temporary / "config.json", about)
-        _write_json(temporary / "generation_config.json", _generation(tokenizer, vocab_size))
+        copies = write_tokenizer(tokenizer, files, temporary, config.model.position_rows, extras)
+        write_json(temporary / "config.json", about)
+        write_json(temporary / "generation_config.json", _generation(extras, ids, tokenizer, vocab_size))
         if config.moe.enabled:
             for name in CODE:
                 shutil.copyfile(Path(__file__).with_name("hf_moe") / name, temporary / name)
@@ -90,7 +93,7 @@ def write_hf(
             "tokenizer_files": copies,
             "files": {name: dataclasses.asdict(record) for name, record in sorted(records.items())},
         }
-        _write_json(temporary / SIDECAR, sidecar)
+        write_json(temporary / SIDECAR, sidecar)
     return Path(folder)
 
 
@@ -103,17 +106,16 @@ def _deferred(lazy: Lazy, piece: Piece) -> Deferred:
     return Deferred(torch.Size(piece.shape), lazy.dtype, make, rows)
 
 
-def _generation(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
-    padding = list(range(tokenizer.vocab_size, vocab_size))
-    return {
-        "bos_token_id": tokenizer.eod,
-        "eos_token_id": tokenizer.eod,
-        "pad_token_id": tokenizer.eod,
-    } | ({"suppress_tokens": padding} if padding else {})
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=1) + "\n")
+def _generation(
+    extras: Mapping[str, Any], ids: Mapping[str, Any], tokenizer: Tokenizer, vocab_size: int
+) -> dict[str, Any]:
+    """The content of generation_config.json: as it came, or the ids; without the table's padding rows."""
+    own = extras.get("generation_config")
+    if own is None:
+        own = {"pad_token_id": tokenizer.eod} | {key: token for key, token in ids.items() if token is not None}
+    padding = range(tokenizer.vocab_size, vocab_size)
+    suppressed = sorted({*(own.get("suppress_tokens") or ()), *padding})
+    return own | ({"suppress_tokens": suppressed} if suppressed else {})
 
 
 # ------------------------------------------------------------------------------------------------- reading
@@ -144,17 +146,19 @@ def read_hf(folder: str | os.PathLike, tokenizer_options: Mapping[str, str]) -> 
     about = read_json(folder / "config.json")
     model, moe, vocab_size = from_hf(about, str(folder / "config.json"))
     sidecar = _read_sidecar(folder)
-    step = 0
+    step, notes = 0, []
     if sidecar is None:
         try:
             check_model(model, moe, ParallelConfig())
         except ConfigError as error:
             raise CheckpointError(f"{folder / 'config.json'} describes a model that cannot exist: {error}") from None
-        tokenizer, options = find_tokenizer(folder, tokenizer_options)
+        extras, notes = read_extras(folder, about, with_tokenizer=not tokenizer_options.keys() - {"eod_token"})
+        tokenizer, options, name_of, told = find_tokenizer(folder, tokenizer_options, extras)
+        notes += told + settled(extras, tokenizer, name_of)
         config = RunConfig(model=model, moe=moe, data=DataConfig(**{**options}))
         described = {"vocab_size": tokenizer.vocab_size, "fingerprint": tokenizer.fingerprint}
         origin = {"format": "hf", "folder": str(folder.absolute()), "architectures": about.get("architectures")}
-        meta = new_meta(to_dict(config), vocab_size, described, model.seq_length, origin)
+        meta = new_meta(to_dict(config), vocab_size, described, model.seq_length, origin) | {KEY: extras}
     else:
         meta, step = sidecar["meta"], sidecar["step"]
         config = from_dict(meta["config"])
@@ -171,9 +175,9 @@ def read_hf(folder: str | os.PathLike, tokenizer_options: Mapping[str, str]) -> 
             f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model's token table {vocab_size} rows; give "
             "the model's own tokenizer by --tokenizer-type and its files"
         )
-    files = {field: path for field, path in options.items() if field != "tokenizer_type"}
+    files = {field: options[field] for field in FILES if field in options}
     tensors = _ours(read_shards(folder), config, vocab_size, folder)
-    return Contents(str(folder), meta, tensors, step, files).check()
+    return Contents(str(folder), meta, tensors, step, files, notes).check()
 
 
 def _read_sidecar(folder: Path) -> dict[str, Any] | None:

@@ -1,11 +1,27 @@
 """The configuration of a model as Hugging Face's libraries keep it (config.json), from ours and back."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from megatron.checkpoint.errors import CheckpointError
 from megatron.config import ModelConfig, MoEConfig
 
 ACTIVATIONS = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")  # three names of GELU's tanh form
+# names of each size, of which transformers takes any; and its default in GPT2Config
+SIZES: dict[str, tuple[tuple[str, ...], int | None]] = {
+    "layers": (("n_layer", "num_hidden_layers"), 12),
+    "hidden": (("n_embd", "hidden_size"), 768),
+    "heads": (("n_head", "num_attention_heads"), 12),
+    "ffn": (("n_inner",), None),  # 4 times hidden
+    "positions": (("n_positions", "max_position_embeddings", "n_ctx"), 1024),
+    "vocabulary": (("vocab_size",), 50257),
+}
+REALS = {  # of GPT-2 and of models with experts; ours, theirs, default
+    "init_method_std": ("initializer_range", 0.02),
+    "hidden_dropout": ("resid_pdrop", 0.1),
+    "attention_dropout": ("attn_pdrop", 0.1),
+    "layernorm_epsilon": ("layer_norm_epsilon", 1e-5),
+}
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -14,8 +30,9 @@ def experts_per_layer(model: ModelConfig, moe: MoEConfig) -> list[int]:
     return [moe.experts_of_layer(layer) for layer in range(model.num_layers)]
 
 
-def to_hf(model: ModelConfig, moe: MoEConfig, vocab_size: int, eod: int, dtype: str) -> dict[str, Any]:
-    """The content of config.json: stock GPT-2, or the configuration class in ``hf_moe`` for a model with experts."""
+def to_hf(model: ModelConfig, moe: MoEConfig, vocab_size: int, ids: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """The content of config.json: stock GPT-2, or the configuration class in ``hf_moe`` for a model with experts; with
+    the ``ids`` of special tokens."""
     shared = {
         "vocab_size": vocab_size,
         "embd_pdrop": model.hidden_dropout,
@@ -23,8 +40,7 @@ def to_hf(model: ModelConfig, moe: MoEConfig, vocab_size: int, eod: int, dtype: 
         "attn_pdrop": model.attention_dropout,
         "layer_norm_epsilon": model.layernorm_epsilon,
         "initializer_range": model.init_method_std,
-        "bos_token_id": eod,
-        "eos_token_id": eod,
+        **ids,
         "tie_word_embeddings": True,
         "torch_dtype": dtype,
     }
@@ -38,6 +54,7 @@ def to_hf(model: ModelConfig, moe: MoEConfig, vocab_size: int, eod: int, dtype: 
             "n_head": model.num_attention_heads,
             "n_inner": model.ffn_size,
             "n_positions": model.position_rows,
+            "n_ctx": model.position_rows,  # the same; llama.cpp's converter reads this one
             **shared,
         }
     return {
@@ -66,10 +83,14 @@ def to_hf(model: ModelConfig, moe: MoEConfig, vocab_size: int, eod: int, dtype: 
 def from_hf(content: dict[str, Any], where: str) -> tuple[ModelConfig, MoEConfig, int]:
     """Our configuration of a config.json, and the rows of its token table.
 
+    What the file leaves out has the value that transformers' GPT2Config gives it.
+
     Raises:
-        CheckpointError: it describes a model that this code does not have; what differs is named.
+        CheckpointError: it describes a model that this code does not have, or contradicts itself; it is named how.
     """
     kind = content.get("model_type")
+    if kind is None and "GPT2LMHeadModel" in (content.get("architectures") or ()):
+        kind = "gpt2"
     if kind not in ("gpt2", "gpt_moe"):
         raise CheckpointError(
             f"{where} describes a {kind!r} model; expected 'gpt2' or 'gpt_moe' (an export of this program)"
@@ -89,42 +110,55 @@ def from_hf(content: dict[str, Any], where: str) -> tuple[ModelConfig, MoEConfig
         differences.append("embd_pdrop and resid_pdrop differ, which are one option here (--hidden-dropout)")
     if differences:
         raise CheckpointError(f"{where} describes a GPT that this program does not have: {'; '.join(differences)}")
-    dense = kind == "gpt2"
-    names = (
-        ("n_layer", "n_embd", "n_head", "n_inner", "n_positions")
-        if dense
-        else ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "max_position_embeddings")
-    )
-    numbers = {name: content.get(name) for name in (*names, "vocab_size")}
-    numbers["num_experts_per_tok"] = content.get("num_experts_per_tok", 1)
-    wrong = [
-        f"{name} is {value!r}"
-        for name, value in numbers.items()
-        if not isinstance(value, int) and (name, value) != ("n_inner", None)
-    ]
-    if wrong:
-        raise CheckpointError(f"{where}: {', '.join(wrong)}; expected whole numbers. Restore the file")
-    layers, hidden, heads, ffn, positions = (content.get(name) for name in names)
+    sizes = _sizes(content, where, with_experts=kind == "gpt_moe")
+    reals = {ours: content.get(theirs, default) for ours, (theirs, default) in REALS.items()}
+    if wrong := [
+        f"{REALS[ours][0]} is {value!r}"
+        for ours, value in reals.items()
+        if isinstance(value, bool) or not isinstance(value, int | float)
+    ]:
+        raise CheckpointError(f"{where}: {', '.join(wrong)}; expected numbers. Restore the file")
     model = ModelConfig(
-        num_layers=layers,
-        hidden_size=hidden,
-        num_attention_heads=heads,
-        ffn_hidden_size=ffn,
-        seq_length=positions,
+        num_layers=sizes["layers"],
+        hidden_size=sizes["hidden"],
+        num_attention_heads=sizes["heads"],
+        ffn_hidden_size=sizes["ffn"],
+        seq_length=sizes["positions"],
         make_vocab_size_divisible_by=1,
-        init_method_std=content.get("initializer_range", 0.02),
-        hidden_dropout=content.get("resid_pdrop", 0.1),
-        attention_dropout=content.get("attn_pdrop", 0.1),
-        layernorm_epsilon=content.get("layer_norm_epsilon", 1e-5),
+        **reals,
     )
-    moe = MoEConfig() if dense else _experts(content, where)
-    return model, moe, content["vocab_size"]
+    moe = _experts(content, sizes["layers"], where) if kind == "gpt_moe" else MoEConfig()
+    return model, moe, sizes["vocabulary"]
 
 
-def _experts(content: dict[str, Any], where: str) -> MoEConfig:
+def _sizes(content: dict[str, Any], where: str, *, with_experts: bool) -> dict[str, Any]:
+    """Each of ``SIZES``, under whichever of its names it stands."""
+    found: dict[str, Any] = {}
+    problems = []
+    for size, (names, default) in SIZES.items():
+        if with_experts:  # of our own configuration class, which transformers fills in otherwise
+            names, default = ("intermediate_size",) if size == "ffn" else names, None
+        given = {name: content[name] for name in names if name in content}
+        values = list(given.values()) or [default]
+        if any(value != values[0] for value in values):
+            told = " and ".join(f"{name} {value!r}" for name, value in given.items())
+            raise CheckpointError(f"{where} contradicts itself: {told} are names of one size; restore the file")
+        found[size] = values[0]
+        optional = size == "ffn" and not with_experts
+        if type(values[0]) is not int and not (optional and values[0] is None):
+            problems.append(f"{next(iter(given), names[-1])} is {values[0]!r}")
+    topk = content.get("num_experts_per_tok", 1)
+    if type(topk) is not int:
+        problems.append(f"num_experts_per_tok is {topk!r}")
+    if problems:
+        raise CheckpointError(f"{where}: {', '.join(problems)}; expected whole numbers. Restore the file")
+    return found
+
+
+def _experts(content: dict[str, Any], layers: int, where: str) -> MoEConfig:
     experts = content.get("experts_per_layer")
     numbers = isinstance(experts, list) and all(isinstance(count, int) for count in experts)
-    if not numbers or len(experts) != content["num_hidden_layers"] or max(experts, default=1) < 2:
+    if not numbers or len(experts) != layers or max(experts, default=1) < 2:
         raise CheckpointError(
             f"{where}: experts_per_layer is {experts!r}; expected a number for each layer, one above 1"
         )

@@ -1,7 +1,7 @@
-"""A tokenizer in the files that Hugging Face's AutoTokenizer reads, and back.
+"""A tokenizer in the files that Hugging Face's AutoTokenizer reads.
 
-The ids are the same for every text. So ``split_special_tokens`` is set: as in training, text that happens to spell
-``<|endoftext|>`` is text.
+The ids are the same for every text. So ``split_special_tokens`` is set for a tokenizer of ours: as in training, text
+that happens to spell ``<|endoftext|>`` is text. A tokenizer that came from Hugging Face goes out as it came.
 """
 
 import json
@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron.checkpoint.errors import CheckpointError
+from megatron.checkpoint.formats.hf_extras import named_token, write_extras, write_json
 from megatron.config import DataConfig
-from megatron.data.tokenizer import GPT2BPETokenizer, HFTokenizer, SentencePieceTokenizer, Tokenizer, build_tokenizer
+from megatron.data.tokenizer import GPT2BPETokenizer, HFTokenizer, SentencePieceTokenizer, Tokenizer
 
 FILES = ("vocab_file", "merge_file", "tokenizer_model")
 _SPACE = "\u2581"  # how SentencePiece writes a space
@@ -27,8 +28,17 @@ def files_of(data: DataConfig) -> dict[str, str]:
     return {field: getattr(data, field) for field in fields if getattr(data, field) is not None}
 
 
-def write_tokenizer(tokenizer: Tokenizer, files: Mapping[str, str], folder: Path, positions: int) -> dict[str, str]:
+def write_tokenizer(
+    tokenizer: Tokenizer, files: Mapping[str, str], folder: Path, positions: int, extras: Mapping[str, Any]
+) -> dict[str, str]:
     """Write a tokenizer into an exported model's folder.
+
+    Args:
+        tokenizer: the model's.
+        files: its files, by option.
+        folder: where to.
+        positions: of the model.
+        extras: what a model that came from Hugging Face brought (:mod:`megatron.checkpoint.formats.hf_extras`).
 
     Returns:
         By option, the names of the tokenizer's own files in that folder, unchanged copies.
@@ -39,8 +49,11 @@ def write_tokenizer(tokenizer: Tokenizer, files: Mapping[str, str], folder: Path
     from tokenizers import Tokenizer as Backend
 
     if tokenizer.kind == GPT2BPETokenizer.kind:
-        backend = _gpt2(files)
+        backend = _gpt2(files, tokenizer.eod)
         copies = {"vocab_file": "vocab.json", "merge_file": "merges.txt"}
+    elif tokenizer.kind == HFTokenizer.kind and "split_special_tokens" in extras:
+        backend = Backend.from_file(files["tokenizer_model"])
+        copies = {"tokenizer_model": "tokenizer.json"}
     elif tokenizer.kind == HFTokenizer.kind:
         backend = Backend.from_file(files["tokenizer_model"])
         copies = {"tokenizer_model": _ORIGINAL}
@@ -58,30 +71,36 @@ def write_tokenizer(tokenizer: Tokenizer, files: Mapping[str, str], folder: Path
         )
     for field, name in copies.items():
         shutil.copyfile(files[field], folder / name)
-    (folder / "tokenizer.json").write_text(backend.to_str(pretty=True), encoding="utf-8")  # save() hides OSErrors
+    if "tokenizer.json" not in copies.values():
+        (folder / "tokenizer.json").write_text(backend.to_str(pretty=True), encoding="utf-8")  # save() hides OSErrors
+    begin = (extras.get("config") or {}).get("bos_token_id")
     end = backend.id_to_token(tokenizer.eod)
-    about = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": end,
-        "eos_token": end,
+    usual = {
+        "bos_token": named_token(extras, "bos_token") or (end if begin is None else backend.id_to_token(begin)),
+        "eos_token": named_token(extras, "eos_token") or end,
         "clean_up_tokenization_spaces": False,
-        "split_special_tokens": True,
-        "model_max_length": positions,
         # without this, transformers 4 makes token_type_ids too, and its GPT-2 adds their embeddings
         "model_input_names": ["input_ids", "attention_mask"],
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(about, indent=1, ensure_ascii=False))
+    before = json.loads(backend.to_str()).get("pre_tokenizer") or {}
+    if "add_prefix_space" in before:  # transformers 4 would put false there
+        usual["add_prefix_space"] = before["add_prefix_space"]
+    split = extras.get("split_special_tokens", True)
+    own = extras.get("tokenizer_config", {"split_special_tokens": split, "model_max_length": positions})
+    # of this class, which takes tokenizer.json as it is; others make it anew of its vocabulary
+    write_json(folder / "tokenizer_config.json", usual | own | {"tokenizer_class": "PreTrainedTokenizerFast"})
+    write_extras(folder, extras)
     return copies
 
 
-def _gpt2(files: Mapping[str, str]) -> Any:
+def _gpt2(files: Mapping[str, str], end: int) -> Any:
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, pre_tokenizers
 
     backend = Backend(models.BPE.from_file(files["vocab_file"], files["merge_file"]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(["<|endoftext|>"])
+    backend.add_special_tokens([backend.id_to_token(end)])
     return backend
 
 
@@ -143,31 +162,3 @@ def _never_whole(start: str, rest: str, normal: list[str]) -> str | None:
 def _adds_tokens(backend: Any) -> bool:
     """Whether its post-processor adds tokens to a text, as training does not."""
     return backend.num_special_tokens_to_add(is_pair=False) > 0
-
-
-def find_tokenizer(folder: Path, given: Mapping[str, str]) -> tuple[Tokenizer, dict[str, str]]:
-    """The tokenizer of a Hugging Face folder, or the one that ``given`` describes (``tokenizer_type`` and files).
-
-    Returns:
-        The tokenizer, and the options that describe it.
-
-    Raises:
-        ValueError: a file is wrong.
-        CheckpointError: there is none.
-    """
-    vocab, merges, model = folder / "vocab.json", folder / "merges.txt", folder / "tokenizer.json"
-    pieces = folder / "tokenizer.model"
-    if given:
-        options = dict(given)
-    elif vocab.is_file() and merges.is_file():
-        options = {"tokenizer_type": GPT2BPETokenizer.kind, "vocab_file": str(vocab), "merge_file": str(merges)}
-    elif pieces.is_file():
-        options = {"tokenizer_type": SentencePieceTokenizer.kind, "tokenizer_model": str(pieces)}
-    elif model.is_file():
-        options = {"tokenizer_type": HFTokenizer.kind, "tokenizer_model": str(model)}
-    else:
-        raise CheckpointError(
-            f"{folder} holds no tokenizer: looked for vocab.json with merges.txt, tokenizer.model and tokenizer.json; "
-            "give one by --tokenizer-type and --vocab-file with --merge-file, or --tokenizer-model"
-        )
-    return build_tokenizer(DataConfig(**options)), options

@@ -18,8 +18,8 @@ def inspect(folder: str, verify: bool) -> dict[str, Any]:
 
     Args:
         folder: a run's folder, one checkpoint, or a Hugging Face folder.
-        verify: compare every file with its checksum. An exported Hugging Face folder is always compared; one of other
-            origin has no checksums.
+        verify: compare every file with its checksum, and its header with the index. An exported Hugging Face folder is
+            always compared with its checksums; one of other origin has none.
 
     Raises:
         CheckpointError: there is none, or it is damaged.

@@ -12,6 +12,7 @@ import torch
 from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron.checkpoint import Box, CheckpointError, Deferred, ShardedTensor, latest, save
+from megatron.checkpoint.coverage import coverage_problems
 from megatron.checkpoint.folder import INDEX, META, damage, read_manifest, remedy
 from megatron.checkpoint.formats.contents import Contents, Lazy, is_stacked, some
 from megatron.checkpoint.formats.output import staged
@@ -25,7 +26,8 @@ _HASHING_THREADS = 4
 def read_native(folder: str | os.PathLike, verify: bool = True) -> Contents:
     """The latest checkpoint of ``folder``, or the one that it is.
 
-    Every file is compared with its checksum first; without ``verify``, only what describes the tensors.
+    Every file is compared with its checksum, and its header with the index; without ``verify``, only what describes the
+    tensors is read.
 
     Raises:
         CheckpointError: there is none, it is damaged, or its tensors are not those of its configuration.
@@ -43,6 +45,11 @@ def read_native(folder: str | os.PathLike, verify: bool = True) -> Contents:
     if problems:
         raise CheckpointError(f"checkpoint {path} is damaged: {some(problems)}. Nothing was written. {remedy(path)}")
     index = read_index(path)
+    if verify:
+        unknown = sorted(file.name for file in path.glob("*.safetensors") if file.name not in manifest.files)
+        problems = [f"{name} is not in its manifest" for name in unknown] + coverage_problems(path, index)
+    if problems:
+        raise CheckpointError(f"checkpoint {path} is not sound: {some(problems)}. Nothing was written. {remedy(path)}")
     tensors = {name: _lazy(path, index, name) for name in index.state_dict_metadata}
     return Contents(str(path), read_meta(path), tensors, manifest.step).check()
 

@@ -71,43 +71,55 @@ def read_shards(folder: Path) -> dict[str, Lazy]:
     Raises:
         CheckpointError: there are no model files, or one is missing, damaged, or not what the index says.
     """
-    for single, index, read_file in (
-        (_SINGLE, _INDEX, _safetensors_file),
-        (_TORCH_SINGLE, _TORCH_INDEX, _torch_file),
+    for single, index, shards, read_file in (
+        (_SINGLE, _INDEX, "model-*-of-*.safetensors", _safetensors_file),
+        (_TORCH_SINGLE, _TORCH_INDEX, "pytorch_model-*-of-*.bin", _torch_file),
     ):
-        if (folder / index).exists():
-            return _indexed(folder, index, read_file)
-        if (folder / single).exists():
-            return read_file(folder / single)
+        whole, indexed = (folder / single).exists(), (folder / index).exists()
+        if whole and indexed:
+            raise CheckpointError(f"{folder} holds both {single} and {index}; remove what is not of this model")
+        if whole or indexed:
+            files = _shard_map(folder, index) if indexed else {single: []}
+            if unknown := sorted({path.name for path in folder.glob(shards)} - set(files)):
+                raise CheckpointError(
+                    f"{folder} holds shards that are none of its model's: {some(unknown)}; remove them, or restore the "
+                    "index that names them"
+                )
+            return _indexed(folder, index, files, read_file) if indexed else read_file(folder / single)
     raise CheckpointError(
         f"{folder} holds no model: looked for {_SINGLE}, {_INDEX}, {_TORCH_SINGLE} and {_TORCH_INDEX}; give the folder "
         "that save_pretrained wrote or the hub's snapshot"
     )
 
 
-def _indexed(folder: Path, index: str, read_file: Any) -> dict[str, Lazy]:
+def _shard_map(folder: Path, index: str) -> dict[str, list[str]]:
+    """Shards, and the tensors in each."""
     weight_map = read_json(folder / index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise CheckpointError(f"{folder / index} has no weight_map that names a file for each tensor; restore the file")
-    files = sorted(set(weight_map.values()))
-    if outside := [file for file in files if Path(file).name != file]:
+    files: dict[str, list[str]] = {}
+    for name, file in weight_map.items():
+        files.setdefault(file, []).append(name)
+    if outside := [file for file in sorted(files) if Path(file).name != file]:
         raise CheckpointError(f"{folder / index} names files of other folders: {some(outside)}; this is refused")
-    missing = [file for file in files if not (folder / file).is_file()]
+    missing = [file for file in sorted(files) if not (folder / file).is_file()]
     if missing:
-        lost = sum(file in missing for file in weight_map.values())
+        lost = sum(len(files[file]) for file in missing)
         raise CheckpointError(
             f"{folder} lacks {len(missing)} of its {len(files)} shards, with {lost} tensors: {some(missing)}; "
             "fetch them again"
         )
+    return files
+
+
+def _indexed(folder: Path, index: str, files: dict[str, list[str]], read_file: Any) -> dict[str, Lazy]:
     tensors: dict[str, Lazy] = {}
     problems = []
-    for file in files:
-        for name, lazy in read_file(folder / file).items():
-            if weight_map.get(name) == file:
-                tensors[name] = lazy
-            else:
-                problems.append(f"{name} is in {file}, not in {weight_map.get(name, 'the index')}")
-    problems += [f"{name} is not in {file}" for name, file in weight_map.items() if name not in tensors]
+    for file, names in sorted(files.items()):
+        found = read_file(folder / file)
+        problems += [f"{name} is in {file}, where the index has another place" for name in found.keys() - set(names)]
+        problems += [f"{name} is not in {file}" for name in names if name not in found]
+        tensors |= found
     if problems:
         raise CheckpointError(f"{folder / index} and the shards disagree: {some(problems)}; fetch the folder again")
     return tensors
@@ -155,7 +167,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds {type(content).__name__}; expected a JSON object")

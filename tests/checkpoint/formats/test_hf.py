@@ -275,6 +275,30 @@ def test_every_tensor_is_accounted_for(tmp_path):
     fails(good | {"lm_head.weight": model.lm_head.weight.detach() + 1}, "lm_head.weight differs from transformer.wte")
 
 
+def test_model_files_of_another_model_are_refused(tmp_path):
+    model = random_gpt2(tmp_path / "hf")
+    model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    for path in (tmp_path / "shards").glob("model*"):
+        path.rename(tmp_path / "hf" / path.name)
+
+    def fails(message: str) -> None:
+        with pytest.raises(CheckpointError, match=message):
+            list(run(tmp_path / "hf", tmp_path / "native", "native"))
+        assert not (tmp_path / "native").exists()
+
+    fails(r"holds both model\.safetensors and model\.safetensors\.index\.json; remove what is not of this model")
+    index = tmp_path / "hf" / "model.safetensors.index.json"
+    content = index.read_text()
+    index.unlink()
+    fails(r"holds shards that are none of its model's: model-00001-of-0000\d\.safetensors")
+    (tmp_path / "hf" / "model.safetensors").unlink()
+    index.write_text(content)
+    save_file({"more": torch.ones(1)}, tmp_path / "hf" / "model-00009-of-00009.safetensors")
+    fails(r"holds shards that are none of its model's: model-00009-of-00009\.safetensors; remove them")
+    (tmp_path / "hf" / "model-00009-of-00009.safetensors").unlink()
+    list(run(tmp_path / "hf", tmp_path / "native", "native"))
+
+
 class Code:
     """What a hostile pickle would run."""
 

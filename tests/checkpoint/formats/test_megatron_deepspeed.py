@@ -16,10 +16,12 @@ from checkpoint.test_memory import extra
 from megatron.checkpoint import CheckpointError
 from megatron.checkpoint.formats.contents import Contents, Lazy, parameter_shapes
 from megatron.checkpoint.formats.convert import Conversion, convert
+from megatron.checkpoint.formats.inspect import inspect
 from megatron.checkpoint.formats.megatron_deepspeed import write_megatron_deepspeed
 from megatron.checkpoint.formats.native import new_meta, read_native, write_native
 from megatron.config import ModelConfig, MoEConfig, RunConfig
 from megatron.config.flags import to_dict
+from megatron.inference.load import find_checkpoint, load_model
 
 JOB = Path(__file__).with_name("deepspeed_job.py")
 
@@ -222,3 +224,85 @@ def test_what_a_pipeline_lacks_is_named(written, tmp_path):
         (tmp_path / "copy" / f"layer_03-model_{rank:02d}-model_states.pt").unlink()
     with pytest.raises(CheckpointError, match="lacks module 3 of the pipeline, a layer; copy layer_03-"):
         run(saved, tmp_path / "copy", tmp_path / "native")
+
+
+@pytest.fixture
+def of_two_ranks(tmp_path):
+    """A model, and the folder of what we wrote of it for two tensor-parallel ranks."""
+    saved = saved_model.save_model(tmp_path)
+    run(saved, saved.folder, tmp_path / "theirs", "megatron-deepspeed", tp=2)
+    return saved, tmp_path / "theirs" / "global_step3"
+
+
+def recast(path: Path, dtype: torch.dtype) -> None:
+    """The tensors of a file in another number format."""
+    content = torch.load(path, weights_only=False)
+
+    def changed(value: object) -> object:
+        if isinstance(value, dict):
+            return {key: changed(inner) for key, inner in value.items()}
+        return value.to(dtype) if isinstance(value, torch.Tensor) else value
+
+    torch.save(changed(content), path)
+
+
+def test_experts_in_another_number_format_than_the_rest(of_two_ranks, tmp_path):
+    saved, tag = of_two_ranks
+    for path in tag.iterdir():
+        recast(path, torch.float16 if "expert" in path.name else torch.bfloat16)
+    run(saved, tag, tmp_path / "native")
+    assert inspect(str(tmp_path / "native"), verify=True)["verified"]
+    back = read_native(tmp_path / "native")
+    for name, parameter in saved.model.state_dict().items():
+        tensor = back.tensors["model." + name].read(None)
+        assert tensor.dtype == (torch.float16 if ".experts." in name else torch.bfloat16), name
+        assert torch.equal(tensor, parameter.to(tensor.dtype)), name
+    load_model(find_checkpoint(tmp_path / "native"))
+
+
+def test_parts_of_a_tensor_in_several_number_formats_are_refused(of_two_ranks, tmp_path):
+    saved, tag = of_two_ranks
+
+    def fails(path: Path, dtype: torch.dtype, message: str) -> None:
+        whole = path.read_bytes()
+        recast(path, dtype)
+        with pytest.raises(CheckpointError, match=message):
+            run(saved, tag, tmp_path / "native")
+        assert not (tmp_path / "native").exists()
+        path.write_bytes(whole)
+
+    for rank in range(2):  # the first rank's file of an expert is the one that is read
+        path = tag / f"layer_0_expert_2_mp_rank_{rank:02d}_model_states.pt"
+        fails(path, torch.float16, r"experts\.2\.dense_h_to_4h\.weight is float16, .* float32")
+    fails(path, torch.int8, "is int8, expected floating-point numbers|first expert of the layer float32")
+    path = tag / "mp_rank_01_model_states.pt"
+    fails(path, torch.float64, "word_embeddings.weight is float64, the first rank's piece float32")
+
+
+def test_files_that_are_missing_or_of_another_checkpoint_are_named(of_two_ranks, tmp_path):
+    saved, tag = of_two_ranks
+    expert = torch.load(tag / "layer_0_expert_3_mp_rank_00_model_states.pt")
+
+    def fails(message: str) -> None:
+        with pytest.raises(CheckpointError, match=message):
+            run(saved, tag, tmp_path / "native")
+        assert not (tmp_path / "native").exists()
+
+    for name, message in (
+        ("layer_0_expert_4_mp_rank_00", "layer_0_expert_4_.* which is not of expert 4 or is in another file too"),
+        ("layer_1_expert_3_mp_rank_00", "layer_1_expert_3_.* which is not of expert 3 or is in another file too"),
+        ("layer_0_expert_3_mp_rank_02", "of mp_rank_02, where 2 ranks saved; remove files of another"),
+    ):
+        torch.save(expert, tag / f"{name}_model_states.pt")
+        fails(message)
+        (tag / f"{name}_model_states.pt").unlink()
+    deep = {"x": torch.ones(1)}
+    for _ in range(60):
+        deep = {"x": deep}
+    first = tag / "mp_rank_00_model_states.pt"
+    content = torch.load(first, weights_only=False)
+    torch.save(content | {"module": deep}, first)
+    fails("nested more than 50 deep")
+    torch.save(content, first)
+    (tag / "mp_rank_01_model_states.pt").unlink()
+    fails("holds files of 1 tensor-parallel ranks, and was saved by 2; copy the files of all ranks")

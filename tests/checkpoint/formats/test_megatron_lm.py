@@ -172,8 +172,10 @@ def test_files_of_a_distributed_checkpoint_are_neither_unpickled_nor_sought_else
     index, place = next(item for item in metadata.storage_data.items() if item[0].fqn.endswith("embeddings.weight"))
     torch.save({"run": subprocess.Popen}, folder / "hostile.distcp")
     torch.save(torch.ones(1, 1), folder / "small.distcp")
+    torch.save(torch.ones(metadata.state_dict_metadata[index.fqn].size).half(), folder / "half.distcp")
     for path, message in (
-        ("small.distcp", "embeddings.weight has a chunk of another shape"),
+        ("small.distcp", r"embeddings.weight has a chunk of float32 \[1, 1\], where .metadata says float32 \["),
+        ("half.distcp", r"embeddings.weight has a chunk of float16 \[.*, where .metadata says float32 \["),
         ("hostile.distcp", "hostile.distcp is damaged .*it names .*Popen, which is not allowed"),
         ("../hostile.distcp", "names files of other folders: ../hostile.distcp"),
     ):
@@ -273,3 +275,19 @@ def test_what_transformers_converts_to_megatron_lm_is_read(dense, run, tmp_path,
     back = run(tmp_path / "theirs")
     for name, parameter in dense.model.state_dict().items():
         assert torch.equal(back.tensors["model." + name].read(None), parameter), name
+
+
+def test_what_does_not_belong_together_is_refused(dense, run, tmp_path):
+    ours = dense.model.state_dict()
+    save_old(tmp_path / "old", ours, 3.0, 1, 1)
+    first, second = (tmp_path / "old" / "release" / f"mp_rank_{rank:02d}" for rank in range(2))
+    shutil.copytree(second, first.with_name("mp_rank_02"))
+    with pytest.raises(CheckpointError, match=r"mp_rank_02/model_optim_rng\.pt is of none of the 2 tensor-"):
+        run(tmp_path / "old")
+    shutil.rmtree(first.with_name("mp_rank_02"))
+    content = torch.load(second / "model_optim_rng.pt", weights_only=False)
+    encoder = content["model"]["language_model"]["encoder"]
+    encoder["layers.0.mlp.dense_h_to_4h.weight"] = encoder["layers.0.mlp.dense_h_to_4h.weight"].half()
+    torch.save(content, second / "model_optim_rng.pt")
+    with pytest.raises(CheckpointError, match=r"dense_h_to_4h\.weight is float16, the first rank's piece float32"):
+        run(tmp_path / "old")

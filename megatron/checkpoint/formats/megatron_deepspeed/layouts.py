@@ -27,6 +27,7 @@ Pieces = list[Lazy]  # of one tensor, by tensor-parallel rank
 _RANK = re.compile(r"mp_rank_(\d+)_model_states\.pt")
 _MODULE = re.compile(r"layer_(\d+)(?:-model_(\d+))?-model_states\.pt")
 _EXPERT = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_(\d+)_model_states\.pt")
+_DEEPEST = 50  # dictionaries in each other
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +66,7 @@ def find(folder: Path) -> Found:
     tag = _tag(folder)
     ranks = [load_pickle(tag / name) for name in _files(tag)]
     args = ranks[0].get("args")
-    pieces = _gather(tag, ranks, getattr(args, "num_layers", None))
+    pieces = _gather(tag, ranks, args)
     return Found(tag, args, float(ranks[0].get("checkpoint_version") or 0), pieces)
 
 
@@ -93,11 +94,13 @@ def _tag(folder: Path) -> Path:
     return tag
 
 
-def flat(content: Any, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+def flat(content: Any, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of nested dictionaries, by their names joined with dots."""
+    if depth > _DEEPEST:
+        raise CheckpointError(f"dictionaries are nested more than {_DEEPEST} deep at {prefix[:80]}; this is no model")
     for name, value in content.items():
         if isinstance(value, dict):
-            yield from flat(value, f"{prefix}{name}.")
+            yield from flat(value, f"{prefix}{name}.", depth + 1)
         elif isinstance(value, torch.Tensor):
             yield prefix + name, value
 
@@ -110,7 +113,12 @@ def named(name: str) -> str:
     return name.replace(".attention.", ".self_attention.")
 
 
-def _gather(tag: Path, ranks: list[dict[str, Any]], layers: int | None) -> dict[str, Pieces]:
+def tensor_ranks(args: Any) -> int | None:
+    """Tensor-parallel ranks of the run that saved; None where its arguments do not tell."""
+    return getattr(args, "tensor_model_parallel_size", None) or getattr(args, "model_parallel_size", None)
+
+
+def _gather(tag: Path, ranks: list[dict[str, Any]], args: Any) -> dict[str, Pieces]:
     """Every tensor's pieces by tensor-parallel rank, experts included, under one spelling of the names."""
     found: dict[str, dict[int, torch.Tensor]] = {}
     for rank, content in enumerate(ranks):
@@ -122,14 +130,30 @@ def _gather(tag: Path, ranks: list[dict[str, Any]], layers: int | None) -> dict[
     for path in sorted(tag.iterdir()):
         if match := _EXPERT.fullmatch(path.name):
             for name, tensor in flat(load_pickle(path)):
-                found.setdefault(named(name), {})[int(match[3])] = tensor
+                by = found.setdefault(named(name), {})
+                if f"{EXPERTS}{int(match[2])}." not in named(name) or int(match[3]) in by:
+                    raise CheckpointError(
+                        f"{path} holds {name}, which is not of expert {int(match[2])} or is in another file too; "
+                        "remove what is not of this checkpoint, or copy the files again"
+                    )
+                by[int(match[3])] = tensor
         elif match := _MODULE.fullmatch(path.name):
             for name, tensor in flat(load_pickle(path)):
                 found.setdefault(named(f"{int(match[1])}.{name}"), {})[int(match[2] or 0)] = tensor
     if any(name[0].isdigit() for name in found):
-        found = _told_apart(tag, found, layers)
+        found = _told_apart(tag, found, getattr(args, "num_layers", None))
     pieces = {name: [lazy_of(by[rank]) for rank in sorted(by)] for name, by in found.items()}
     size = max((len(of) for name, of in pieces.items() if ".layers." in name and EXPERTS not in name), default=1)
+    if (expected := tensor_ranks(args) or size) != size:
+        raise CheckpointError(
+            f"{tag} holds files of {size} tensor-parallel ranks, and was saved by {expected}; copy the files of all "
+            "ranks, and none of another checkpoint"
+        )
+    if other := [name for name, by in found.items() if EXPERTS in name and max(by) >= len(ranks)]:
+        raise CheckpointError(
+            f"{tag} holds {other[0]} of mp_rank_{max(found[other[0]]):02d}, where {len(ranks)} ranks saved; remove "
+            "files of another checkpoint"
+        )
     for name, of in pieces.items():
         if (
             name.startswith("embedding.") and len(of) == 2 * size

@@ -19,7 +19,7 @@ from typing import Any
 from megatron.checkpoint.errors import CheckpointError
 from megatron.checkpoint.formats.contents import Lazy, some
 from megatron.checkpoint.formats.megatron_deepspeed.core_names import from_core
-from megatron.checkpoint.formats.megatron_deepspeed.layouts import Found, flat, lazy_of, named
+from megatron.checkpoint.formats.megatron_deepspeed.layouts import Found, flat, lazy_of, named, tensor_ranks
 from megatron.checkpoint.formats.megatron_deepspeed.names import EXPERTS
 from megatron.checkpoint.formats.megatron_deepspeed.torch_dist import METADATA, find_distributed
 from megatron.checkpoint.formats.pickles import load_pickle
@@ -70,22 +70,28 @@ def _find_ranks(where: Path) -> Found:
         raise CheckpointError(
             f"{where} holds no mp_rank_XX/{_MODEL_FILES[0]} and no {METADATA}; give the folder of Megatron-LM's --save"
         )
-    first = load_pickle(files[0])
+    first, model_file = load_pickle(files[0]), files[0].name
     args = first.get("args")
     tensor, stages, shares = _sizes(args, where)
     contents = {}
     for t, p, e in itertools.product(range(tensor), range(stages), range(shares)):
         name = f"mp_rank_{t:02d}" + f"_{p:03d}" * (stages > 1) + f"_{e:03d}" * (shares > 1)
-        path = where / name / files[0].name
+        path = where / name / model_file
         if not path.is_file():
             raise CheckpointError(
                 f"{where} lacks {name}/{path.name} of {tensor} tensor-parallel ranks, {stages} stages and {shares} "
                 "expert-parallel ranks; copy it from where it was saved"
             )
         contents[t, p, e] = load_pickle(path)
+        files.remove(path)
+    if files:
+        raise CheckpointError(
+            f"{files[0]} is of none of the {tensor} tensor-parallel ranks, {stages} stages and {shares} "
+            "expert-parallel ranks that saved this checkpoint; remove files of another one"
+        )
     found: dict[str, dict[int, Lazy]] = {}
     core, layers = False, 0
-    for number, stage in itertools.product(range(len(_chunks(first, files[0]))), range(stages)):
+    for number, stage in itertools.product(range(len(_chunks(first, where))), range(stages)):
         here = 0
         for (t, p, e), content in contents.items():
             if p != stage:
@@ -105,7 +111,7 @@ def _find_ranks(where: Path) -> Found:
 
 def _sizes(args: Any, where: Path) -> tuple[int, int, int]:
     """Tensor-parallel ranks, pipeline stages and expert-parallel ranks of the run that saved."""
-    tensor = getattr(args, "tensor_model_parallel_size", None) or getattr(args, "model_parallel_size", None) or 1
+    tensor = tensor_ranks(args) or 1
     stages = getattr(args, "pipeline_model_parallel_size", None) or 1
     shares = getattr(args, "expert_model_parallel_size", None) or 1
     cut = getattr(args, "expert_tensor_parallel_size", None)

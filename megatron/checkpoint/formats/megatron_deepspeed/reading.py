@@ -18,6 +18,7 @@ from megatron.checkpoint.formats.megatron_deepspeed.layouts import Found, Pieces
 from megatron.checkpoint.formats.megatron_deepspeed.megatron_lm import find_megatron_lm
 from megatron.checkpoint.formats.megatron_deepspeed.names import EXPERTS, TABLE, Theirs, their_tensors
 from megatron.checkpoint.formats.native import new_meta
+from megatron.checkpoint.tensors import dtype_name
 from megatron.config import DataConfig, ModelConfig, RunConfig
 from megatron.config.flags import to_dict
 from megatron.data.tokenizer import build_tokenizer
@@ -93,6 +94,7 @@ def _ours(found: Found, config: RunConfig, vocab_size: int) -> dict[str, Lazy]:
     """Our tensors, made of theirs, of which each must be used."""
     left, problems = set(found.pieces), []
     made: dict[str, list[Lazy]] = {}
+    first: dict[str, torch.dtype] = {}
     without_biases, table = getattr(found.args, "add_bias_linear", True) is False, found.pieces[TABLE][0]
     for theirs in their_tensors(config.model, config.moe, vocab_size):
         left.discard(theirs.name)
@@ -101,7 +103,7 @@ def _ours(found: Found, config: RunConfig, vocab_size: int) -> dict[str, Lazy]:
             made.setdefault(theirs.ours, []).append(_zeros(theirs, table.dtype))
         elif pieces is None:
             problems.append(f"{theirs.name} is missing")
-        elif problem := _misfit(theirs, pieces):
+        elif problem := _misfit(theirs, pieces, first.setdefault(theirs.ours, pieces[0].dtype)):
             problems.append(problem)
         else:
             made.setdefault(theirs.ours, []).append(_joiner(theirs, pieces, found.version, config.model))
@@ -111,13 +113,23 @@ def _ours(found: Found, config: RunConfig, vocab_size: int) -> dict[str, Lazy]:
     return {MODEL + name: _lazy(parts, name) for name, parts in made.items()}
 
 
-def _misfit(theirs: Theirs, pieces: Pieces) -> str | None:
+def _misfit(theirs: Theirs, pieces: Pieces, first: torch.dtype) -> str | None:
+    """What is wrong with the pieces of a tensor; ``first`` is the data type that all of ours must have."""
     cut = tuple(size // len(pieces) if axis == theirs.dim else size for axis, size in enumerate(theirs.shape))
     fitting = (cut, theirs.shape) if theirs.in_moe else (cut,)
     for piece in pieces:
         if tuple(piece.shape) not in fitting or piece.shape != pieces[0].shape:
             return f"{theirs.name} has a piece of {list(piece.shape)}, expected {list(cut)}"
+        if not piece.dtype.is_floating_point:
+            return f"{theirs.name} is {dtype_name(piece.dtype)}, expected floating-point numbers"
+        if piece.dtype != first:
+            return f"{theirs.name} is {dtype_name(piece.dtype)}, the {_what(theirs)} {dtype_name(first)}"
     return None
+
+
+def _what(theirs: Theirs) -> str:
+    """What the first of the pieces belongs to."""
+    return "first rank's piece" if theirs.row is None else "first expert of the layer"
 
 
 def _joiner(theirs: Theirs, pieces: Pieces, version: float, model: ModelConfig) -> Lazy:

@@ -26,6 +26,7 @@ from megatron.checkpoint.formats.megatron_deepspeed.layouts import Found
 from megatron.checkpoint.formats.pickles import load_metadata, load_pickle, load_tensor
 from megatron.checkpoint.formats.shards import read_json
 from megatron.checkpoint.storage import BoxLoadPlanner
+from megatron.checkpoint.tensors import dtype_name
 
 METADATA = ".metadata"
 _COMMON, _KIND = "common.pt", "metadata.json"
@@ -106,12 +107,14 @@ class Chunks:
         for item in plan.items:
             begins = zip(item.storage_offsets, item.lengths, strict=True)
             chunk = self._chunk(item.storage_index)[tuple(slice(begin, begin + size) for begin, size in begins)]
-            if chunk.shape != item.lengths:
+            into = planner.resolve_tensor(item)
+            if chunk.shape != item.lengths or chunk.dtype != into.dtype:
                 raise CheckpointError(
-                    f"{self._where}: {item.storage_index.fqn} has a chunk of another shape than {METADATA} says; copy "
+                    f"{self._where}: {item.storage_index.fqn} has a chunk of {dtype_name(chunk.dtype)} "
+                    f"{list(chunk.shape)}, where {METADATA} says {dtype_name(into.dtype)} {list(item.lengths)}; copy "
                     "the files again"
                 )
-            planner.resolve_tensor(item).copy_(chunk)
+            into.copy_(chunk)
 
     def _read_chunk(self, index: MetadataIndex) -> torch.Tensor:
         place: Any = self._metadata.storage_data.get(index)

@@ -1,0 +1,40 @@
+"""Which tokens begin and end a generated text, and whether they are recognised in one."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from megatron.data.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class SpecialTokens:
+    """Of a model that was trained here, both are the end-of-document token."""
+
+    begin: int
+    """What a text begins with that continues nothing."""
+    ends: frozenset[int]
+    """Any of them ends a text."""
+
+
+def special_tokens(meta: Mapping[str, Any], tokenizer: Tokenizer) -> SpecialTokens:
+    """Those of a checkpoint: a model that came from Hugging Face has its own, maybe several that end a text.
+
+    Args:
+        meta: the checkpoint's metadata.
+        tokenizer: the checkpoint's.
+    """
+    carried = meta.get("huggingface") or {}
+    parts = [carried.get(name) or {} for name in ("generation_config", "config")]
+
+    def first(key: str) -> Any:
+        return next((part[key] for part in parts if part.get(key) not in (None, [])), tokenizer.eod)
+
+    ends = first("eos_token_id")
+    return SpecialTokens(first("bos_token_id"), frozenset(ends if isinstance(ends, list) else [ends]))
+
+
+def splits_special_tokens(meta: Mapping[str, Any]) -> bool:
+    """Whether the name of a special token in a text is text: in training always, and so here; a model that came from
+    Hugging Face is prompted as there, where by default it is the token."""
+    return (meta.get("huggingface") or {}).get("split_special_tokens", True)
