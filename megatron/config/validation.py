@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 
 from megatron.config.batch_rules import batch_problems, count_replicas, rampup_problems, train_tokens_problems
+from megatron.config.checkpoint_rules import finetune_problems, save_problems
 from megatron.config.errors import ConfigError, around, divisors, multiples, remainder
 from megatron.config.exchange_rules import exchange_problems
 from megatron.config.expert_rules import expert_layer_problems, expert_parallel_problems
@@ -319,10 +320,9 @@ def _skip_samples(config: RunConfig, world_size: int) -> Iterator[str]:
 
 @_rule("save", "async_save", "keep_last")
 def _save(config: RunConfig, world_size: int) -> Iterator[str]:
-    if config.checkpoint.save is None:
-        for flag, given in (
-            ("--async-save", config.checkpoint.async_save),
-            ("--keep-last", config.checkpoint.keep_last),
-        ):
-            if given:
-                yield f"{flag} must have a folder to save in, and --save is not given; add --save DIR or drop {flag}"
+    yield from save_problems(config)
+
+
+@_rule("finetune", "finetune_load_optim", "load", "save")
+def _finetune(config: RunConfig, world_size: int) -> Iterator[str]:
+    yield from finetune_problems(config)

@@ -3,6 +3,8 @@
 import dataclasses
 import socket
 import sys
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,7 +30,7 @@ from megatron.training.clock import Clock, total_samples
 from megatron.training.ending import record_end
 from megatron.training.outlook import outlook
 from megatron.training.report import Report
-from megatron.training.resume import check, clock_from, padded_as_before, restore
+from megatron.training.resume import check, check_base, clock_from, describe_base, padded_as_before, restore
 from megatron.training.signals import StopRequest, StopSignals
 from megatron.training.spikes import Detours
 from megatron.training.start import (
@@ -36,6 +38,7 @@ from megatron.training.start import (
     check_optimizer,
     check_outputs,
     check_precision,
+    find_base,
     find_checkpoint,
     how_to_go_on,
     log_folder,
@@ -124,13 +127,18 @@ def _looks_ready(config: RunConfig, topology: Topology, line: Line | None) -> bo
 def _run(config: RunConfig, topology: Topology, stop: StopRequest, line: Line | None) -> None:
     tokenizer = build_tokenizer(config.data)
     vocab_size = config.model.padded_vocab_size(tokenizer.vocab_size, topology.tensor_parallel_size)
-    clock, warnings, source, meta = Clock(config.model.seq_length), [], None, None
+    clock, warnings, meta, finetuned_from = Clock(config.model.seq_length), [], None, None
     found = find_checkpoint(config, topology)
+    base = find_base(config, topology) if config.checkpoint.finetune and found is None else None
     if found is not None:
-        source, meta = found
+        _, meta = found
         vocab_size = padded_as_before(meta, topology.tensor_parallel_size)
         warnings = check(meta, config, vocab_size, tokenizer)
-        clock = clock_from(meta)
+        clock, finetuned_from = clock_from(meta), meta.get("finetuned_from")
+    elif base is not None:
+        vocab_size = padded_as_before(base[1], topology.tensor_parallel_size)
+        warnings = check_base(base[1], config, vocab_size, tokenizer)
+        finetuned_from = describe_base(config, *base)
     if _stops_early(stop, config, topology, clock):
         return
     detours = Detours.of(config, meta, clock.samples)
@@ -144,7 +152,9 @@ def _run(config: RunConfig, topology: Topology, stop: StopRequest, line: Line | 
 
     engine = build_engine(config, topology, vocab_size)
     if found is not None:
-        restore(engine, source, meta, topology)
+        restore(engine, *found, topology)
+    elif base is not None:
+        restore(engine, *base, topology, optimizer_state=config.checkpoint.finetune_load_optim)
 
     name = _name(config)
     report = Report(config.logging, name, config.checkpoint.save, topology.is_first)
@@ -152,7 +162,7 @@ def _run(config: RunConfig, topology: Topology, stop: StopRequest, line: Line | 
     watchdog = Watchdog(guard.watchdog_factor, guard.watchdog_min_seconds, log_folder(config), topology, line)
     try:
         train_tokens = samples * config.model.seq_length
-        _announce(report, config, topology, tokenizer, clock, vocab_size, train_tokens, name, resumed=found is not None)
+        _announce(report, config, topology, tokenizer, clock, vocab_size, train_tokens, name, found is not None, base)
         if topology.is_first:
             print(outlook(config, topology, vocab_size), flush=True)
             if topology.pipeline_parallel_size > 1:
@@ -164,7 +174,7 @@ def _run(config: RunConfig, topology: Topology, stop: StopRequest, line: Line | 
         data = (train_data, valid_data)
         Trainer(
             config, topology, engine, tokenizer, data, clock, report, stop, watchdog, vocab_size, detours,
-            resumed_from=found,
+            resumed_from=found, finetuned_from=finetuned_from,
         ).run()  # fmt: skip
     finally:
         watchdog.close()
@@ -197,6 +207,7 @@ def _announce(
     train_tokens: int,
     name: str,
     resumed: bool,
+    base: tuple[Path, dict[str, Any]] | None,
 ) -> None:
     count = count_parameters(config.model, config.moe, vocab_size)
     report.write(
@@ -215,5 +226,6 @@ def _announce(
         device=torch.cuda.get_device_name(topology.device) if topology.device.type == "cuda" else "cpu",
         precision=config.optimizer.precision,
         resumed_at_tokens=clock.tokens if resumed else None,
+        started_from=None if base is None else str(base[0]),
         config=to_dict(config),
     )

@@ -57,6 +57,8 @@ class Console:
 
     def _run(self, record: dict[str, Any]) -> str:
         start = "starting" if record["resumed_at_tokens"] is None else f"resuming at {human(record['tokens'])} tokens"
+        if record.get("started_from"):
+            start = f"starting from the weights of {record['started_from']}"
         degrees = ", ".join(map(str, record["expert_parallel"]))
         return (
             f"{record['name']}: {human(record['parameters'])} parameters, "

@@ -51,6 +51,7 @@ class Trainer:
         vocab_size: int,
         detours: Detours,
         resumed_from: tuple[Path, dict[str, Any]] | None = None,
+        finetuned_from: dict[str, Any] | None = None,
     ) -> None:
         self.config, self.topology, self.engine, self.clock, self.report = config, topology, engine, clock, report
         self._stop, self._tokenizer, self._vocab_size = stop, tokenizer, vocab_size
@@ -60,6 +61,7 @@ class Trainer:
         self._saver = AsyncSaver(topology.control_group) if config.checkpoint.async_save else None
         self._detours, self._spikes, self._spike = detours, SpikeWatch(config.guard), None
         self._last_saved, self._first_step = None, clock.steps
+        self._finetuned_from = finetuned_from
         if resumed_from is not None:
             self._last_saved = resumed_from[0]
             self._spikes.load_state(resumed_from[1].get("spikes"))
@@ -263,7 +265,7 @@ class Trainer:
         world_size = self.topology.launch.world_size
         meta = describe(
             self.config, self.clock, self._detours, self._spikes, self._vocab_size, self._tokenizer,
-            self.engine.scalar_state(), world_size,
+            self.engine.scalar_state(), world_size, self._finetuned_from,
         )  # fmt: skip
         self._end_of_saving()
         background = self._saver if in_background else None
