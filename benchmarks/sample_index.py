@@ -90,7 +90,7 @@ def make_dataset(prefix: Path, documents: int, mean: int) -> int:
 
 def damage(folder: Path) -> None:
     """Change one bit in the middle of the sample index."""
-    (path,) = folder.glob("*sample_index.npy")
+    (path,) = folder.glob("*-sequences.npy")
     with open(path, "rb+") as file:
         file.seek(path.stat().st_size // 2)
         byte = file.read(1)[0]
@@ -141,7 +141,7 @@ def _rank(rank: int, processes: int, meeting: str, prefix: str, samples: int, re
     config.model.seq_length = SEQ
     torch.distributed.barrier()
     begin = time.perf_counter()
-    train, _, _ = build_datasets(config, ByteTokenizer(), (samples, 0, 0))
+    train = build_datasets(config, ByteTokenizer(), (samples, 0, 0)).train
     assert train is not None
     item = train[samples - 1]
     seconds = time.perf_counter() - begin

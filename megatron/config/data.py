@@ -20,6 +20,10 @@ class DataConfig:
         (), "Spans FIRST-END of training samples to leave out, numbered from 0 in the order in which a run reads them.",
         nargs="+", metavar="FIRST-END",
     )  # fmt: skip
+    change_blend: bool = option(
+        False, "On a resume: go on with --data-path where it is not the checkpoint's, each corpus from where the run "
+        "stands in it.",
+    )  # fmt: skip
     data_cache_path: str | None = option(
         None, "Folder of the sample-index cache (default: a folder beside the dataset).", metavar="DIR"
     )

@@ -15,7 +15,7 @@ with warnings.catch_warnings():
     from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
     from megatron.core.datasets.megatron_dataset import MegatronDataset
 
-# Warns that the index of a blend is not cached, which index_cache.py decides on purpose.
+# Warns that the index of a blend is not cached, which core_order.py decides on purpose.
 logging.getLogger("megatron.core.datasets.blended_dataset").setLevel(logging.ERROR)
 
 __all__ = [

@@ -1,13 +1,12 @@
 """What can be wrong with datasets is found here, before the first step and with all problems in one message."""
 
 import dataclasses
+import itertools
 import math
 import os
 import re
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from megatron.data import manifest
 from megatron.data.errors import DataError
@@ -15,7 +14,6 @@ from megatron.data.index_file import ANEW, index_problems, read_index
 from megatron.data.tokenizer import Tokenizer
 
 SPLITS = ("train", "valid", "test")
-_SAMPLED_TOKENS = 1 << 20
 
 
 @dataclasses.dataclass
@@ -82,28 +80,14 @@ def damage_problems(prefix: str) -> list[str]:
     return [f"--data-path {prefix}: {problem}. {ANEW}" for problem in index_problems(read_index(prefix))]
 
 
-def token_problems(prefix: str, tokenizer: Tokenizer, allow_mismatch: bool = False) -> list[str]:
-    """Why the tokens of ``prefix`` are not this tokenizer's.
-
-    Goes by the manifest. Where there is none, or another tokenizer is allowed, the first million tokens are compared
-    with the vocabulary's size.
-    """
-    from megatron.data.core_datasets import IndexedDataset
-
+def tokenizer_problems(prefix: str, tokenizer: Tokenizer, allow_mismatch: bool = False) -> list[str]:
+    """Why the dataset ``prefix``, by its manifest, was not made with this tokenizer; nothing where it has none."""
     try:
         facts = manifest.read(prefix)
     except DataError as error:
         return [str(error)]
-    if facts is None or (allow_mismatch and facts.tokenizer["fingerprint"] != tokenizer.fingerprint):
-        dataset = IndexedDataset(prefix)
-        tokens = np.memmap(f"{prefix}.bin", dtype=dataset.index.dtype, mode="r")[:_SAMPLED_TOKENS]
-        highest = int(tokens.max())
-        if highest < tokenizer.vocab_size:
-            return []
-        return [
-            f"--data-path {prefix}: holds token {highest}, but the vocabulary of this run's {tokenizer.kind} ends at "
-            f"{tokenizer.vocab_size - 1}. Give the tokenizer that the data was made with"
-        ]
+    if facts is None:
+        return []
     found = count_tokens(prefix)
     if facts.tokens != found:
         return [
@@ -111,7 +95,7 @@ def token_problems(prefix: str, tokenizer: Tokenizer, allow_mismatch: bool = Fal
             f"of {found}. The files do not belong together; preprocess anew"
         ]
     theirs: dict[str, Any] = facts.tokenizer
-    if theirs["fingerprint"] == tokenizer.fingerprint:
+    if allow_mismatch or theirs["fingerprint"] == tokenizer.fingerprint:
         return []
     return [
         f"--data-path {prefix}: made with {theirs['kind']} of {theirs['vocab_size']} tokens, fingerprint "
@@ -123,24 +107,23 @@ def token_problems(prefix: str, tokenizer: Tokenizer, allow_mismatch: bool = Fal
 
 def count_tokens(prefix: str) -> int:
     """Tokens of the dataset ``prefix``."""
-    from megatron.data.core_datasets import IndexedDataset
+    return read_index(prefix).tokens
 
-    dataset = IndexedDataset(prefix)
-    return int(dataset.sequence_lengths.sum(dtype=np.int64))
+
+def split_ranges(prefix: str, shares: list[float]) -> list[tuple[int, int]]:
+    """First document and the one after the last of ``prefix`` in train, valid and test, cut where megatron.core cuts.
+
+    A document is here what the .idx calls a sequence.
+    """
+    count = float(len(read_index(prefix).lengths))
+    bounds = [round(sum(shares[:number]) * count) for number in range(len(shares) + 1)]
+    return list(itertools.pairwise(bounds))
 
 
 def split_tokens(prefix: str, shares: list[float]) -> list[tuple[int, int]]:
-    """Documents and tokens of ``prefix`` in train, valid and test, cut where megatron.core cuts."""
-    from megatron.data.core_datasets import IndexedDataset
-
-    dataset = IndexedDataset(prefix)  # its arrays are valid only as long as it lives
-    lengths = dataset.sequence_lengths
-    found, start = [], 0.0
-    for share in shares:
-        first, last = (round(bound * float(len(lengths))) for bound in (start, start + share))
-        found.append((last - first, int(lengths[first:last].sum(dtype=np.int64))))
-        start += share
-    return found
+    """Documents and tokens of ``prefix`` in train, valid and test."""
+    index = read_index(prefix)
+    return [(last - first, index.sum_lengths(first, last)) for first, last in split_ranges(prefix, shares)]
 
 
 def cache_problems(folder: Path) -> list[str]:

@@ -42,7 +42,11 @@ class Index:
 
     @property
     def tokens(self) -> int:
-        return sum(int(part.sum(dtype=np.int64)) for part in chunks(self.lengths))
+        return self.sum_lengths(0, len(self.lengths))
+
+    def sum_lengths(self, first: int, last: int) -> int:
+        """Tokens of the sequences ``first`` to ``last`` - 1."""
+        return sum(int(part.sum(dtype=np.int64)) for part in chunks(self.lengths[first:last]))
 
     def document_lengths(self, first: int, last: int) -> np.ndarray:
         """int64 [last - first], tokens of these documents."""

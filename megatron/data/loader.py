@@ -130,7 +130,7 @@ def _server() -> BaseContext:
     The trainer finishes its update and saves when the whole job is told to stop, and needs its data until then.
     """
     context = torch.multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["megatron.data.index_cache"])
+    context.set_forkserver_preload(["megatron.data.gpt_dataset"])
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
     try:
         resource_tracker.ensure_running()

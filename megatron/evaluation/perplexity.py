@@ -18,8 +18,9 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 from tqdm import tqdm
 
-from megatron.data.dataset_checks import damage_problems, open_problems, token_problems
+from megatron.data.dataset_checks import damage_problems, open_problems, tokenizer_problems
 from megatron.data.errors import DataError
+from megatron.data.identity import identify_alone, vocabulary_problems
 from megatron.data.inputs import find_inputs, spans_of
 from megatron.data.jsonl import record_texts
 from megatron.data.reading import read_batches
@@ -172,7 +173,8 @@ def documents_of_dataset(prefix: str, tokenizer: Tokenizer) -> Iterator[Document
     """
     from megatron.data.core_datasets import IndexedDataset
 
-    if problems := open_problems(prefix) or damage_problems(prefix) or token_problems(prefix, tokenizer):
+    problems = open_problems(prefix) or damage_problems(prefix) or tokenizer_problems(prefix, tokenizer)
+    if problems := problems or vocabulary_problems(prefix, identify_alone(prefix), tokenizer):
         raise DataError("; ".join(problems))
     dataset = IndexedDataset(prefix)
     bounds = np.asarray(dataset.document_indices)

@@ -11,8 +11,10 @@ import torch
 from megatron.checkpoint import CheckpointError
 from megatron.config import RunConfig
 from megatron.config.flags import to_dict
+from megatron.config.spans import nth_outside
 from megatron.config.validation import validate
-from megatron.data.gpt_dataset import build_datasets
+from megatron.data.data_state import DataState
+from megatron.data.gpt_dataset import ResumedData, build_datasets
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.engine import deepspeed_config
 from megatron.engine.offload import threads_in_words
@@ -146,7 +148,7 @@ def _run(config: RunConfig, topology: Topology, stop: StopRequest, line: Line | 
     valid_samples = (
         config.training.eval_iters * config.training.global_batch_size if config.training.eval_interval else 0
     )
-    train_data, valid_data, _ = build_datasets(config, tokenizer, (samples, valid_samples, 0))
+    data = build_datasets(config, tokenizer, (samples, valid_samples, 0), _resumed_data(meta, clock, detours))
     if _stops_early(stop, config, topology, clock):
         return
 
@@ -171,7 +173,8 @@ def _run(config: RunConfig, topology: Topology, stop: StopRequest, line: Line | 
                 print(threads_in_words(), flush=True)
             for warning in warnings:
                 print(f"warning: this run differs from the checkpoint's: {warning}", flush=True)
-        data = (train_data, valid_data)
+            for note in data.notes:
+                print(f"data: {note}", flush=True)
         Trainer(
             config, topology, engine, tokenizer, data, clock, report, stop, watchdog, vocab_size, detours,
             resumed_from=found, finetuned_from=finetuned_from,
@@ -179,6 +182,14 @@ def _run(config: RunConfig, topology: Topology, stop: StopRequest, line: Line | 
     finally:
         watchdog.close()
         report.close()
+
+
+def _resumed_data(meta: dict[str, Any] | None, clock: Clock, detours: Detours) -> ResumedData | None:
+    """What the checkpoint says of the training data; None for a run that has read none yet."""
+    if meta is None or clock.samples == 0:
+        return None
+    state = DataState.load(meta["data"]) if "data" in meta else None
+    return ResumedData(state, nth_outside(detours.skipped, clock.samples))
 
 
 def _name(config: RunConfig) -> str:

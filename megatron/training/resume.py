@@ -12,6 +12,7 @@ from megatron.checkpoint import CheckpointError, load
 from megatron.config import RunConfig
 from megatron.config.flags import from_dict, to_dict
 from megatron.config.options import OPTIONS
+from megatron.data.data_state import DataState
 from megatron.data.tokenizer import Tokenizer
 from megatron.engine.engine import Engine
 from megatron.parallel.initialize import Topology
@@ -20,6 +21,8 @@ from megatron.training.spikes import Detours, SpikeWatch
 
 # Options that may change at a resume without changing how the run goes on.
 _HARMLESS = {
+    # the data are compared by their content, and go on in the order of the checkpoint's seed
+    *("data_path", "split", "change_blend"),
     *("device", "num_workers", "data_cache_path", "vocab_file", "merge_file", "tokenizer_model", "tokenizer_type"),
     "allow_tokenizer_mismatch",
     *("eval_interval", "eval_iters", "checkpoint_activations", "max_skipped_updates", "moe_eval_capacity_factor"),
@@ -40,6 +43,7 @@ def describe(
     tokenizer: Tokenizer,
     optimizer: dict[str, Any],
     world_size: int,
+    data: DataState,
     finetuned_from: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """The metadata of a checkpoint, JSON-able."""
@@ -52,6 +56,7 @@ def describe(
         "tokenizer": {"vocab_size": tokenizer.vocab_size, "fingerprint": tokenizer.fingerprint},
         "optimizer": optimizer,
         "world_size": world_size,
+        "data": data.state(),
         "finetuned_from": finetuned_from,
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
     }

@@ -10,8 +10,8 @@ from typing import Any
 
 from megatron.checkpoint import AsyncSaver, CheckpointError, ContactLost, save
 from megatron.config import RunConfig
-from megatron.config.spans import merge
-from megatron.data.gpt_dataset import batches
+from megatron.config.spans import merge, nth_outside
+from megatron.data.gpt_dataset import Datasets, batches
 from megatron.data.skipping import SkippingSamples
 from megatron.data.tokenizer import Tokenizer
 from megatron.engine.engine import Engine, LateNumber, StepResult
@@ -43,7 +43,7 @@ class Trainer:
         topology: Topology,
         engine: Engine,
         tokenizer: Tokenizer,
-        datasets: tuple[Any, Any],
+        datasets: Datasets,
         clock: Clock,
         report: Report,
         stop: StopRequest,
@@ -56,7 +56,8 @@ class Trainer:
         self.config, self.topology, self.engine, self.clock, self.report = config, topology, engine, clock, report
         self._stop, self._tokenizer, self._vocab_size = stop, tokenizer, vocab_size
         self._watchdog = watchdog
-        self._train_data, self._valid_data = datasets
+        self._train_data, self._valid_data = datasets.train, datasets.valid.get("valid")
+        self._data_state = datasets.state
         self._total = total_samples(config.training, config.model.seq_length, clock.samples)
         self._saver = AsyncSaver(topology.control_group) if config.checkpoint.async_save else None
         self._detours, self._spikes, self._spike = detours, SpikeWatch(config.guard), None
@@ -166,6 +167,7 @@ class Trainer:
         return size // (self.config.training.micro_batch_size * self.topology.data_parallel_size)
 
     def _training_data(self) -> Iterator[dict[str, Any]]:
+        self._train_data = self._train_data.extended(nth_outside(self._detours.skipped, self._total - 1) + 1)
         dataset = SkippingSamples(self._train_data, self._detours.skipped, self._total)
         return self._micro_batches(dataset, self.clock.samples, self.config.data.num_workers)
 
@@ -265,7 +267,7 @@ class Trainer:
         world_size = self.topology.launch.world_size
         meta = describe(
             self.config, self.clock, self._detours, self._spikes, self._vocab_size, self._tokenizer,
-            self.engine.scalar_state(), world_size, self._finetuned_from,
+            self.engine.scalar_state(), world_size, self._data_state, self._finetuned_from,
         )  # fmt: skip
         self._end_of_saving()
         background = self._saver if in_background else None

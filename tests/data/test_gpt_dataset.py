@@ -15,7 +15,7 @@ import torch
 from megatron.config import DataConfig, RunConfig
 from megatron.data import dataset_checks
 from megatron.data.errors import DataError
-from megatron.data.gpt_dataset import batches, build_datasets
+from megatron.data.gpt_dataset import ResumedData, batches, build_datasets
 from megatron.data.preprocess import preprocess
 from megatron.data.tokenizer import build_tokenizer
 
@@ -47,7 +47,9 @@ def prefix(data: DataConfig, name: str) -> str:
 
 
 def build(config: RunConfig, *num_samples: int):
-    return build_datasets(config, build_tokenizer(config.data), num_samples)
+    """Training, validation and test data; None where there are none."""
+    found = build_datasets(config, build_tokenizer(config.data), num_samples)
+    return found.train, found.valid.get("valid"), found.test.get("test")
 
 
 def everything(dataset) -> torch.Tensor:
@@ -107,13 +109,56 @@ def test_same_seed_same_order_and_another_seed_another(config):
     assert not torch.equal(everything(build(config, 50, 0, 0)[0]), first)
 
 
+def test_longer_runs_and_other_batches_begin_with_the_same_samples(config):
+    for paths in (config.data.data_path, ("3", prefix(config.data, "a"), "1", prefix(config.data, "b"))):
+        config.data.data_path = paths
+        longest = everything(build(config, 1500, 0, 0)[0])
+        for count in (3, 160, 163, 499):
+            train, _, _ = build(config, count, 0, 0)
+            assert torch.equal(everything(train), longest[:count])
+            assert torch.equal(everything(train.extended(700)), longest[:700])
+        assert train.extended(20) is train
+
+
+def test_a_corpus_that_grew_or_was_written_anew_under_its_name_is_read(config, tmp_path):
+    """With one cache, and the same flags."""
+    before = everything(build(config, 60, 0, 0)[0])
+    for other in ("c", "a"):
+        for suffix in (".bin", ".idx", ".json"):
+            (tmp_path / f"corpus{suffix}").write_bytes(Path(f"{prefix(config.data, other)}{suffix}").read_bytes())
+        config.data.data_path = (str(tmp_path / "corpus"),)
+        found = everything(build(config, 60, 0, 0)[0])
+        config.data.data_path = (prefix(config.data, other),)
+        assert torch.equal(found, everything(build(config, 60, 0, 0)[0]))
+        assert torch.equal(found, before) == (other == "a")
+
+
+def test_a_changed_blend_reads_no_sequence_again(config):
+    tokenizer = build_tokenizer(config.data)
+    a, b, c = (prefix(config.data, name) for name in "abc")
+    config.data.data_path = ("1", a, "1", b)
+    first = build_datasets(config, tokenizer, (30, 0, 0))
+    config.data.data_path = ("1", c, "2", a)
+    with pytest.raises(DataError, match="--change-blend"):
+        build_datasets(config, tokenizer, (60, 0, 0), ResumedData(first.state, 30))
+    config.data.change_blend = True
+    second = build_datasets(config, tokenizer, (60, 0, 0), ResumedData(first.state, 30))
+    assert sorted(second.train.counts()) == [10, 20]
+    with pytest.raises(IndexError, match="30 to 59"):
+        second.train[29]
+    config.data.data_path = (a,)
+    alone = everything(build_datasets(config, tokenizer, (35, 0, 0)).train)
+    then, now = everything(first.train), torch.stack([second.train[index]["tokens"] for index in range(30, 60)])
+    of_a = [row for row in torch.cat([then, now]) if (alone == row).all(1).any()]
+    assert torch.equal(torch.stack(of_a), alone)
+
+
 def test_blend_takes_its_weights(config):
     """How often each dataset is read shows in the index of the blend."""
     config.data.data_path = ("3", prefix(config.data, "a"), "1", prefix(config.data, "b"))
     train, valid, _ = build(config, 101, 9, 0)
     assert (len(train), len(valid)) == (101, 9)
-    used = np.bincount(train._source.dataset_index[:101])
-    assert abs(used[0] - 75.75) <= 1
+    assert sorted(train.counts()) == [25, 76]
     assert everything(train).shape == (101, SEQ)
 
 
@@ -123,24 +168,9 @@ def test_prefixes_without_weights_go_by_their_tokens_and_repeat(config):
     sizes = [dataset_checks.count_tokens(path) for path in config.data.data_path]
     count = 3 * sum(sizes) // SEQ
     train, _, _ = build(config, count, 0, 0)
-    used = np.bincount(train._source.dataset_index[:count])
-    np.testing.assert_allclose(used / count, np.array(sizes) / sum(sizes), atol=2 / count)
+    used = np.array(train.counts())
+    np.testing.assert_allclose(np.sort(used) / count, np.sort(sizes) / sum(sizes), atol=2 / count)
     assert train[count - 1]["tokens"].shape == (SEQ,)
-
-
-def test_a_blend_may_take_a_few_more_than_its_shares(config, tmp_path):
-    """Each of many small shares is rounded up, and the large one with them, just where an epoch of it ends."""
-    words = ["100", prefix(config.data, "a")]
-    for number in range(11):
-        for suffix in (".bin", ".idx", ".json"):
-            (tmp_path / f"copy{number}{suffix}").symlink_to(f"{prefix(config.data, 'b')}{suffix}")
-        words += ["1", str(tmp_path / f"copy{number}")]
-    config.data.data_path = tuple(words)
-    shares = dataset_checks.parse_split(config.data.split)
-    one_epoch = (dataset_checks.split_tokens(words[1], shares)[0][1] - 1) // SEQ
-    for count in range(int(one_epoch * 1.11) - 3, int(one_epoch * 1.11) + 4):
-        train, _, _ = build(config, count, 0, 0)
-        assert train[count - 1]["tokens"].shape == (SEQ,)
 
 
 @pytest.mark.parametrize("blended", [False, True])
@@ -150,7 +180,7 @@ def test_cache_is_used_and_a_damaged_one_is_rebuilt(config, blended):
     expected = everything(build(config, 60, 0, 0)[0])
     folder = Path(config.data.data_cache_path)
     built = {path: path.stat().st_mtime_ns for path in folder.glob("*.npy")}
-    assert len(built) == (6 if blended else 3)
+    assert len(built) == (4 if blended else 2)
     assert not list(folder.glob(".*"))
     assert torch.equal(everything(build(config, 60, 0, 0)[0]), expected)
     assert {path: path.stat().st_mtime_ns for path in folder.glob("*.npy")} == built
@@ -193,7 +223,7 @@ def test_importing_megatron_core_is_quiet():
     import sys
 
     done = subprocess.run(
-        [sys.executable, "-W", "default", "-c", "import megatron.data.index_cache"], capture_output=True, text=True
+        [sys.executable, "-W", "default", "-c", "import megatron.data.core_order"], capture_output=True, text=True
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
@@ -255,6 +285,16 @@ def copied(config: RunConfig, folder: Path) -> str:
     return config.data.data_path[0]
 
 
+def test_one_token_beyond_the_vocabulary_is_found_wherever_it_is(config, tmp_path):
+    path = copied(config, tmp_path)
+    tokens = np.fromfile(f"{path}.bin", np.uint16)
+    tokens[-1] = build_tokenizer(config.data).vocab_size  # a row that only pads the vocabulary
+    tokens.tofile(f"{path}.bin")
+    refused(config, f"holds token {tokens[-1]}, but the vocabulary", f"ends at {tokens[-1] - 1}")
+    config.data.allow_tokenizer_mismatch = True
+    refused(config, f"holds token {tokens[-1]}")
+
+
 def test_damaged_files(config, tmp_path):
     path = copied(config, tmp_path)
     content = Path(f"{path}.bin").read_bytes()
@@ -281,7 +321,7 @@ def test_another_tokenizer_is_refused_by_the_manifest(config, tmp_path):
     mine = build_tokenizer(config.data)
     refused(config, "GPT2BPETokenizer", mine.fingerprint[:12], other.fingerprint[:12], tokenizer=other)
     config.data.allow_tokenizer_mismatch = True
-    assert len(build_datasets(config, other, (20, 5, 0))[0]) == 20
+    assert len(build_datasets(config, other, (20, 5, 0)).train) == 20
     refused(config, "holds token", "ends at 256", tokenizer=build_tokenizer(DataConfig(tokenizer_type="ByteTokenizer")))
 
 

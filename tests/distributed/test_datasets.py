@@ -32,18 +32,17 @@ def make_config(data: DataConfig, cache: Path) -> RunConfig:
     return run
 
 
-def read(config: RunConfig, parts: int) -> tuple[torch.Tensor, list[int], str]:
-    """This rank's tokens of the training data, their sample numbers, and the name of the mapped index."""
+def read(config: RunConfig) -> tuple[torch.Tensor, list[int]]:
+    """This rank's tokens of the training data, and their sample numbers."""
     import torch.distributed as dist
 
     from megatron.data.gpt_dataset import batches, build_datasets
     from megatron.data.tokenizer import build_tokenizer
 
-    train, valid, _ = build_datasets(config, build_tokenizer(config.data), (SAMPLES, 8, 0))
-    assert (len(train), len(valid)) == (SAMPLES, 8)
-    found = list(batches(train, config, dist.get_rank(), dist.get_world_size(), 0))
-    index = train._source.dataset_index if parts > 1 else train._source.shuffle_index
-    return torch.cat([batch["tokens"] for batch in found]), [b["sample_index"] for b in found], str(index.filename)
+    built = build_datasets(config, build_tokenizer(config.data), (SAMPLES, 8, 0))
+    assert (len(built.train), len(built.valid["valid"])) == (SAMPLES, 8)
+    found = list(batches(built.train, config, dist.get_rank(), dist.get_world_size(), 0))
+    return torch.cat([batch["tokens"] for batch in found]), [b["sample_index"] for b in found]
 
 
 @pytest.mark.parametrize("parts", [1, 2])
@@ -53,11 +52,10 @@ def test_ranks_share_one_index_and_together_read_what_one_process_reads(parts, d
 
     if parts == 1:
         data = dataclasses.replace(data, data_path=data.data_path[1:2])
-    alone, _, _ = build_datasets(make_config(data, tmp_path / "alone"), build_tokenizer(data), (SAMPLES, 8, 0))
+    alone = build_datasets(make_config(data, tmp_path / "alone"), build_tokenizer(data), (SAMPLES, 8, 0)).train
     expected = torch.stack([alone[index]["tokens"] for index in range(SAMPLES)])
     found = torch.zeros_like(expected)
-    for tokens, numbers, index in run_distributed(read, 2, make_config(data, tmp_path / "two"), parts):
-        assert index.startswith(str(tmp_path / "two"))
+    for tokens, numbers in run_distributed(read, 2, make_config(data, tmp_path / "two")):
         for place, number in enumerate(numbers):
             found[number : number + 2] = tokens[2 * place : 2 * place + 2]
     assert torch.equal(found, expected)

@@ -34,7 +34,7 @@ def test_a_new_run_from_old_weights_may_differ_in_all_that_weights_do_not_depend
     new.moe.topk = 2
     assert check_base(meta, new, 1024, tokenizer) == ["--topk: checkpoint 1, this run 2"]
     new.checkpoint.finetune_load_optim = True
-    with pytest.raises(CheckpointError, match="--finetune-load-optim: .* holds no optimizer state"):
+    with pytest.raises(CheckpointError, match=r"--finetune-load-optim: .* holds no optimizer state"):
         check_base(meta, new, 1024, tokenizer)
     new.model.max_position_embeddings = None
     with pytest.raises(CheckpointError, match="--max-position-embeddings: checkpoint 2048, this run 1024"):

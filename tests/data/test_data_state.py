@@ -1,0 +1,80 @@
+"""What a checkpoint records of the training data, and what a run may go on with."""
+
+import json
+
+import pytest
+
+from megatron.data.blend_order import BlendOrder
+from megatron.data.data_state import CORE, CorpusState, DataState
+from megatron.data.errors import DataError
+
+
+def corpus(name: str, weight: float = 1.0, documents: int = 10) -> CorpusState:
+    return CorpusState(f"data/{name}", name * 8, 0, documents, weight)
+
+
+def begin(*corpora: CorpusState, **changes) -> DataState:
+    return DataState.begin(7, corpora, **changes)
+
+
+def test_json_round_trip():
+    state = begin(corpus("a"), corpus("b", 2.0))
+    assert DataState.load(json.loads(json.dumps(state.state()))) == state
+
+
+def test_the_order_on_the_command_line_does_not_count():
+    assert begin(corpus("b"), corpus("a")) == begin(corpus("a"), corpus("b"))
+
+
+def test_the_same_documents_twice_are_refused():
+    twin = CorpusState("data/copy", "a" * 8, 0, 10, 3.0)
+    with pytest.raises(DataError, match="data/a and data/copy hold the same documents"):
+        begin(corpus("a"), twin)
+    begin(corpus("a"), corpus("a", documents=9))  # another split
+
+
+def test_the_same_data_go_on_wherever_they_lie_and_in_whatever_units_weights_are():
+    state = begin(corpus("a", 1.0), corpus("b", 3.0))
+    moved = begin(*(CorpusState(f"/new/{name}", name * 8, 0, 10, w) for name, w in (("b", 0.75), ("a", 0.25))))
+    resumed, notes = state.resumed(moved, 100, change=False)
+    assert notes == []
+    assert [(c.prefix, c.weight) for c in resumed.corpora] == [("/new/a", 1.0), ("/new/b", 3.0)]
+    assert DataState.load(state.state()).resumed(state, 100, change=True) == (state, [])
+
+
+@pytest.mark.parametrize(
+    ("now", "words"),
+    [
+        ((corpus("a"),), ("only in the checkpoint: data/b",)),
+        ((corpus("a"), corpus("b"), corpus("c")), ("not in the checkpoint: data/c",)),
+        ((corpus("a"), corpus("b", documents=9)), ("not in the checkpoint: data/b (documents 0 to 9", "0 to 10")),
+        ((corpus("a"), corpus("b", 2.0)), ("data/b: share 0.666667, in the checkpoint 0.5",)),
+    ],
+)
+def test_other_data_are_refused_with_the_ways_out(now, words):
+    with pytest.raises(DataError) as error:
+        begin(corpus("a"), corpus("b")).resumed(begin(*now), 100, change=False)
+    for word in (*words, "--change-blend", "--finetune"):
+        assert word in str(error.value)
+
+
+def test_a_changed_blend_goes_on_where_each_corpus_stands():
+    first = begin(corpus("a", 1.0), corpus("b", 3.0))
+    second, notes = first.resumed(begin(corpus("b", 1.0), corpus("c", 1.0)), 101, change=True)
+    read = dict(zip("ab", BlendOrder([1, 3]).counts(101), strict=True))
+    assert [(c.prefix, c.start) for c in second.corpora] == [("data/b", read["b"]), ("data/c", 0)]
+    assert (second.position, second.left) == (101, {first.corpora[0].key: read["a"]})
+    assert any("only in the checkpoint: data/a" in note for note in notes)
+    assert f"data/b goes on with its sequence {read['b']}" in notes
+    # a comes back, 51 sequences on, where it was left
+    third, _ = second.resumed(begin(corpus("a")), 152, change=True)
+    assert [(c.prefix, c.start) for c in third.corpora] == [("data/a", read["a"])]
+    b, c = BlendOrder([1, 1]).counts(51)
+    assert third.left == {second.corpora[0].key: read["b"] + b, second.corpora[1].key: c}
+    # the command line of the second blend is the same at each restart
+    assert second.resumed(begin(corpus("b"), corpus("c")), 120, change=True) == (second, [])
+
+
+def test_a_blend_cannot_change_in_the_order_of_megatron_core():
+    with pytest.raises(DataError, match="in the order of megatron"):
+        begin(corpus("a"), order=CORE).resumed(begin(corpus("b")), 10, change=True)
