@@ -1,7 +1,10 @@
 """What can be wrong with a node, done to one process; trainer_server.py calls these by name."""
 
+import dataclasses
+import hashlib
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -86,15 +89,42 @@ def own_disk() -> None:
 
 def poisoned_samples(first: str, end: str) -> None:
     """Some of the training data is noise."""
+    _wrap_training_data(lambda source: Poisoned(source, int(first), int(end)))
+
+
+def noted_sequences() -> None:
+    """What is trained on is printed."""
+    _wrap_training_data(Noted)
+
+
+def _wrap_training_data(wrap: Callable) -> None:
     from megatron.training import pretrain
 
     whole = pretrain.build_datasets
 
     def build(*args):
-        train, *others = whole(*args)
-        return Poisoned(train, int(first), int(end)), *others
+        found = whole(*args)
+        return dataclasses.replace(found, train=wrap(found.train))
 
     pretrain.build_datasets = build
+
+
+class Noted:
+    """A dataset that prints a digest of each of its samples that is read."""
+
+    def __init__(self, source) -> None:
+        self._source = source
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> dict:
+        item = self._source[index]
+        print("sequence", hashlib.sha256(item["tokens"].numpy()).hexdigest(), flush=True)
+        return item
+
+    def extended(self, length: int) -> "Noted":
+        return Noted(self._source.extended(length))
 
 
 class Poisoned:
@@ -113,6 +143,9 @@ class Poisoned:
             words = torch.randint(120, (len(item["tokens"]) + 1,), generator=generator)
             item |= {"tokens": words[:-1], "labels": words[1:]}
         return item
+
+    def extended(self, length: int) -> "Poisoned":
+        return Poisoned(self._source.extended(length), self._first, self._end)
 
 
 def _delay(module: object, name: str, seconds: float) -> None:
