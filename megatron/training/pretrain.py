@@ -145,10 +145,12 @@ def _run(config: RunConfig, topology: Topology, stop: StopRequest, line: Line | 
         return
     detours = Detours.of(config, meta, clock.samples)
     samples = total_samples(config.training, config.model.seq_length, clock.samples)
-    valid_samples = (
-        config.training.eval_iters * config.training.global_batch_size if config.training.eval_interval else 0
+    wanted = (
+        samples,
+        config.training.eval_samples if config.training.eval_interval else 0,
+        config.training.eval_samples,
     )
-    data = build_datasets(config, tokenizer, (samples, valid_samples, 0), _resumed_data(meta, clock, detours))
+    data = build_datasets(config, tokenizer, wanted, _resumed_data(meta, clock, detours))
     if _stops_early(stop, config, topology, clock):
         return
 

@@ -15,7 +15,7 @@ class Writer(Protocol):
     """Takes one record at a time."""
 
     def write(self, record: dict[str, Any]) -> None:
-        """Write a record; ``record["kind"]`` is run, train, valid, save, not_saved, spike or stop."""
+        """Write a record; ``record["kind"]`` is run, train, valid, test, save, not_saved, spike or stop."""
 
     def close(self) -> None:
         """Flush and close."""
@@ -89,10 +89,12 @@ class Console:
         parts.append(f"eta {duration(record['eta_seconds'])}")
         return " | ".join(parts)
 
-    def _valid(self, record: dict[str, Any]) -> str:
-        return (
-            f"{self._progress(record)} | validation loss {record['loss']:.4f} | perplexity {record['perplexity']:.2f}"
-        )
+    def _valid(self, record: dict[str, Any], what: str = "validation loss") -> str:
+        of = f" of {record['set']}" if "set" in record else ""
+        return f"{self._progress(record)} | {what}{of} {record['loss']:.4f} | perplexity {record['perplexity']:.2f}"
+
+    def _test(self, record: dict[str, Any]) -> str:
+        return self._valid(record, "test loss")
 
     def _save(self, record: dict[str, Any]) -> str:
         what = f"saved {record['folder']} in {record['seconds']:.1f} s"
@@ -146,7 +148,7 @@ def _finite(value: Any) -> Any:
 
 
 def scalars(record: dict[str, Any]) -> dict[str, float]:
-    """The numbers of a train or valid record as ``train/loss``, ``train/experts/load/layer1`` and so on."""
+    """The numbers of a record of losses as ``train/loss``, ``train/experts/load/moe0``, ``valid/SET/loss`` and so on."""
     flat: dict[str, float] = {}
 
     def walk(prefix: str, value: Any) -> None:
@@ -161,8 +163,9 @@ def scalars(record: dict[str, Any]) -> dict[str, float]:
             for number, item in enumerate(value):
                 walk(f"{prefix}/moe{number}", item)
 
-    if record["kind"] in ("train", "valid"):
-        walk(record["kind"], {k: v for k, v in record.items() if k not in ("kind", "tokens", "train_tokens")})
+    if record["kind"] in ("train", "valid", "test"):
+        name = f"{record['kind']}/{record['set']}" if "set" in record else record["kind"]
+        walk(name, {k: v for k, v in record.items() if k not in ("kind", "set", "tokens", "train_tokens")})
     return flat
 
 

@@ -22,7 +22,7 @@ from megatron.training.spikes import Detours, SpikeWatch
 # Options that may change at a resume without changing how the run goes on.
 _HARMLESS = {
     # the data are compared by their content, and go on in the order of the checkpoint's seed
-    *("data_path", "split", "change_blend"),
+    *("data_path", "train_data_path", "split", "change_blend"),
     *("device", "num_workers", "data_cache_path", "vocab_file", "merge_file", "tokenizer_model", "tokenizer_type"),
     "allow_tokenizer_mismatch",
     *("eval_interval", "eval_iters", "checkpoint_activations", "max_skipped_updates", "moe_eval_capacity_factor"),

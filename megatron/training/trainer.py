@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ class Trainer:
         self.config, self.topology, self.engine, self.clock, self.report = config, topology, engine, clock, report
         self._stop, self._tokenizer, self._vocab_size = stop, tokenizer, vocab_size
         self._watchdog = watchdog
-        self._train_data, self._valid_data = datasets.train, datasets.valid.get("valid")
+        self._train_data, self._valid_data, self._test_data = datasets.train, datasets.valid, datasets.test
         self._data_state = datasets.state
         self._total = total_samples(config.training, config.model.seq_length, clock.samples)
         self._saver = AsyncSaver(topology.control_group) if config.checkpoint.async_save else None
@@ -122,7 +122,9 @@ class Trainer:
                 self._log("train", **self._window.take())
             if validate or now >= self._total:
                 with self._watchdog.paused():
-                    self._validate()
+                    self._evaluate("valid", self._valid_data)
+                    if now >= self._total:
+                        self._evaluate("test", self._test_data)
             reason = None if done else self._stop.agreed()
             if self._saver and not self._saver.busy:
                 self._end_of_saving()
@@ -250,13 +252,13 @@ class Trainer:
         if every and self.clock.steps % every == 0:
             self.engine.check_replicas()
 
-    def _validate(self) -> None:
-        if self._valid_data is None:
-            return
+    def _evaluate(self, kind: str, sets: Mapping[str, Any]) -> None:
+        """Log the loss of each set; that of --split or a blend, which bears the name of its kind, without a name."""
         start = time.perf_counter()
         share = self.config.training.eval_iters * self._share(self.config.training.global_batch_size)
-        record = evaluate(self.engine, itertools.islice(self._micro_batches(self._valid_data, 0, 0), share))
-        self._log("valid", **record)
+        for name, data in sets.items():
+            record = evaluate(self.engine, itertools.islice(self._micro_batches(data, 0, 0), share))
+            self._log(kind, **({} if name == kind else {"set": name}), **record)
         self._window.pause(time.perf_counter() - start)
 
     def _save(self, in_background: bool) -> None:
