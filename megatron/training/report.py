@@ -148,7 +148,7 @@ def _finite(value: Any) -> Any:
 
 
 def scalars(record: dict[str, Any]) -> dict[str, float]:
-    """The numbers of a record of losses as ``train/loss``, ``train/experts/load/moe0``, ``valid/SET/loss`` and so on."""
+    """The numbers of a record of losses: ``train/loss``, ``train/experts/load/moe0``, ``valid/SET/loss`` and so on."""
     flat: dict[str, float] = {}
 
     def walk(prefix: str, value: Any) -> None:
