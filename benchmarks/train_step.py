@@ -4,7 +4,8 @@
 
 A run is PRESET[+EXPERTS]:MICRO_BATCH[:MICRO_BATCHES]: the preset's shape and optimizer, with so many experts in every
 other layer, and micro-batches of one update (1 by default). Sequences of 2 048 random tokens, vocabulary 50 304.
-Activations are not recomputed unless --checkpoint-activations asks for it. With the path of a nanoGPT checkout, its
+Activations are not recomputed unless --checkpoint-activations asks for it. --documents cuts the sequences into
+documents that do not see each other. With the path of a nanoGPT checkout, its
 model runs too, compiled and with its fused AdamW, in the shape of each dense run. Memory and MFU, the share of the
 device's peak, are shown for GPUs.
 
@@ -34,12 +35,14 @@ import yaml
 from benchmarks.output import device_name, make_parser, markdown, number, one_line, write_json
 from megatron.config import RunConfig
 from megatron.config.options import read_mapping
+from megatron.data.documents import with_documents
 from megatron.parallel.determinism import make_deterministic
 from megatron.planning.flops import model_flops_per_token, peak_tflops
 from megatron.planning.measured import VOCAB, run_of
 from megatron.planning.parameters import count_parameters
 from megatron.training.profiling import profiled
 
+EOD = VOCAB - 1
 PROFILED = 3  # steps: in the first the host is not yet ahead of the device
 
 
@@ -69,10 +72,21 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dropout", type=float, default=0.0, help="Of hidden states and attention (default: 0).")
     parser.add_argument("--checkpoint-activations", action="store_true", help="Recompute activations.")
     parser.add_argument("--precision", choices=("bf16", "fp16"), default="bf16", help="Default: bf16.")
+    parser.add_argument(
+        "--documents",
+        type=int,
+        metavar="TOKENS",
+        help="Mean length of documents, kept apart by --reset-attention-mask and --reset-position-ids.",
+    )
     parser.add_argument("--nanogpt", type=Path, metavar="DIR", help="A checkout of nanoGPT.")
     parser.add_argument("--steps", type=int, default=12, help="Timed steps; as many again before them, at most 5.")
     parser.add_argument("--set", nargs="+", default=[], metavar="OPTION=VALUE", help="Options of all runs.")
-    return parser.parse_args(words)
+    args = parser.parse_args(words)
+    if args.documents is not None and args.documents < 1:
+        parser.error(f"--documents {args.documents}: expected a mean length of 1 or more")
+    if args.documents and args.nanogpt:
+        parser.error("--documents: nanoGPT does not keep documents apart; drop --nanogpt")
+    return args
 
 
 def main(words: list[str] | None = None) -> None:
@@ -88,7 +102,7 @@ def main(words: list[str] | None = None) -> None:
         rows += done
         print(table(done), flush=True)
         setting = {"precision": args.precision, "checkpoint_activations": args.checkpoint_activations}
-        setting |= {"dropout": args.dropout, "options": args.set}
+        setting |= {"dropout": args.dropout, "options": args.set, "documents": args.documents}
         write_json(args.json, args.device, rows, **setting)  # lest a later one fail
     print(f"\n{device_name(args.device)}, torch {torch.__version__}, {args.precision}\n" + table(rows), flush=True)
 
@@ -100,6 +114,8 @@ def describe(name: str, args: argparse.Namespace) -> RunConfig:
         "hidden_dropout": args.dropout,
         "attention_dropout": args.dropout,
         "precision": args.precision,
+        "reset_position_ids": bool(args.documents),
+        "reset_attention_mask": bool(args.documents),
     }
     return run_of(name, **options | read_mapping(dict(changed(word) for word in args.set)))
 
@@ -122,11 +138,13 @@ def alone(measurement: Callable[[str, argparse.Namespace], Row], name: str, args
             return None
 
 
-def batch(run: RunConfig, number: int) -> dict:
-    """A micro-batch of random tokens."""
+def batch(run: RunConfig, number: int, documents: int | None = None) -> dict:
+    """A micro-batch of random tokens, in documents of so many tokens on average."""
     size = (run.training.micro_batch_size, run.model.seq_length)
-    tokens, labels = (torch.randint(0, VOCAB, size) for _ in range(2))
-    made = {"tokens": tokens, "labels": labels, "loss_mask": torch.ones(size)}
+    tokens, labels = (torch.randint(0, EOD, size) for _ in range(2))
+    if documents:
+        tokens[torch.rand(size) < 1 / documents] = EOD
+    made = with_documents({"tokens": tokens, "labels": labels, "loss_mask": torch.ones(size)}, run.data, EOD)
     if torch.cuda.is_available():
         made = {key: tensor.pin_memory() for key, tensor in made.items()}
     return made | {"sample_index": number * size[0]}
@@ -147,7 +165,7 @@ def ours(name: str, args: argparse.Namespace) -> Row:
     with torch.device(device), quick_initial_values():
         engine = build_engine(run, topology, VOCAB)
     count = run.training.global_batch_size // run.training.micro_batch_size
-    batches = [batch(run, number) for number in range(count)]
+    batches = [batch(run, number, args.documents) for number in range(count)]
     tokens = run.training.global_batch_size * run.model.seq_length
     done = [0]
 

@@ -37,6 +37,11 @@ class DataConfig:
         False, "On a resume: go on with --data-path where it is not the checkpoint's, each corpus from where the run "
         "stands in it.",
     )  # fmt: skip
+    reset_position_ids: bool = option(False, "Restart positions after each end-of-document token.")
+    reset_attention_mask: bool = option(
+        False, "Let a token attend only to its own document. On GPUs in bf16 and fp16 this needs --attention-dropout 0."
+    )
+    eod_mask_loss: bool = option(False, "Leave out of the loss what is predicted after end-of-document tokens.")
     data_cache_path: str | None = option(
         None, "Folder of the sample-index cache (default: a folder beside the dataset).", metavar="DIR"
     )

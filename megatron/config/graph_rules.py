@@ -29,6 +29,11 @@ def graph_problems(config: RunConfig) -> Iterator[str]:
                 f"{flag} must have neither tensor nor pipeline parallelism, and {option} is {size}; use {option} 1, or"
                 f" drop {flag}"
             )
+    if config.data.reset_attention_mask:
+        yield (
+            f"{flag} does not go with --reset-attention-mask: how many documents a micro-batch has follows from the"
+            " data; drop one of the two"
+        )
     if not moe.enabled:
         return
     if not moe.moe_token_dropping:

@@ -284,10 +284,21 @@ def _backend(config: RunConfig, world_size: int) -> Iterator[str]:
 
 @_rule(
     *("cuda_graphs", "device", "precision", "num_experts", "topk", "moe_rts", "moe_noise_policy", "moe_token_dropping"),
-    *("tensor_model_parallel_size", "pipeline_model_parallel_size", "optimizer_cpu_offload"),
+    *("tensor_model_parallel_size", "pipeline_model_parallel_size", "optimizer_cpu_offload", "reset_attention_mask"),
 )
 def _graphs(config: RunConfig, world_size: int) -> Iterator[str]:
     yield from graph_problems(config)
+
+
+@_rule("reset_attention_mask", "attention_dropout", "precision", "device")
+def _document_attention(config: RunConfig, world_size: int) -> Iterator[str]:
+    dropout, on_cpu = config.model.attention_dropout, config.training.device == "cpu"
+    if config.data.reset_attention_mask and dropout > 0 and config.optimizer.precision != "fp32" and not on_cpu:
+        yield (
+            f"--reset-attention-mask requires --attention-dropout 0 on GPUs in {config.optimizer.precision}, where"
+            f" torch's variable-length attention has no dropout; got {dropout:g}. Use --attention-dropout 0, or drop"
+            " --reset-attention-mask"
+        )
 
 
 @_rule("data_path", "split", "train_data_path", "valid_data_path", "test_data_path", "eval_interval")

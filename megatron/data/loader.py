@@ -15,7 +15,8 @@ from typing import Any, Protocol
 import torch
 from torch.utils.data import DataLoader
 
-from megatron.config import RunConfig
+from megatron.config import DataConfig, RunConfig
+from megatron.data.documents import with_documents
 from megatron.data.processes import end_with_parent
 from megatron.data.sampler import MicroBatchSampler
 
@@ -34,7 +35,12 @@ class Samples(Protocol):
 
 
 def batches(
-    dataset: Samples, config: RunConfig, dp_rank: int, dp_size: int, consumed_samples: int
+    dataset: Samples,
+    config: RunConfig,
+    dp_rank: int,
+    dp_size: int,
+    consumed_samples: int,
+    eod: int | None = None,
 ) -> Iterator[dict[str, Any]]:
     """The micro-batches of this rank, from ``consumed_samples`` to the end of ``dataset``.
 
@@ -48,14 +54,15 @@ def batches(
         dp_rank: this data-parallel rank.
         dp_size: data-parallel ranks.
         consumed_samples: samples of all ranks that are done.
+        eod: the tokenizer's end-of-document token, for options that tell documents apart.
 
     Returns:
         An iterator of ``tokens`` [B, S], ``labels`` [B, S], ``loss_mask`` [B, S] and ``sample_index``, the number in
-        the run of the first sample (int).
+        the run of the first sample (int); and of what :func:`megatron.data.documents.with_documents` adds.
     """
     workers = config.data.num_workers
     loader = DataLoader(
-        _MicroBatches(dataset),  # type: ignore[arg-type]
+        _MicroBatches(dataset, config.data, eod),  # type: ignore[arg-type]
         batch_sampler=MicroBatchSampler(
             len(dataset), config.training.micro_batch_size, dp_rank, dp_size, consumed_samples
         ),
@@ -106,8 +113,8 @@ def _close(iterator: "weakref.ref[_ClosedAtExit]") -> None:
 class _MicroBatches:
     """Makes one micro-batch of many samples in one call."""
 
-    def __init__(self, dataset: Samples) -> None:
-        self._dataset = dataset
+    def __init__(self, dataset: Samples, data: DataConfig, eod: int | None) -> None:
+        self._dataset, self._data, self._eod = dataset, data, eod
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -116,7 +123,7 @@ class _MicroBatches:
         items = [self._dataset[index] for index in indices]
         batch: dict[str, Any] = {name: torch.stack([item[name] for item in items]) for name in FIELDS}
         batch["sample_index"] = indices[0]
-        return batch
+        return with_documents(batch, self._data, self._eod)
 
 
 def _unchanged(batch: dict[str, Any]) -> dict[str, Any]:

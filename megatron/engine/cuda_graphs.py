@@ -102,8 +102,9 @@ class GraphedMicroBatches:
     """Runs micro-batches of one shape, that of the first one.
 
     Args:
-        module: maps ``tokens``, ``labels`` and ``loss_mask`` to the total loss, an fp32 scalar, and a tuple-like of
-            losses, counts (a list) and dropped assignments; see :class:`megatron.engine.engine.LossSums`.
+        module: maps ``tokens``, ``labels``, ``loss_mask`` and, where there are, ``position_ids`` to the total loss, an
+            fp32 scalar, and a tuple-like of losses, counts (a list) and dropped assignments; see
+            :class:`megatron.engine.engine.LossSums`.
         model: the part of it that seeds layers. It is in training mode whenever :meth:`run` is called.
         device: of both.
     """
@@ -123,7 +124,10 @@ class GraphedMicroBatches:
         self._lengths: list[int] = []  # of the pieces of _counts
 
     def serves(self, batch: Mapping[str, Any]) -> bool:
-        """Whether a micro-batch is of the shape and kind of the first one. Others are for the caller."""
+        """Whether a micro-batch is of the shape and kind of the first one. Others are for the caller, and so are all
+        with ``cu_seqlens``, whose shape follows from the data."""
+        if "cu_seqlens" in batch:
+            return False
         return all(batch[name].shape == x.shape and batch[name].dtype == x.dtype for name, x in self._inputs.items())
 
     def run(
@@ -134,7 +138,8 @@ class GraphedMicroBatches:
         Whatever was in ``grad`` is forgotten. Hooks that wait for a gradient are called when all are there.
 
         Args:
-            batch: int64 ``tokens`` and ``labels`` and fp32 ``loss_mask``, [B, S], of any device.
+            batch: int64 ``tokens`` and ``labels``, fp32 ``loss_mask`` and, where documents restart positions, int64
+                ``position_ids``, [B, S], of any device.
             seed: of all that is random in it.
             count: micro-batches of the update.
 
@@ -142,8 +147,8 @@ class GraphedMicroBatches:
             Losses, counts and dropped assignments, as the module gives them.
         """
         if not self._inputs:
-            names = ("tokens", "labels", "loss_mask")
-            self._inputs = {name: torch.empty_like(batch[name], device=self._device) for name in names}
+            names = ("tokens", "labels", "loss_mask", "position_ids")
+            self._inputs = {name: torch.empty_like(batch[name], device=self._device) for name in names if name in batch}
         for name, x in self._inputs.items():
             x.copy_(batch[name], non_blocking=True)
         self._loss_gradient.fill_(1.0 / count)

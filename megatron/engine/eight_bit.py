@@ -23,8 +23,11 @@ from torch import nn
 
 from megatron.checkpoint import Box, Deferred
 
+logger = logging.getLogger(__name__)
+
 BLOCK = 256  # numbers that share a scale
 FEWEST = 4096  # a piece of fewer numbers keeps fp32 moments: torchao's rule too
+TOO_LARGE = 0.01  # of a block's largest moment: smaller ones that cannot fall are worth a warning
 COMPILED_CHUNK, EAGER_CHUNK = (
     2**26,
     2**22,
@@ -36,16 +39,49 @@ def _torchao() -> tuple[Any, Any]:
     """torchao's AdamW8bit and its 8-bit tensor, without remarks on operators and a cache that nothing here uses."""
     warnings.filterwarnings("ignore", message="OptimState8bit does not implement _stable_hash_for_caching")
     loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+    levels = [theirs.level for theirs in loggers]
+    for theirs in loggers:
+        theirs.setLevel(logging.ERROR)
     try:
         from torchao.optim import AdamW8bit as TorchaoAdamW8bit
         from torchao.optim.subclass_8bit import OptimState8bit
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        for theirs, level in zip(loggers, levels, strict=True):
+            theirs.setLevel(level)
     return TorchaoAdamW8bit, OptimState8bit
+
+
+def cannot_fall(beta: float, signed: bool) -> float:
+    """Moments below which share of the largest one in their block stay as they are, however small gradients become.
+
+    A moment falls to beta times its level, and is rounded to the nearest one: if (1 - beta) times the level is less
+    than half the distance to the next lower one, it is where it was. (If the block's largest number falls, all others
+    fall with it, for levels are relative to that.)
+
+    Args:
+        beta: decay of the moment.
+        signed: the first moment; the second one has all levels above 0, and so finer ones.
+    """
+    _, state_8bit = _torchao()
+    levels = state_8bit.zeros((BLOCK,), signed, BLOCK, "cpu", torch.float32).qmap.double()
+    levels = levels[levels >= 0].sort().values
+    lower, level = levels[:-1], levels[1:]
+    stays = (1 - beta) * level < (level - lower) / 2
+    return float(level[int(stays.int().cumprod(0).sum()) - 1]) if stays[0] else 0.0
+
+
+def warn_of_slow_decay(betas: tuple[float, float]) -> None:
+    """Log a warning if 8-bit moments of these betas are far from fp32 ones."""
+    shares = [(f"--adam-beta{number} {beta}", cannot_fall(beta, number == 1)) for number, beta in enumerate(betas, 1)]
+    slow = [f"{share:.2g} with {flag}" for flag, share in shares if share > TOO_LARGE]
+    if slow:
+        logger.warning(
+            "--optimizer adamw8bit: moments below this share of the largest one in their block of %d cannot fall: %s."
+            " Weights whose gradients have become small then take steps of a wrong size; use betas of 0.9 and 0.95, or"
+            " --optimizer adamw with --exp-avg-dtype bf16 --exp-avg-sq-dtype bf16",
+            BLOCK,
+            "; ".join(slow),
+        )
 
 
 class Stretch:

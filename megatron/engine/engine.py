@@ -15,7 +15,7 @@ from torch import nn
 from megatron.checkpoint import Box, ShardedTensor, flat_boxes
 from megatron.config import MoEConfig, RunConfig
 from megatron.engine.cuda_graphs import GraphedMicroBatches
-from megatron.engine.eight_bit import AdamW8bit, Stretch
+from megatron.engine.eight_bit import AdamW8bit, Stretch, warn_of_slow_decay
 from megatron.engine.offload import use_cores
 from megatron.engine.schedule import learning_rate
 from megatron.model.gpt import GPTModel
@@ -25,6 +25,8 @@ from megatron.parallel.replicas import check_replicas
 from megatron.parallel.sharding import global_shape, place, shards_of
 
 MODEL, EXP_AVG, EXP_AVG_SQ = "model.", "exp_avg.", "exp_avg_sq."
+# tensors of a micro-batch; the second ones where a run keeps documents apart (see megatron.data.documents)
+FIELDS, DOCUMENTS = ("tokens", "labels", "loss_mask"), ("position_ids", "cu_seqlens")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -97,7 +99,8 @@ class _TrainedModule(nn.Module):
         self.marker = marker
 
     def forward(self, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, LossSums]:
-        out = self.model(batch["tokens"], batch["labels"], batch["loss_mask"])
+        documents = {name: batch[name] for name in DOCUMENTS if name in batch}
+        out = self.model(batch["tokens"], batch["labels"], batch["loss_mask"], **documents)
         total = out.lm_loss + self.moe.moe_loss_coeff * out.aux_loss + self.moe.moe_z_loss_coeff * out.z_loss
         losses = torch.stack([out.lm_loss, out.aux_loss, out.z_loss, torch.ones_like(out.lm_loss)]).detach()
         return total, LossSums(losses, list(out.counts), out.dropped)
@@ -140,6 +143,8 @@ class Engine:
         if config.optimizer.optimizer_cpu_offload and topology.device.type == "cuda":
             use_cores(topology.launch.world_size)
         self._adam = build_adam(module, config.optimizer, config.training.compile)
+        if isinstance(self._adam, AdamW8bit) and topology.launch.rank == 0:
+            warn_of_slow_decay((config.optimizer.adam_beta1, config.optimizer.adam_beta2))
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=module,
             optimizer=self._adam,
@@ -167,7 +172,7 @@ class Engine:
         Args:
             micro_batches: this rank's share of the global batch; every rank passes the same number. Each has
                 ``tokens``, ``labels`` and ``loss_mask`` of shape [B, S] and ``sample_index``, the number of its first
-                sample in the run.
+                sample in the run; and ``position_ids`` and ``cu_seqlens`` where the run is to keep documents apart.
             tokens_after: consumed tokens of the run once this batch is done; decides the learning rate.
         """
         lr = self._set_learning_rate(tokens_after)
@@ -186,6 +191,7 @@ class Engine:
 
     def _forward_backward(self, batch: Mapping[str, Any], count: int) -> LossSums:
         """One of ``count`` micro-batches of an update: its losses; its gradients are added to the update's."""
+        self._check_documents(batch)
         seed = micro_batch_seed(self._config.training.seed, int(batch["sample_index"]))
         if self._graphs is not None and self._graphs.serves(batch):
             sums = LossSums(*self._graphs.run(batch, seed, count))
@@ -224,6 +230,7 @@ class Engine:
         self._engine.eval()
         sums: LossSums | None = None
         for batch in micro_batches:
+            self._check_documents(batch)
             new = self._engine.module(self._to_device(batch))[1]
             sums = new if sums is None else sums + new
         if sums is None:
@@ -237,10 +244,17 @@ class Engine:
     def _loss_scale(self) -> float:
         return float(self._optimizer.loss_scaler.cur_scale) if self._config.optimizer.precision == "fp16" else 1.0
 
-    def _to_device(self, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-        return {
-            key: batch[key].to(self._topology.device, non_blocking=True) for key in ("tokens", "labels", "loss_mask")
-        }
+    def _to_device(self, batch: Mapping[str, Any], names: Sequence[str] = (*FIELDS, *DOCUMENTS)) -> dict[str, Any]:
+        return {name: batch[name].to(self._topology.device, non_blocking=True) for name in names if name in batch}
+
+    def _check_documents(self, batch: Mapping[str, Any]) -> None:
+        data = self._config.data
+        for option, name in (("reset_position_ids", "position_ids"), ("reset_attention_mask", "cu_seqlens")):
+            if getattr(data, option) != (name in batch):
+                raise ValueError(
+                    f"{option} is {getattr(data, option)}, but the micro-batch has {', '.join(map(repr, batch))}; make "
+                    "micro-batches by megatron.data.documents.with_documents under the options of the run"
+                )
 
     # ------------------------------------------------------------------------------------------------- state
 

@@ -1,7 +1,7 @@
 """The engine of a pipeline: DeepSpeed's 1F1B schedule behind the seam of :class:`megatron.engine.engine.Engine`."""
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from torch import nn
 
 from megatron.checkpoint import ShardedTensor
 from megatron.config import RunConfig
-from megatron.engine.engine import Engine, LossSums, StepResult, micro_batch_seed
+from megatron.engine.engine import DOCUMENTS, FIELDS, Engine, LossSums, StepResult, micro_batch_seed
 from megatron.model.gpt import GPTModel
 from megatron.model.layer import compile_layers
 from megatron.parallel.initialize import Topology
@@ -20,8 +20,9 @@ class PipelineEngine(Engine):
     """Trains one stage of a model, together with the processes that have the others.
 
     All stages of a pipeline are given the same micro-batches: the first reads their tokens, the last their labels, and
-    every one their sample numbers, from which it seeds what is random. ``sums`` hold what this stage knows: the LM loss
-    on the last one, MoE losses and counts where the layer is. Added over all processes they are those of the model.
+    every one their sample numbers, from which it seeds what is random, and where their documents end. ``sums`` hold
+    what this stage knows: the LM loss on the last one, MoE losses and counts where the layer is. Added over all
+    processes they are those of the model.
 
     The token table exists twice, on the first and on the last stage. DeepSpeed adds up the gradients of both, so both
     make the same updates; in the gradient norm and in checkpoints the first one counts.
@@ -47,11 +48,13 @@ class PipelineEngine(Engine):
         """One optimizer update; see :meth:`Engine.train_step`."""
         if not micro_batches:
             raise ValueError("a step needs at least one micro-batch; got none")
+        for batch in micro_batches:
+            self._check_documents(batch)
         lr = self._set_learning_rate(tokens_after)
         scale = self._loss_scale()
         count, engine = len(micro_batches), self._engine
         engine.set_train_batch_size(count * engine.train_micro_batch_size_per_gpu() * engine.dp_world_size)
-        self._module.begin(self._seeds(micro_batches), scale / count)
+        self._module.begin(self._seeds(micro_batches), scale / count, self._documents(micro_batches))
         self._begin(count)
         engine.train_batch(self._inputs(micro_batches))
         return self._result(self._module.sums, lr, scale)
@@ -62,17 +65,24 @@ class PipelineEngine(Engine):
         batches = list(micro_batches)
         if not batches:
             raise ValueError("the validation set is empty; raise --eval-iters or give validation documents in --split")
-        self._module.begin(self._seeds(batches), 1.0)
+        for batch in batches:
+            self._check_documents(batch)
+        self._module.begin(self._seeds(batches), 1.0, self._documents(batches))
         self._engine.eval_batch(self._inputs(batches), bcast_loss=False, num_micro_batches=len(batches))
         return self._module.sums
 
     def _seeds(self, micro_batches: Sequence[Mapping[str, Any]]) -> list[int]:
         return [micro_batch_seed(self._config.training.seed, int(batch["sample_index"])) for batch in micro_batches]
 
+    def _documents(self, micro_batches: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, torch.Tensor]]:
+        """Where the documents of each micro-batch are, as a stage takes it."""
+        for batch in micro_batches:
+            yield self._to_device(batch, DOCUMENTS)
+
     def _inputs(self, micro_batches: Sequence[Mapping[str, Any]]):
         """Micro-batches in the form DeepSpeed takes them: what enters the first stage, what the loss needs."""
         for batch in micro_batches:
-            on_device = self._to_device(batch)
+            on_device = self._to_device(batch, FIELDS)
             yield on_device["tokens"], (on_device["labels"], on_device["loss_mask"])
 
     def saved_tensors(self) -> list[ShardedTensor]:

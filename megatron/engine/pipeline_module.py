@@ -6,7 +6,7 @@ placement, and what runs is :class:`megatron.model.pipeline_stages.PipelineStage
 
 import contextlib
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from deepspeed.runtime.pipe import LayerSpec, PipelineModule, TiedLayerSpec
@@ -93,12 +93,13 @@ class PlacedPipeline(PipelineModule):
             config.training.checkpoint_activations,
         )
 
-    def begin(self, seeds: Sequence[int], loss_scale: float) -> None:
-        """Get ready for the micro-batches that these seeds belong to, and count from zero.
+    def begin(self, seeds: Sequence[int], loss_scale: float, documents: Iterable[dict[str, torch.Tensor]] = ()) -> None:
+        """Get ready for the micro-batches that these seeds and documents belong to, and count from zero.
 
-        ``loss_scale`` is by what the loss of one micro-batch is multiplied before the backward pass.
+        ``loss_scale`` is by what the loss of one micro-batch is multiplied before the backward pass. ``documents`` are
+        what :class:`megatron.model.pipeline_stages.PipelineStage` takes of them.
         """
-        self._seeds: Iterator[int] = iter(seeds)
+        self._micro_batches = zip(seeds, documents, strict=True)
         self._loss_scale = loss_scale
         self.sums = LossSums(
             torch.zeros(4, device=self._device),
@@ -108,7 +109,8 @@ class PlacedPipeline(PipelineModule):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Run the next micro-batch. DeepSpeed's schedule takes them in order on every stage."""
-        x, routed = self.stage(x, next(self._seeds), self._loss_scale)
+        seed, documents = next(self._micro_batches)
+        x, routed = self.stage(x, seed, self._loss_scale, **documents)
         for number, layer in enumerate(self._moe_layers):
             if layer in routed:
                 self.sums.losses[1] += routed[layer].aux_loss.detach()

@@ -200,7 +200,7 @@ class Update:
 def _rates(options: dict, factor: torch.Tensor, step: torch.Tensor) -> adamw.Rates:
     lr, (beta1, beta2) = options["lr"], options["betas"]
     step = step.double()
-    scalars = torch.stack([factor, lr / (1 - beta1**step), (1 - beta2**step).sqrt()]).float()
+    scalars = torch.stack([factor, lr / (1 - beta1**step), (1 - beta2**step).sqrt(), step]).float()
     return adamw.Rates(scalars, lr, beta1, beta2, options["eps"], options["weight_decay"])
 
 

@@ -89,6 +89,8 @@ class GPTModel(nn.Module):
         labels_BS: torch.Tensor | None = None,
         loss_mask_BS: torch.Tensor | None = None,
         cache: KeyValueCache | None = None,
+        position_ids: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
     ) -> torch.Tensor | ModelLoss:
         """Logits of the next token after each one, or the losses when there are labels.
 
@@ -97,14 +99,18 @@ class GPTModel(nn.Module):
             labels_BS: int64, the token that follows each one.
             loss_mask_BS: 1 where a token counts, 0 where not; all count by default.
             cache: earlier keys and values of the same sequences; ``tokens_BS`` go on where it ends, and are added.
+            position_ids: int64 rows of the position table; 0, 1, 2 ... by default.
+            cu_seqlens: int32 [documents + 1], where the documents of the sequences, laid end to end, begin and end;
+                a token then attends to its own document only. By default each sequence is one.
 
         Returns:
             ModelLoss with labels, otherwise logits [B, S, V] in the model's number format.
 
         Raises:
-            ValueError: the sequence is longer than the position table, or the shapes do not fit together.
+            ValueError: the sequence is longer than the position table, the shapes do not fit together, or there are
+                both a cache and positions or documents.
         """
-        x_BSH, routed = self.hidden_states(tokens_BS, cache)
+        x_BSH, routed = self.hidden_states(tokens_BS, cache, position_ids, cu_seqlens)
         logits_BSV = self.head(x_BSH)
         if labels_BS is None:
             return gather(logits_BSV, self.tensor_group, dim=-1)
@@ -120,22 +126,34 @@ class GPTModel(nn.Module):
         )
 
     def hidden_states(
-        self, tokens_BS: torch.Tensor, cache: KeyValueCache | None = None
+        self,
+        tokens_BS: torch.Tensor,
+        cache: KeyValueCache | None = None,
+        position_ids: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, list[Routing]]:
         """What the head reads, [B, S, H] after the last layer norm, and the routing of each MoE layer.
 
         With sequence parallelism it is this process's piece of the sequence.
         """
-        x_BSH = self.embedding(tokens_BS, None if cache is None else cache.begin(tokens_BS.size(1)))
+        if cache is not None:
+            if position_ids is not None or cu_seqlens is not None:
+                raise ValueError(
+                    "a key-value cache goes with neither position_ids nor cu_seqlens; give one or the other"
+                )
+            position_ids = cache.begin(tokens_BS.size(1))
+        x_BSH = self.embedding(tokens_BS, position_ids)
         recompute = self.checkpoint_activations and cache is None and torch.is_grad_enabled()
         routed: list[Routing] = []
         seed = torch.initial_seed()
         for number, layer in enumerate(self.layers):
             if self.training:
                 seed_this = functools.partial(self.seed_layer, seed, number)
-                x_BSH, routing = run_seeded(functools.partial(layer, cache=cache), x_BSH, seed_this, recompute)
+                x_BSH, routing = run_seeded(
+                    functools.partial(layer, cache=cache, cu_seqlens=cu_seqlens), x_BSH, seed_this, recompute
+                )
             else:
-                x_BSH, routing = layer(x_BSH, cache)
+                x_BSH, routing = layer(x_BSH, cache, cu_seqlens)
             if routing is not None:
                 routed.append(routing)
         return self.final_layernorm(x_BSH), routed

@@ -50,22 +50,28 @@ class TransformerLayer(nn.Module):
             self.mlp = MLP(H, model.ffn_size, tensor_group)
         self.dropout = Dropout(model.hidden_dropout, tensor_group)
 
-    def forward(self, x_BSH: torch.Tensor, cache: KeyValueCache | None = None) -> tuple[torch.Tensor, Routing | None]:
+    def forward(
+        self, x_BSH: torch.Tensor, cache: KeyValueCache | None = None, cu_seqlens: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, Routing | None]:
         """The next value of the residual stream [B, S, H], and an MoE layer's losses and counts."""
         if isinstance(self.mlp, MLP):
-            return self.dense(x_BSH, cache), None
-        x_BSH, normed_BSH = self.attend(x_BSH, cache)
+            return self.dense(x_BSH, cache, cu_seqlens), None
+        x_BSH, normed_BSH = self.attend(x_BSH, cache, cu_seqlens)
         out = self.mlp(normed_BSH)
         return self.add(x_BSH, out.y), Routing(out.aux_loss, out.z_loss, out.counts_E, out.dropped)
 
-    def dense(self, x_BSH: torch.Tensor, cache: KeyValueCache | None = None) -> torch.Tensor:
+    def dense(
+        self, x_BSH: torch.Tensor, cache: KeyValueCache | None = None, cu_seqlens: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """A whole dense layer."""
-        x_BSH, normed_BSH = self.attend(x_BSH, cache)
+        x_BSH, normed_BSH = self.attend(x_BSH, cache, cu_seqlens)
         return self.add(x_BSH, self.mlp(normed_BSH))
 
-    def attend(self, x_BSH: torch.Tensor, cache: KeyValueCache | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def attend(
+        self, x_BSH: torch.Tensor, cache: KeyValueCache | None = None, cu_seqlens: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The first half of a layer: the residual stream after attention, and what the feed-forward reads of it."""
-        x_BSH = self.add(x_BSH, self.attention(self.input_layernorm(x_BSH), cache))
+        x_BSH = self.add(x_BSH, self.attention(self.input_layernorm(x_BSH), cache, cu_seqlens))
         return x_BSH, self.post_attention_layernorm(x_BSH)
 
     def add(self, x_BSH: torch.Tensor, y_BSH: torch.Tensor) -> torch.Tensor:

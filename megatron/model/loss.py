@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron.moe.kernels import usable
 from megatron.parallel.groups import ALONE, TensorGroup
+from megatron.parallel.vocabulary import check_ids
 
 # Elements of logits that are held in fp32 at a time: 256 MiB.
 CHUNK_ELEMENTS = 1 << 26
@@ -104,6 +105,7 @@ def cross_entropy(
 
     Raises:
         ValueError: the shapes of logits, labels and mask do not fit together.
+        IndexError: a label outside of the vocabulary; on GPUs see :func:`megatron.parallel.vocabulary.check_ids`.
     """
     mask_BS = torch.ones_like(labels_BS) if loss_mask_BS is None else loss_mask_BS
     if not logits_BSV.shape[:-1] == labels_BS.shape == mask_BS.shape:
@@ -111,6 +113,7 @@ def cross_entropy(
             f"logits {tuple(logits_BSV.shape)}, labels {tuple(labels_BS.shape)} and loss mask {tuple(mask_BS.shape)} "
             "do not belong together; expected [B, S, V], [B, S] and [B, S]"
         )
+    check_ids(labels_BS, logits_BSV.size(-1) * tensor_group.size)
     logits_TV, labels_T = logits_BSV.flatten(0, -2), labels_BS.flatten()
     if tensor_group.size == 1 and usable(logits_TV):
         from megatron.model.kernels.cross_entropy import cross_entropy as fused

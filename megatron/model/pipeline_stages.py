@@ -64,13 +64,22 @@ class PipelineStage(nn.Module):
         self.layers = nn.ModuleDict({str(number): layer for number, layer in layers.items()})
         self.final_layernorm = final_layernorm
 
-    def forward(self, x: torch.Tensor, seed: int, loss_scale: float) -> tuple[torch.Tensor, dict[int, Routing]]:
+    def forward(
+        self,
+        x: torch.Tensor,
+        seed: int,
+        loss_scale: float,
+        position_ids: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, dict[int, Routing]]:
         """Run one micro-batch through the stage.
 
         Args:
             x: the stage before's activations [B, S, H]; for the first stage the token ids, int64 [B, S].
             seed: of all that is random in this micro-batch, equal on all stages.
             loss_scale: by what the LM loss is multiplied before the backward pass; the MoE losses are, too.
+            position_ids: as of :class:`megatron.model.gpt.GPTModel`, for the first stage.
+            cu_seqlens: as of :class:`megatron.model.gpt.GPTModel`, for all stages.
 
         Returns:
             Activations [B, S, H], of the last stage logits [B, S, V]; and the routing of its MoE layers by layer.
@@ -79,13 +88,14 @@ class PipelineStage(nn.Module):
         if self.is_first:
             if self.training:
                 seed_generators(seed)
-            x = self.embedding(x)
+            x = self.embedding(x, position_ids)
         routed: dict[int, Routing] = {}
         for name, layer in self.layers.items():
             if self.training:
-                x, routing = run_seeded(layer, x, functools.partial(seed_layer, seed, int(name)), recompute)
+                seed_this = functools.partial(seed_layer, seed, int(name))
+                x, routing = run_seeded(functools.partial(layer, cu_seqlens=cu_seqlens), x, seed_this, recompute)
             else:
-                x, routing = layer(x)
+                x, routing = layer(x, cu_seqlens=cu_seqlens)
             if routing is not None:
                 routed[int(name)] = routing
                 moe_loss = self.moe.moe_loss_coeff * routing.aux_loss + self.moe.moe_z_loss_coeff * routing.z_loss

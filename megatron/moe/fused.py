@@ -8,6 +8,7 @@
 What they compute is what router, exchange and experts compute in plain torch, the random selection of tokens included.
 """
 
+import functools
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +17,7 @@ from megatron.moe import kernels
 from megatron.moe.experts import Experts
 from megatron.moe.plan import RoutingPlan
 from megatron.moe.router import Router, Routing
+from megatron.parallel.tensor_collectives import take_first
 
 if TYPE_CHECKING:
     from megatron.moe.kernels.gate import Gating
@@ -26,14 +28,18 @@ MOST_EXPERTS = 1024
 
 def routes(router: Router, x: torch.Tensor) -> bool:
     """Whether :func:`route` can take the place of ``router`` for input ``x``."""
-    return (
+    if not (
         router.topk == 1
         and router.num_experts <= MOST_EXPERTS
         and not router.tensor_group.sequence_parallel
         and not (router.training and router.noise_policy is not None)
         and x.numel() > 0
         and kernels.usable(x)
-    )
+    ):
+        return False
+    from megatron.moe.kernels.gate import fits
+
+    return fits(x, router.weight)
 
 
 def route(router: Router, x: torch.Tensor) -> Routing:
@@ -41,7 +47,8 @@ def route(router: Router, x: torch.Tensor) -> Routing:
     from megatron.moe.kernels.gate import gate
 
     capacity = router.capacity(x.numel() // x.size(-1))
-    _, found = gate(x.flatten(0, -2).contiguous(), router.weight, capacity, random=_random(router))
+    agree = functools.partial(take_first, group=router.tensor_group) if router.own_logits else None
+    _, found = gate(x.flatten(0, -2).contiguous(), router.weight, capacity, random=_random(router), agree=agree)
     return _routing(found, capacity)
 
 

@@ -31,12 +31,12 @@ def _shuffle(i: torch.Tensor, low: int, high: int, seed: torch.Tensor) -> torch.
     """The bijection of [0, 2^(low + high)): each round changes one half of a number's bits by a hash of the other."""
     a, b = i >> low, i & ((1 << low) - 1)
     for turn in range(0, ROUNDS, 2):
-        a = a ^ (_mix(b, (seed >> (4 * turn)) + turn) & ((1 << high) - 1))
-        b = b ^ (_mix(a, (seed >> (4 * turn + 4)) + turn + 1) & ((1 << low) - 1))
+        a = a ^ (mix(b, (seed >> (4 * turn)) + turn) & ((1 << high) - 1))
+        b = b ^ (mix(a, (seed >> (4 * turn + 4)) + turn + 1) & ((1 << low) - 1))
     return (a << low) | b
 
 
-def _mix(x: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+def mix(x: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     """A 32-bit hash of x and key (murmur3's finalizer), in int64."""
     x = (x ^ key) & 0xFFFFFFFF
     x = ((x ^ (x >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF

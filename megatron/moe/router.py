@@ -15,7 +15,7 @@ from megatron.moe.order import random_order
 from megatron.moe.plan import RoutingPlan, count_experts, expert_capacity, slots
 from megatron.parallel.groups import ALONE, TensorGroup
 from megatron.parallel.randomness import own_randomness
-from megatron.parallel.tensor_collectives import SEQUENCE, gather, sum_gradients
+from megatron.parallel.tensor_collectives import SEQUENCE, gather, sum_gradients, take_first
 
 JITTER = 1e-2
 
@@ -49,8 +49,10 @@ class Router(nn.Module):
 
     Capacity, random selection and both losses are defined over the tokens of one micro-batch, which are those that this
     rank passes in. They do not depend on how many ranks share the experts or the batch: for a given micro-batch size
-    every layout computes the same. Tensor-parallel processes all route the whole micro-batch, with the same result;
-    with sequence parallelism each computes the logits of its own tokens, and these are gathered.
+    every layout computes the same. Tensor-parallel processes all route the whole micro-batch. With sequence parallelism
+    each computes the logits of its own tokens, and these are gathered, so all go on from the same bits. Without it each
+    computes all logits, and the choices that count are the first process's: logits that differ in their last bits, as
+    after a sum in another order, would send a token to one expert here and to another there.
     """
 
     def __init__(self, hidden_size: int, num_experts: int, moe: MoEConfig, tensor_group: TensorGroup = ALONE) -> None:
@@ -69,6 +71,11 @@ class Router(nn.Module):
         self.eval_factor = moe.moe_eval_capacity_factor
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
 
+    @property
+    def own_logits(self) -> bool:
+        """Whether tensor-parallel processes compute all logits, each by itself, and could choose differently."""
+        return self.tensor_group.size > 1 and not self.tensor_group.sequence_parallel
+
     def forward(self, x: torch.Tensor) -> Routing:
         """Route the tokens of one micro-batch, [..., H]; with sequence parallelism this rank's, [..., S, H]."""
         logits_TE = self.logits(x)
@@ -77,10 +84,14 @@ class Router(nn.Module):
         logits_TE = logits_TE.flatten(0, -2)
         gate_TE = logits_TE.softmax(-1)
         expert_TK = self.choose(logits_TE.detach())
-        gate_TK = gate_TE.gather(1, expert_TK)
         counts_E = count_experts(expert_TK, self.num_experts)
         capacity = self.capacity(logits_TE.size(0))
-        slot_TK = self.place(expert_TK, gate_TK.detach(), counts_E, capacity)
+        slot_TK = self.place(expert_TK, gate_TE.detach().gather(1, expert_TK), counts_E, capacity)
+        if self.own_logits:
+            chosen_2TK = take_first(torch.stack([expert_TK, slot_TK]).int(), self.tensor_group)
+            expert_TK, slot_TK = chosen_2TK.long().unbind()
+            counts_E = count_experts(expert_TK, self.num_experts)
+        gate_TK = gate_TE.gather(1, expert_TK)
         if capacity is not None:
             gate_TK = gate_TK.masked_fill(slot_TK >= capacity, 0.0)
         if self.topk > 1:

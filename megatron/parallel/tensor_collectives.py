@@ -79,6 +79,17 @@ def sum_gradients(group: TensorGroup, *parameters: torch.Tensor) -> tuple[torch.
     return parameters if group.size == 1 else _SumGradients.apply(group, *parameters)
 
 
+def take_first(x: torch.Tensor, group: TensorGroup) -> torch.Tensor:
+    """Write the first process's ``x`` over the others', for decisions that must be the same; without gradients.
+
+    Args:
+        x: contiguous; of the same shape on all processes.
+    """
+    if group.size > 1:
+        dist.broadcast(x, group=group.group, group_src=0)
+    return x
+
+
 class _Exchange(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, group, forward, backward, dim):

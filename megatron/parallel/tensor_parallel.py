@@ -11,6 +11,7 @@ from megatron.parallel.groups import ALONE, TensorGroup
 from megatron.parallel.randomness import own_randomness
 from megatron.parallel.sharding import Shard, set_shards
 from megatron.parallel.tensor_collectives import enter, leave, sum_gradients
+from megatron.parallel.vocabulary import check_ids
 
 
 class ColumnParallelLinear(nn.Module):
@@ -76,7 +77,12 @@ class VocabParallelEmbedding(nn.Module):
         set_shards(self.weight, Shard(0, group.size, group.rank))
 
     def forward(self, ids_BS: torch.Tensor) -> torch.Tensor:
-        """The vectors of ``ids_BS`` (global numbers), [B, S, H], in the form of the residual stream."""
+        """The vectors of ``ids_BS`` (global numbers), [B, S, H], in the form of the residual stream.
+
+        Raises:
+            IndexError: an id outside of the table; on GPUs see :func:`megatron.parallel.vocabulary.check_ids`.
+        """
+        check_ids(ids_BS, self.rows * self.group.size)
         if self.group.size == 1:
             return F.embedding(ids_BS, self.weight)
         local_BS = ids_BS - self.group.rank * self.rows

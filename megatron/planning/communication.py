@@ -164,6 +164,8 @@ def _tensor_bytes(config: RunConfig, width: int) -> float:
                 gathered += (passes - 1) * tokens * experts * 4  # logits of the router
                 reduced += experts * hidden * 4  # the gradient of its weight
                 reduced += (moe.mlp_type == "residual") * (2 * hidden + 2) * 4
+            else:
+                gathered += (passes - 1) * tokens * moe.topk * 8  # choices and slots (kernels for top-1: half as much)
         reduced += pairs * passes * stream
         if sequence:  # gradients of two norms, and of the biases that follow a sum
             reduced += (4 + 1 + (experts == 1 or moe.mlp_type == "residual")) * hidden * 4

@@ -14,6 +14,7 @@ from megatron.config.flags import to_dict
 from megatron.config.spans import nth_outside
 from megatron.config.validation import validate
 from megatron.data.data_state import DataState
+from megatron.data.documents import check_documents
 from megatron.data.gpt_dataset import ResumedData, build_datasets
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.engine import deepspeed_config
@@ -151,6 +152,7 @@ def _run(config: RunConfig, topology: Topology, stop: StopRequest, line: Line | 
         config.training.eval_samples,
     )
     data = build_datasets(config, tokenizer, wanted, _resumed_data(meta, clock, detours))
+    check_documents(config.data, tokenizer)
     if _stops_early(stop, config, topology, clock):
         return
 

@@ -176,7 +176,7 @@ class Trainer:
     def _micro_batches(self, dataset: Any, consumed_samples: int, workers: int) -> Iterator[dict[str, Any]]:
         config = dataclasses.replace(self.config, data=dataclasses.replace(self.config.data, num_workers=workers))
         rank, size = self.topology.data_parallel_rank, self.topology.data_parallel_size
-        return iter(batches(dataset, config, rank, size, consumed_samples))
+        return iter(batches(dataset, config, rank, size, consumed_samples, self._tokenizer.eod))
 
     def _watch(self) -> None:
         """Take in what the last update was, unless that has happened; waits for the device to be through with it."""

@@ -54,6 +54,35 @@ def test_it_measures_and_writes(tmp_path):
     assert (out["device"], out["precision"]) == ("cpu", "bf16")
 
 
+@pytest.mark.slow
+def test_documents_are_kept_apart(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.train_step",
+        "--runs",
+        "125M+4:2",
+        *TINY,
+        "--json",
+        str(tmp_path / "json"),
+    ]
+    done = subprocess.run([*command, "--documents", "4"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    out = json.loads((tmp_path / "json").read_text())
+    assert [row["run"] for row in out["rows"]] == ["125M+4:2 ours"], done.stdout
+    assert out["documents"] == 4
+
+
+def test_documents_have_the_asked_length():
+    args = train_step.parse_args(["--documents", "50", "--set", "seq_length=4096"])
+    made = train_step.batch(train_step.describe("125M:16", args), 0, args.documents)
+    restarts = int((made["position_ids"] == 0).sum()) - 16
+    assert restarts == pytest.approx(16 * 4096 / 50, rel=0.1)
+    assert int((made["cu_seqlens"].diff() > 0).sum()) == restarts + 16
+    plain = train_step.batch(train_step.describe("125M:2", train_step.parse_args([])), 0)
+    assert plain.keys() == {"tokens", "labels", "loss_mask", "sample_index"}
+
+
 def test_options_of_all_runs_can_be_set():
     args = train_step.parse_args([*TINY, "init_method_std=0.5"])
     run = train_step.describe("125M+4:3:2", args)

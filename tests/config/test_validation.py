@@ -224,6 +224,16 @@ def test_valid(values, world_size):
             "--distributed-backend nccl must have GPUs, and --device is cpu; use --distributed-backend gloo",
         ),
         (
+            {"reset_attention_mask": True}, 4,
+            "--reset-attention-mask requires --attention-dropout 0 on GPUs in bf16, where torch's variable-length"
+            " attention has no dropout; got 0.1. Use --attention-dropout 0, or drop --reset-attention-mask",
+        ),
+        (
+            GRAPHS | {"reset_attention_mask": True, "attention_dropout": 0.0}, 4,
+            "--cuda-graphs does not go with --reset-attention-mask: how many documents a micro-batch has follows from"
+            " the data; drop one of the two",
+        ),
+        (
             {"split": "98,0,2"}, 4,
             "--split '98,0,2' leaves no documents for the validation every --eval-interval 100 updates; use 98,2,0, or"
             " --eval-interval 0 to never validate",
@@ -267,6 +277,20 @@ def test_valid(values, world_size):
 )  # fmt: skip
 def test_message_names_the_numbers_the_rule_and_the_fix(values, world_size, message):
     assert problems(values, world_size) == (message,)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"reset_attention_mask": True, "attention_dropout": 0.0, "hidden_dropout": 0.1},
+        {"reset_attention_mask": True, "precision": "fp32"},
+        {"reset_attention_mask": True, "device": "cpu"},
+        {"reset_position_ids": True, "eod_mask_loss": True},
+        GRAPHS | {"reset_position_ids": True, "eod_mask_loss": True},
+    ],
+)
+def test_documents_kept_apart_where_attention_can(values):
+    assert problems(values) == ()
 
 
 @pytest.mark.parametrize("split", ["", "98;2;0", "0,0,0", "-1,1,1", "inf,1,1", "a,b,c", "1,2,3,4", "98,,2"])

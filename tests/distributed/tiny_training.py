@@ -14,7 +14,16 @@ import torch
 import torch.distributed as dist
 
 from megatron.checkpoint import data_of
-from megatron.config import ModelConfig, MoEConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainingConfig
+from megatron.config import (
+    DataConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainingConfig,
+)
+from megatron.data.documents import uses_documents, with_documents
 from megatron.model.gpt import GPTModel
 
 VOCAB, SEQ, MICRO, STEPS, BATCH = 64, 8, 2, 3, 48
@@ -37,11 +46,18 @@ LOUD = {"moe_loss_coeff": 0.5, "moe_z_loss_coeff": 0.1}
 DENSE = MoEConfig()
 TOP1 = MoEConfig(num_experts=(8,), moe_min_capacity=1, **LOUD)  # with random token selection
 TOP2 = MoEConfig(num_experts=(4, 8), topk=2, **LOUD)
+PLAIN, DOCUMENTS = DataConfig(), DataConfig(reset_position_ids=True, reset_attention_mask=True, eod_mask_loss=True)
+EOD = 0
 DROPLESS = MoEConfig(num_experts=(8,), moe_token_dropping=False, mlp_type="residual", **LOUD)
 
 
 def run_config(
-    moe: MoEConfig, precision: str = "fp32", recompute: bool = False, device: str = "cpu", **parallel
+    moe: MoEConfig,
+    precision: str = "fp32",
+    recompute: bool = False,
+    device: str = "cpu",
+    data: DataConfig = PLAIN,
+    **parallel,
 ) -> RunConfig:
     """A run of ``STEPS`` updates in the layout that ``parallel``, options of :class:`ParallelConfig`, says."""
     return RunConfig(
@@ -51,6 +67,7 @@ def run_config(
         optimizer=OptimizerConfig(
             lr=1e-2, min_lr=1e-3, clip_grad=CLIP, adam_eps=EPS, precision=precision, initial_loss_scale_power=8
         ),
+        data=data,
         training=TrainingConfig(
             train_tokens=STEPS * BATCH * SEQ,
             micro_batch_size=MICRO,
@@ -62,13 +79,17 @@ def run_config(
     )
 
 
-def micro_batch(number: int, poison: bool = False) -> dict:
-    """Micro-batch ``number`` of the run: text in which the next token mostly follows from the last."""
+def micro_batch(number: int, poison: bool = False, data: DataConfig = PLAIN) -> dict:
+    """Micro-batch ``number`` of the run: text in which the next token mostly follows from the last; with ``data`` that
+    tells documents apart, a few of them."""
     generator = torch.Generator().manual_seed(number)
     start = torch.randint(0, VOCAB, (MICRO, 1), generator=generator)
     text = (start + torch.arange(SEQ + 1) * (1 + number % 3)) % VOCAB
+    if uses_documents(data):
+        text[torch.rand(text.shape, generator=generator) < 0.25] = EOD
     mask = torch.full((MICRO, SEQ), float("nan") if poison else 1.0)
-    return {"tokens": text[:, :-1], "labels": text[:, 1:], "loss_mask": mask, "sample_index": number * MICRO}
+    batch = {"tokens": text[:, :-1], "labels": text[:, 1:], "loss_mask": mask, "sample_index": number * MICRO}
+    return with_documents(batch, data, EOD)
 
 
 class Trained(NamedTuple):
@@ -83,14 +104,14 @@ class Trained(NamedTuple):
 _REFERENCES: dict[str, Trained] = {}
 
 
-def reference(moe: MoEConfig) -> Trained:
+def reference(moe: MoEConfig, data: DataConfig = PLAIN) -> Trained:
     """The same training in thirty lines of torch: one process, no DeepSpeed, no sharding."""
-    if repr(moe) not in _REFERENCES:
-        _REFERENCES[repr(moe)] = _train_plainly(moe)
-    return _REFERENCES[repr(moe)]
+    if repr((moe, data)) not in _REFERENCES:
+        _REFERENCES[repr((moe, data))] = _train_plainly(moe, data)
+    return _REFERENCES[repr((moe, data))]
 
 
-def _train_plainly(moe: MoEConfig) -> Trained:
+def _train_plainly(moe: MoEConfig, data: DataConfig) -> Trained:
     from megatron.engine.engine import micro_batch_seed
     from megatron.engine.schedule import learning_rate
 
@@ -105,9 +126,10 @@ def _train_plainly(moe: MoEConfig) -> Trained:
     for step in range(STEPS):
         outs = []
         for number in range(step * COUNT, (step + 1) * COUNT):
-            batch = micro_batch(number)
+            batch = micro_batch(number, data=data)
             torch.manual_seed(micro_batch_seed(run.training.seed, batch["sample_index"]))
-            out = model(batch["tokens"], batch["labels"], batch["loss_mask"])
+            documents = {name: batch[name] for name in ("position_ids", "cu_seqlens") if name in batch}
+            out = model(batch["tokens"], batch["labels"], batch["loss_mask"], **documents)
             loss = out.lm_loss + moe.moe_loss_coeff * out.aux_loss + moe.moe_z_loss_coeff * out.z_loss
             (loss / COUNT).backward()
             outs.append(out)
@@ -144,7 +166,8 @@ def build(run: RunConfig):
 def share(engine, first: int, end: int, poison: int | None = None) -> list[dict]:
     """This process's of the run's micro-batches from ``first`` to ``end``; ``poison`` has a loss that is not finite."""
     size, rank = engine._topology.data_parallel_size, engine._topology.data_parallel_rank
-    return [micro_batch(n, poison=n == poison) for n in range(first, end) if n % size == rank]
+    data = engine._config.data
+    return [micro_batch(n, poison=n == poison, data=data) for n in range(first, end) if n % size == rank]
 
 
 def update(engine, step: int, poison: int | None = None):

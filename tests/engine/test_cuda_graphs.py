@@ -198,6 +198,17 @@ def test_only_micro_batches_like_the_first_are_served(graphed):
     assert micro_batches.serves(toy_batch(5) | {"sample_index": 3})
     assert not micro_batches.serves(first | {"tokens": torch.ones(4, dtype=torch.int64)})
     assert not micro_batches.serves(first | {"loss_mask": torch.ones(3, dtype=torch.float64)})
+    assert not micro_batches.serves(first | {"cu_seqlens": torch.tensor([0, 3])})
+
+
+def test_positions_are_replayed_with_the_tokens(graphed):
+    toy, micro_batches = graphed
+    toy.forward, forward = (lambda batch: forward(batch | {"tokens": batch["position_ids"]})), toy.forward
+    for number in range(1, 7):
+        given = toy_batch(number) | {"position_ids": torch.full((3,), 10 * number)}
+        assert micro_batches.serves(given)
+        _, (counts,), _ = micro_batches.run(given, seed=0, count=1)
+        assert counts.tolist() == [10 * number] * 3
 
 
 def test_the_model_seeds_its_layers_as_before_afterwards(graphed):

@@ -37,6 +37,38 @@ def moments(adam: AdamW8bit, flat: torch.Tensor) -> list[torch.Tensor]:
     return [adam.state[flat][name].decode(0, flat.numel()) for name in ("exp_avg", "exp_avg_sq")]
 
 
+def kept(beta2: float, share: float) -> float:
+    """What is left, after 200 gradients of 0, of a second moment that was a ``share`` of its block's largest one, which
+    large gradients keep up. In fp32 it would be beta2^200, 0.13 or less."""
+    numel = eight_bit.FEWEST
+    flat = torch.nn.Parameter(torch.zeros(numel))
+    adam = AdamW8bit([{"params": [flat], "eight_bit": True}], compiled=True, lr=1e-3, betas=(0.9, beta2))
+    adam.state[flat].update(adam.new_state(flat, adam.param_groups[0]))
+    adam.state[flat]["exp_avg_sq"].to_fill().fill_(share)[::256] = 1.0
+    adam.take_filled()
+    before = moments(adam, flat)[1][1]
+    for _ in range(200):
+        flat.grad = torch.zeros(numel)
+        flat.grad[::256] = 1.0
+        adam.step()
+    return float(moments(adam, flat)[1][1] / before)
+
+
+@pytest.mark.parametrize(("beta2", "share"), [(0.95, 0.1), (0.99, 1.0)])
+def test_moments_fall_above_the_bound_and_not_below_it(beta2: float, share: float):
+    assert kept(beta2, 0.9 * eight_bit.cannot_fall(beta2, signed=False)) == 1.0
+    assert kept(beta2, share) < 0.8
+
+
+def test_betas_whose_moments_cannot_follow_are_warned_of(caplog):
+    eight_bit.warn_of_slow_decay((0.9, 0.95))
+    assert not caplog.records
+    eight_bit.warn_of_slow_decay((0.9, 0.99))
+    (record,) = caplog.records
+    assert "0.07 with --adam-beta2 0.99." in record.getMessage()
+    assert "--adam-beta1" not in record.getMessage()
+
+
 def allowed(exact: torch.Tensor) -> torch.Tensor:
     """Half the widest gap between levels, 1/64 of a block's largest number, with its end for signed numbers."""
     padded = torch.nn.functional.pad(exact.abs(), (0, -exact.numel() % 256)).view(-1, 256)

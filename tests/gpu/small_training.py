@@ -4,12 +4,20 @@ import torch
 import torch.distributed as dist
 from distributed.tiny_training import Trained, whole
 
-from megatron.config import ModelConfig, MoEConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainingConfig
+from megatron.config import (
+    DataConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainingConfig,
+)
 
 VOCAB, SEQ, MICRO, COUNT, STEPS = 1024, 512, 4, 2, 10
 
 
-def build(moe: MoEConfig, dropout: float = 0.1, expert_parallel: int = 1, **training):
+def build(moe: MoEConfig, dropout: float = 0.1, expert_parallel: int = 1, data: DataConfig | None = None, **training):
     """The engine of this process on its GPU; all processes, which are data parallel, have met already."""
     from megatron.engine.pipeline import build_engine
     from megatron.parallel.initialize import build_groups, forget_groups
@@ -28,6 +36,7 @@ def build(moe: MoEConfig, dropout: float = 0.1, expert_parallel: int = 1, **trai
         moe=moe,
         parallel=ParallelConfig(moe_expert_parallel_size=(expert_parallel,)),
         optimizer=OptimizerConfig(lr=1e-3),
+        data=data or DataConfig(),
         training=TrainingConfig(
             train_tokens=10**9, micro_batch_size=MICRO, global_batch_size=MICRO * COUNT * size, **training
         ),

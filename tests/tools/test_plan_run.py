@@ -30,6 +30,13 @@ def test_a_run_that_fits(capsys):
     assert "13.1B, 357M active" in printed
 
 
+def test_documents_kept_apart_need_attention_without_dropout(capsys):
+    words = ["--world-size", "64", "--model", "350M+MoE-128", "--reset-attention-mask", "--reset-position-ids"]
+    assert plan_run.main(words) == 2
+    assert "--reset-attention-mask requires --attention-dropout 0" in capsys.readouterr().err
+    assert plan_run.main([*words, "--eod-mask-loss", "--attention-dropout", "0"]) == 0
+
+
 def test_a_run_that_does_not_fit_gets_the_nearest_layout_that_does(capsys):
     run = [
         "--model",

@@ -39,3 +39,18 @@ def test_a_new_run_from_old_weights_may_differ_in_all_that_weights_do_not_depend
     new.model.max_position_embeddings = None
     with pytest.raises(CheckpointError, match="--max-position-embeddings: checkpoint 2048, this run 1024"):
         check_base(meta, new, 1024, tokenizer)
+
+
+def test_documents_kept_apart_from_here_on_are_told(tmp_path):
+    before, tokenizer = to_dict(RunConfig()), build_tokenizer(byte_level(tmp_path))
+    for name in ("reset_position_ids", "reset_attention_mask", "eod_mask_loss"):
+        del before["data"][name]  # as in checkpoints from before there were these options
+    meta = {"config": before, "vocab_size": 1024}
+    meta["tokenizer"] = {"vocab_size": tokenizer.vocab_size, "fingerprint": tokenizer.fingerprint}
+    now = RunConfig()
+    assert check(meta, now, 1024, tokenizer) == []
+    now.data.reset_attention_mask = now.data.eod_mask_loss = True
+    assert check(meta, now, 1024, tokenizer) == [
+        "--reset-attention-mask: checkpoint False, this run True",
+        "--eod-mask-loss: checkpoint False, this run True",
+    ]

@@ -10,11 +10,21 @@ import torch
 import triton
 import triton.language as tl
 
-from megatron.engine.adamw import Piece, Rates
+from megatron.engine.adamw import SPREAD, Piece, Rates
+from megatron.moe.kernels.place import mix
 
 BLOCK = 1024  # elements of a program
 PROGRAMS = 1024  # of a sum of squares
 SUM_BLOCK = 4096  # elements that such a program adds at a time
+_SPREAD = tl.constexpr(SPREAD)
+
+
+@triton.jit
+def _store(ptr, x, random, inside):
+    """Store fp32 ``x``, to bf16 with stochastic rounding by the lowest 16 bits of ``random``."""
+    if ptr.dtype.element_ty == tl.bfloat16:
+        x = ((x.to(tl.uint32, bitcast=True) + (random & 0xFFFF)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    tl.store(ptr, x.to(ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -31,9 +41,10 @@ def _update(
         m = tl.load(exp_avg_ptr + at, mask=inside, other=0.0).to(tl.float32) * beta1 + g * rest1
         v = tl.load(exp_avg_sq_ptr + at, mask=inside, other=0.0).to(tl.float32) * beta2 + g * g * rest2
         p = tl.load(master_ptr + at, mask=inside, other=0.0)
+        random = mix(p.to(tl.uint32, bitcast=True), tl.load(scalars_ptr + 3).to(tl.uint32) * _SPREAD)
         p = p * keep - step_size * m / (tl.sqrt(v) / root + eps)
-        tl.store(exp_avg_ptr + at, m.to(exp_avg_ptr.dtype.element_ty), mask=inside)
-        tl.store(exp_avg_sq_ptr + at, v.to(exp_avg_sq_ptr.dtype.element_ty), mask=inside)
+        _store(exp_avg_ptr + at, m, random >> 16, inside)
+        _store(exp_avg_sq_ptr + at, v, random, inside)
         tl.store(master_ptr + at, p, mask=inside)
         tl.store(weight_ptr + at, p.to(weight_ptr.dtype.element_ty), mask=inside)
 

@@ -33,8 +33,7 @@ def _move(
 
     Row g * c + i of expert l begins at l * in_L + g * in_G + i * in_c; sorted rows one after another.
     """
-    expert, row, there = tile(tiles_ptr, R, BR, SORTED)
-    h = tl.program_id(0) * BH + tl.arange(0, BH)
+    expert, row, there, h = tile(tiles_ptr, R, H, BR, BH, SORTED)
     inside = there[:, None] & (h < H)[None, :]
     if SORTED:
         in_row, out_row = row * H, row * H
@@ -47,7 +46,7 @@ def _move(
         bias = tl.load(bias_ptr + expert * H + h, mask=h < H, other=0.0).to(tl.float32)
         value = (value.to(tl.float32) + bias[None, :]).to(out_ptr.dtype.element_ty)
     else:
-        tl.store(sums_ptr + tile_number() * H + h, tl.sum(value.to(tl.float32), axis=0), mask=h < H)
+        tl.store(sums_ptr + tile_number(H, BH) * H + h, tl.sum(value.to(tl.float32), axis=0), mask=h < H)
     if STORE:
         tl.store(out_ptr + out_row[:, None] + h[None, :], value, mask=inside)
 

@@ -11,6 +11,9 @@ atomically, so results are deterministic, and the host waits for nothing.
 Letters: T tokens, H hidden, E experts, C capacity, R rows of all buffers, B tokens of a block.
 """
 
+import functools
+import sys
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -172,12 +175,50 @@ def _gate_backward(
         tl.store(dx_at + start, dx.to(dx_ptr.dtype.element_ty), mask=where)
 
 
-def _tile(E: int) -> tuple[int, int, int, int]:
-    """Tokens of a block, experts rounded up, columns at a time, warps: accumulators fill the registers at most half."""
+class _Tile(NamedTuple):
+    """How the gate kernels cut their work."""
+
+    BT: int  # tokens of a block
+    BE: int  # experts, rounded up
+    BK: int  # columns of H at a time
+    warps: int
+    stages: int  # of the loop over columns: so many blocks of them are in shared memory at once
+
+
+def _tile(E: int, itemsize: int, shared: int) -> _Tile | None:
+    """The largest cut whose blocks fit into ``shared`` bytes, or None.
+
+    Logits fill the registers at most half. At most, the backward kernel has in shared memory the gradient of a block's
+    logits, and for each stage a block of the router's weight and one of the tokens.
+    """
     BE = max(16, triton.next_power_of_2(E))
-    if BE <= 128:
-        return 64, BE, 64, 4
-    return max(16, 16384 // BE), BE, 64 if BE <= 256 else 32, 8
+    BT, warps = (64, 4) if BE <= 128 else (max(16, 16384 // BE), 8)
+    BK = 64 if BE * itemsize <= 512 else 32
+    for columns, stages in ((BK, 3), (BK, 2), (BK, 1), (16, 1)):
+        if (BT * BE + stages * columns * (BT + BE)) * itemsize <= shared:
+            return _Tile(BT, BE, columns, warps, stages)
+    return None
+
+
+@functools.cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a kernel can have; without limit in Triton's interpreter."""
+    if device.type != "cuda":
+        return sys.maxsize
+    return triton.runtime.driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
+
+
+def _tile_for(x_TH: torch.Tensor, weight_EH: torch.Tensor) -> _Tile | None:
+    itemsize = 4 if _ieee(x_TH, weight_EH) else x_TH.element_size()
+    return _tile(weight_EH.size(0), itemsize, _shared_memory(x_TH.device))
+
+
+def fits(x_TH: torch.Tensor, weight_EH: torch.Tensor) -> bool:
+    """Whether the device has the shared memory that the kernels need for so many experts in this number format."""
+    return _tile_for(x_TH, weight_EH) is not None
+
+
+Agree = Callable[[torch.Tensor], object]
 
 
 class Decided(NamedTuple):
@@ -187,11 +228,13 @@ class Decided(NamedTuple):
     lse_T: torch.Tensor  # fp32, logsumexp of each token's logits
 
 
-def launch_forward(x_TH: torch.Tensor, weight_EH: torch.Tensor, capacity: int | None, random: bool) -> Decided:
+def launch_forward(
+    x_TH: torch.Tensor, weight_EH: torch.Tensor, capacity: int | None, random: bool, agree: Agree | None = None
+) -> Decided:
     """The forward kernels; see :func:`gate`."""
     T, H = x_TH.shape
     E = weight_EH.size(0)
-    BT, BE, BK, warps = _tile(E)
+    BT, BE, BK, warps, stages = _tile_for(x_TH, weight_EH)
     B = block_size(BE)
     gate_blocks, blocks = triton.cdiv(T, BT), triton.cdiv(T, B)
     R = T if capacity is None else E * capacity
@@ -207,8 +250,10 @@ def launch_forward(x_TH: torch.Tensor, weight_EH: torch.Tensor, capacity: int | 
     if T:
         _gate_forward[(gate_blocks,)](
             x_TH, weight_EH, expert_T, gate_T, lse_T, p_sum, z_sum, T, H, E, BT, BE, BK, _ieee(x_TH, weight_EH),
-            num_warps=warps, num_stages=3,
+            num_warps=warps, num_stages=stages,
         )  # fmt: skip
+        if agree is not None:
+            agree(expert_T)
         order[(blocks,)](
             expert_T, count, token_R, seed, T, E, R, low, high, blocks,
             B, BE, min(B, max(16, 8192 // BE)), random,
@@ -244,7 +289,7 @@ def launch_backward(
     expert_T, lse_T, row_T, counts_E = decided
     T, H = x_TH.shape
     E = weight_EH.size(0)
-    BT, BE, BK, warps = _tile(E)
+    BT, BE, BK, warps, stages = _tile_for(x_TH, weight_EH)
     ieee = _ieee(x_TH, weight_EH)
     zero = lse_T.new_zeros(())
     losses = torch.stack([zero if d is None else d.float() for d in d_losses])
@@ -256,7 +301,7 @@ def launch_backward(
             x_TH, weight_EH, expert_T, lse_T, row_T, counts_E, d_gate, losses, d_logits_TE,
             dx_TH if dx is None else dx, dx_TH, T, H, E, parts,
             BT, BE, BK, triton.next_power_of_2(parts), ieee, dx is not None, by_row,
-            num_warps=warps, num_stages=3,
+            num_warps=warps, num_stages=stages,
         )  # fmt: skip
     d_weight_EH = d_logits_TE.T @ x_TH.to(d_logits_TE.dtype)
     return dx_TH, d_weight_EH.to(weight_EH.dtype)
@@ -269,8 +314,8 @@ def _ieee(x_TH: torch.Tensor, weight_EH: torch.Tensor) -> bool:
 
 class _Gate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_TH, weight_EH, capacity, random):
-        (gate_T, aux_loss, z_loss, *rest), lse_T = launch_forward(x_TH, weight_EH, capacity, random)
+    def forward(ctx, x_TH, weight_EH, capacity, random, agree):
+        (gate_T, aux_loss, z_loss, *rest), lse_T = launch_forward(x_TH, weight_EH, capacity, random, agree)
         expert_T, _, row_T, counts_E, *_ = rest
         ctx.save_for_backward(x_TH, weight_EH, expert_T, lse_T, row_T, counts_E)
         ctx.set_materialize_grads(False)
@@ -284,23 +329,25 @@ class _Gate(torch.autograd.Function):
         d_gate_T = torch.zeros_like(decided[1]) if d_gate_T is None else d_gate_T.contiguous()
         dx_TH = None if dx_TH is None else dx_TH.clone(memory_format=torch.contiguous_format)
         dx_TH, d_weight_EH = launch_backward(x_TH, weight_EH, decided, d_gate_T, (d_aux, d_z), dx_TH, by_row=False)
-        return dx_TH, d_weight_EH, None, None
+        return dx_TH, d_weight_EH, None, None, None
 
 
 def gate(
-    x_TH: torch.Tensor, weight_EH: torch.Tensor, capacity: int | None, *, random: bool
+    x_TH: torch.Tensor, weight_EH: torch.Tensor, capacity: int | None, *, random: bool, agree: Agree | None = None
 ) -> tuple[torch.Tensor, Gating]:
     """Route each token to its best expert.
 
     Args:
         x_TH: in bf16, fp16 or fp32; contiguous.
-        weight_EH: of the router, E at most 1 024.
+        weight_EH: of the router, E at most 1 024; see :func:`fits`.
         capacity: rows of each expert's buffer; None for as many as needed.
         random: an over-full expert keeps a random choice of its tokens instead of the first; drawn by a random order of
             the tokens, which follows from one number of torch's default generator of the device.
+        agree: is given each token's expert, int32 [T], before slots follow from them, and may write others in their
+            place. Gates stay those of the highest logits, so it is for choices that rounding alone can tell apart.
 
     Returns:
         ``x_TH`` to go on with (its gradient is then added to the router's where that is computed), and the decisions.
     """
-    x_TH, *gating = _Gate.apply(x_TH, weight_EH.contiguous(), capacity, random)
+    x_TH, *gating = _Gate.apply(x_TH, weight_EH.contiguous(), capacity, random, agree)
     return x_TH, Gating(*gating)

@@ -46,8 +46,7 @@ def _forward(
     pre_ptr, bias_ptr, gate_ptr, out_ptr, tiles_ptr, C, F,
     BR: tl.constexpr, BF: tl.constexpr, GATED: tl.constexpr, SORTED: tl.constexpr,
 ):  # fmt: skip
-    expert, row, there = tile(tiles_ptr, C, BR, SORTED)
-    f = tl.program_id(0) * BF + tl.arange(0, BF)
+    expert, row, there, f = tile(tiles_ptr, C, F, BR, BF, SORTED)
     inside = there[:, None] & (f < F)[None, :]
     at = row[:, None] * F + f[None, :]
     bias = tl.load(bias_ptr + expert * F + f, mask=f < F, other=0.0).to(tl.float32)
@@ -65,8 +64,7 @@ def _backward(
     BR: tl.constexpr, BF: tl.constexpr, GATED: tl.constexpr, SORTED: tl.constexpr,
 ):  # fmt: skip
     """Writes the product's gradient over dh, a tile's sum over its rows, and dh . h or without a gate h."""
-    expert, row, there = tile(tiles_ptr, C, BR, SORTED)
-    f = tl.program_id(0) * BF + tl.arange(0, BF)
+    expert, row, there, f = tile(tiles_ptr, C, F, BR, BF, SORTED)
     inside = there[:, None] & (f < F)[None, :]
     at = row[:, None] * F + f[None, :]
     bias = tl.load(bias_ptr + expert * F + f, mask=f < F, other=0.0).to(tl.float32)
@@ -78,11 +76,12 @@ def _backward(
         gate = tl.load(gate_ptr + row, mask=there, other=0.0)
         d_pre *= gate[:, None]
         dot = tl.sum(dh * h, axis=1)
-        tl.store(dot_ptr + row * (tl.num_programs(0) + 1) + tl.program_id(0) + 1, dot, mask=there)
+        columns = tl.cdiv(F, BF)
+        tl.store(dot_ptr + row * (columns + 1) + tl.program_id(0) % columns + 1, dot, mask=there)
     else:
         tl.store(h_ptr + at, h.to(h_ptr.dtype.element_ty), mask=inside)
     tl.store(dh_ptr + at, d_pre.to(dh_ptr.dtype.element_ty), mask=inside)
-    tl.store(bias_sum_ptr + tile_number() * F + f, tl.sum(d_pre, axis=0), mask=f < F)
+    tl.store(bias_sum_ptr + tile_number(F, BF) * F + f, tl.sum(d_pre, axis=0), mask=f < F)
 
 
 def bias_gelu(

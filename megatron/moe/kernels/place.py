@@ -11,7 +11,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _mix(x, key):
+def mix(x, key):
     """A 32-bit hash of x and key (murmur3's finalizer)."""
     x = (x ^ key).to(tl.uint32)
     x = (x ^ (x >> 16)) * 0x85EBCA6B
@@ -25,8 +25,8 @@ def _shuffle(i, low, high, seed):
     for turn in tl.static_range(3):
         a = i >> low
         b = i & ((1 << low) - 1)
-        a = a ^ (_mix(b, (seed >> (8 * turn)).to(tl.uint32) + 2 * turn).to(tl.int64) & ((1 << high) - 1))
-        b = b ^ (_mix(a, (seed >> (8 * turn + 4)).to(tl.uint32) + 2 * turn + 1).to(tl.int64) & ((1 << low) - 1))
+        a = a ^ (mix(b, (seed >> (8 * turn)).to(tl.uint32) + 2 * turn).to(tl.int64) & ((1 << high) - 1))
+        b = b ^ (mix(a, (seed >> (8 * turn + 4)).to(tl.uint32) + 2 * turn + 1).to(tl.int64) & ((1 << low) - 1))
         i = (a << low) | b
     return i
 

@@ -99,7 +99,7 @@ def _gather_and_dot(dy_ptr, bias_ptr, token_ptr, expert_ptr, out_ptr, dot_ptr, H
         tl.store(out_ptr + row.to(tl.int64) * H + h, dy, mask=h < H)
         bias = tl.load(bias_ptr + expert.to(tl.int64) * H + h, mask=h < readable, other=0.0)
         total += dy.to(tl.float32) * bias.to(tl.float32)
-    tl.store(dot_ptr + row * parts, tl.sum(total, axis=0))
+    tl.store(dot_ptr + row.to(tl.int64) * parts, tl.sum(total, axis=0))
 
 
 @triton.jit

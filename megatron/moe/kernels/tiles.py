@@ -77,43 +77,46 @@ def table(counts_L: torch.Tensor, rows: int) -> Table:
 
 
 @triton.jit
-def tile(tiles_ptr, R, BR: tl.constexpr, SORTED: tl.constexpr):
-    """This program's expert; its rows, counted over all experts (int64); and which of them there are.
+def tile(tiles_ptr, R, F, BR: tl.constexpr, BF: tl.constexpr, SORTED: tl.constexpr):
+    """This program's expert; its rows, counted over all experts (int64); which of them there are; and its columns.
 
-    The grid is (columns, tiles of an expert, L), or for sorted rows (columns, tiles, 1).
+    Programs of axis 0 go through a tile's columns first, then through the tiles: of an expert, which is the number on
+    axis 1, or of all sorted rows. Only axis 0 can be longer than 65 535.
     """
+    number = tl.program_id(0) // tl.cdiv(F, BF)
+    f = tl.program_id(0) % tl.cdiv(F, BF) * BF + tl.arange(0, BF)
     if SORTED:
-        at = tiles_ptr + tl.program_id(1) * 3
+        at = tiles_ptr + number * 3
         expert, first, end = tl.load(at), tl.load(at + 1), tl.load(at + 2)
         row = first + tl.arange(0, BR)
         inside = row < end
         row = row.to(tl.int64)
     else:
-        expert = tl.program_id(2)
-        c = tl.program_id(1) * BR + tl.arange(0, BR)
+        expert = tl.program_id(1)
+        c = number * BR + tl.arange(0, BR)
         inside = c < R
         row = expert.to(tl.int64) * R + c
-    return expert, row, inside
+    return expert, row, inside, f
 
 
 @triton.jit
-def tile_number():
+def tile_number(F, BF: tl.constexpr):
     """Number of this program's tile among those of all experts (int64)."""
-    return tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    columns = tl.cdiv(F, BF)
+    return tl.program_id(1).to(tl.int64) * (tl.num_programs(0) // columns) + tl.program_id(0) // columns
 
 
-def grid(shape: torch.Size, found: Table | None) -> tuple[int, int, int]:
-    """Programs for rows of a ``shape`` [L, R, F], or with a table [R, F]."""
+def grid(shape: torch.Size, found: Table | None) -> tuple[int, int]:
+    """Programs for rows of a ``shape`` [L, R, F], or with a table [R, F]; see :func:`tile`."""
     columns = triton.cdiv(shape[-1], COLUMNS)
     if found is not None:
-        return columns, found.tiles.size(0), 1
-    return columns, triton.cdiv(shape[1], ROWS), shape[0]
+        return found.tiles.size(0) * columns, 1
+    return triton.cdiv(shape[1], ROWS) * columns, shape[0]
 
 
 def new_sums(like: torch.Tensor, found: Table | None) -> torch.Tensor:
     """Memory for each tile's sum over its rows, fp32 [tiles, F], or [L, tiles, F]."""
-    _, tiles, experts = grid(like.shape, found)
-    shape = (tiles,) if found is not None else (experts, tiles)
+    shape = (found.tiles.size(0),) if found is not None else (like.size(0), triton.cdiv(like.size(1), ROWS))
     return like.new_empty((*shape, like.size(-1)), dtype=torch.float32)
 
 

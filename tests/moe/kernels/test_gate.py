@@ -21,6 +21,8 @@ def inputs(T: int, H: int, E: int, dtype: torch.dtype, seed: int = 0) -> tuple[t
 
 
 SIZES = [(100, 64, 8), (64, 32, 16), (1, 32, 4), (300, 48, 3), (257, 80, 40), (33, 32, 130)]
+if DEVICE == "cuda":  # where the kernels are cut otherwise
+    SIZES += [(300, 96, E) for E in (257, 512, 1024)]
 
 
 @pytest.mark.parametrize("capacity_factor", [None, 0.5, 1.0])
@@ -117,3 +119,32 @@ def test_no_tokens():
     assert (found.token_R == -1).all()
     (found.aux_loss + found.gate_T.sum()).backward()
     assert x.grad.shape == (0, 32)
+
+
+@pytest.mark.parametrize("shared", [232_448, 166_912, 101_376], ids=["Hopper", "A100", "others"])
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_the_cut_suits_the_shared_memory(itemsize, shared):
+    """What is computed does not depend on it; only 1 024 experts in fp32 are too many, for GPUs with little of it."""
+    for E in range(1, 1025):
+        cut = module._tile(E, itemsize, shared)
+        if cut is None:
+            assert (itemsize, shared) == (4, 101_376)
+            assert E > 512
+            continue
+        assert cut.BE >= E
+        assert min(cut.BT, cut.BE, cut.BK) >= 16, "tl.dot needs as many"
+        assert cut.BT * cut.BE <= 16384, "more would fill the registers"
+    assert module._tile(1024, 2, shared) is not None
+
+
+@pytest.mark.parametrize("cut", [(64, 16, 16, 4, 1), (16, 16, 32, 8, 2)], ids=str)
+def test_every_cut_computes_the_same(monkeypatch, cut):
+    (T, H, E), results = (70, 40, 5), []
+    for cut_ in (None, module._Tile(*cut)):
+        if cut_ is not None:
+            monkeypatch.setattr(module, "_tile", lambda *_, cut_=cut_: cut_)
+        x, weight = (t.requires_grad_() for t in inputs(T, H, E, torch.float32))
+        _, found = module.gate(x, weight, 9, random=False)
+        (found.gate_T.sum() + found.aux_loss + found.z_loss).backward()
+        results.append([*found, x.grad, weight.grad])
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)

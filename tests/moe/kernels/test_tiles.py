@@ -31,3 +31,13 @@ def test_sums_over_tiles_of_an_expert(counts):
     ends = found.tile_ends_L.tolist()
     pieces = [sums[start:end].double().sum(0) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
     torch.testing.assert_close(tiles.add_up(sums, found).double(), torch.stack(pieces), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("most_rows", [100_000 * tiles.ROWS, 1])
+def test_only_the_first_axis_of_a_grid_is_long(most_rows):
+    """CUDA's limit is 65 535 for the others."""
+    L, F = 1024, 5 * tiles.COLUMNS + 1
+    count = tiles.most_tiles(most_rows, L)
+    found = tiles.Table(*(torch.empty(0, device="meta") for _ in range(2)), torch.empty(count, 3, device="meta"))
+    assert tiles.grid(torch.Size((most_rows, F)), found) == (count * 6, 1)
+    assert tiles.grid(torch.Size((L, most_rows, F)), None) == (-(-most_rows // tiles.ROWS) * 6, L)
