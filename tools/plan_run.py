@@ -25,6 +25,7 @@ from pathlib import Path
 from megatron.config import RunConfig, flags
 from megatron.config.errors import ConfigError
 from megatron.config.validation import validate_numbers
+from megatron.data.statement import plan_statement
 from megatron.planning import measured
 from megatron.planning.devices import DEVICES, find_device
 from megatron.planning.memory import memory
@@ -41,6 +42,7 @@ from megatron.planning.plan import (
     needs,
 )
 from megatron.planning.search import Found, fitting, flags_of, nearest
+from megatron.training.clock import total_samples
 
 GPT2_VOCAB = 50257
 SCRIPTS = Path(__file__).parents[1] / "examples_moe"
@@ -102,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         if args.search:
             return _search(fitting(run, machine, args.vocab_size), args.top)
-        return _show(plan_of(run, machine, args.vocab_size))
+        return _show(plan_of(run, machine, args.vocab_size), run)
     except (ConfigError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -170,11 +172,13 @@ def table(plans: Sequence[tuple[str, Plan]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def _show(plan: Plan) -> int:
+def _show(plan: Plan, run: RunConfig) -> int:
     device, machine = plan.machine.device, plan.machine
     print(f"{plan.config.logging.run_name or 'run'} on {machine.world} x {device.name}, {machine.node} a node")
     print(aligned(experiment(plan.config, machine.world)))
     print(aligned(needs(plan)))
+    if run.data.data_path or run.data.train_data_path:
+        print(plan_statement(run, total_samples(run.training, run.model.seq_length)))
     if plan.fits:
         return 0
     found = fitting(plan.config, machine, plan.vocab_size)

@@ -16,6 +16,7 @@ from megatron.config.validation import validate
 from megatron.data.data_state import DataState
 from megatron.data.documents import check_documents
 from megatron.data.gpt_dataset import ResumedData, build_datasets
+from megatron.data.statement import statement
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.engine import deepspeed_config
 from megatron.engine.offload import threads_in_words
@@ -170,6 +171,7 @@ def _run(config: RunConfig, topology: Topology, stop: StopRequest, line: Line | 
         train_tokens = samples * config.model.seq_length
         _announce(report, config, topology, tokenizer, clock, vocab_size, train_tokens, name, found is not None, base)
         if topology.is_first:
+            print(statement(config, samples, data.state), flush=True)
             print(outlook(config, topology, vocab_size), flush=True)
             if topology.pipeline_parallel_size > 1:
                 print(place(config, vocab_size), flush=True)
