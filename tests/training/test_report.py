@@ -67,6 +67,23 @@ def test_one_line_says_all_that_matters(capsys):
         assert figure in lines[1]
 
 
+def test_losses_of_sets_are_told_apart(capsys):
+    report = Report(LoggingConfig(), "moe", None, is_first=True)
+    at = {"step": 4, "tokens": 400, "train_tokens": 1000}
+    for kind, more in (("valid", {}), ("valid", {"set": "books"}), ("test", {"set": "books"}), ("test", {})):
+        report.write(kind, **at, **more, loss=2.5, perplexity=12.18)
+    lines = [line.split(" | ")[2] for line in capsys.readouterr().out.splitlines()]
+    assert lines == [
+        "validation loss 2.5000", "validation loss of books 2.5000", "test loss of books 2.5000", "test loss 2.5000",
+    ]  # fmt: skip
+
+
+def test_a_run_from_old_weights_names_them(capsys):
+    report = Report(LoggingConfig(), "moe", None, is_first=True)
+    report.write("run", step=0, tokens=0, train_tokens=1000, **RUN, started_from="old/step_00000008")
+    assert capsys.readouterr().out.endswith("; starting from the weights of old/step_00000008\n")
+
+
 def test_only_the_first_rank_writes(capsys, tmp_path):
     report = Report(LoggingConfig(), "moe", str(tmp_path), is_first=False)
     report.write("run", step=0, tokens=0, train_tokens=1000, **RUN)
@@ -104,6 +121,9 @@ def test_tensorboard_names(tmp_path):
     found = scalars({"kind": "train", "step": 1, "tokens": 5, "train_tokens": 9, **TRAIN})
     assert found["train/loss"] == 5.0
     assert found["train/experts/load/moe1"] == 2.0
+    books = {"kind": "valid", "set": "books", "step": 1, "tokens": 5, "train_tokens": 9, "loss": 4.0}
+    assert scalars(books) == {"valid/books/step": 1.0, "valid/books/loss": 4.0}
+    assert scalars(books | {"kind": "test"})["test/books/loss"] == 4.0
     assert scalars({"kind": "save", "step": 1, "tokens": 5, "seconds": 1.0}) == {}
 
 
