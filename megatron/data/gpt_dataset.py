@@ -163,42 +163,38 @@ def build_datasets(
     corpora = corpora_of(config.data)
     if num_samples[0] and corpora.train.first == corpora.train.last:
         raise DataError(f"--split {config.data.split!r} leaves nothing for training")
-    wanted = _wanted(corpora, num_samples)
+    sets = _sets(corpora, num_samples)
     cache = Path(config.data.data_cache_path or Path(corpora.train.blend.prefixes[0]).parent / INDEX_CACHE)
-    _check(wanted, cache, config, tokenizer)
-    identities = _identify(wanted, cache, tokenizer)
+    _check(corpora, sets, cache, config, tokenizer)
+    identities = _identify(corpora, cache, tokenizer)
 
     seed = config.training.seed if resumed is None or resumed.state is None else resumed.state.seed
-    train, notes = _state(corpora.train, identities, seed), []
+    state, notes = _state(corpora.train, identities, seed), []
     if resumed is not None:
-        train, notes = resumed.goes_on_with(train, config.data.change_blend)
-    if train.order == CORE:
+        state, notes = resumed.goes_on_with(state, config.data.change_blend)
+    if state.order == CORE:
         built = _build_core(corpora, num_samples, cache, config, tokenizer, seed, identities)
     else:
         built = {}
-        for place, source, n in wanted:
-            if not n:
-                continue
-            state = train if place == _TRAIN else _state(source, identities, seed)
-            built[place] = _samples(state, n, config.model.seq_length, tokenizer.vocab_size, cache)
+        for kind, name, source, n in sets:
+            of_set = state if kind == "train" else _state(source, identities, seed)
+            built[kind, name] = _samples(of_set, n, config.model.seq_length, tokenizer.vocab_size, cache)
         _on_first_rank(lambda: [samples.prepare() for samples in built.values()])
     valid, test = ({name: built[of, name] for of, name in built if of == kind} for kind in ("valid", "test"))
-    return Datasets(built.get(_TRAIN), valid, test, train, tuple(notes))
+    return Datasets(built.get(("train", "train")), valid, test, state, tuple(notes))
 
 
-_Place = tuple[str, str]  # train, valid or test, and the name of the set
-_TRAIN = ("train", "train")
-_Wanted = list[tuple[_Place, Source, int]]  # with how many sequences
+_Sets = list[tuple[str, str, Source, int]]  # train, valid or test; the name of the set; how many sequences of it
 
 
-def _wanted(corpora: Corpora, num_samples: tuple[int, int, int]) -> _Wanted:
-    """The training data, and the other sets of which sequences are wanted."""
+def _sets(corpora: Corpora, num_samples: tuple[int, int, int]) -> _Sets:
+    """The sets of which sequences are wanted."""
     kinds = (("train", {"train": corpora.train}), ("valid", corpora.valid), ("test", corpora.test))
     return [
-        ((kind, name), source, n)
+        (kind, name, source, n)
         for (kind, sources), n in zip(kinds, num_samples, strict=True)
         for name, source in sources.items()
-        if n or kind == "train"
+        if n
     ]
 
 
@@ -210,7 +206,7 @@ def _build_core(
     tokenizer: Tokenizer,
     seed: int,
     identities: dict[str, Identity],
-) -> dict[_Place, Any]:
+) -> dict[tuple[str, str], Any]:
     from megatron.data.core_order import build_core_datasets
 
     if not config.data.data_path:
@@ -225,8 +221,8 @@ def _build_core(
     return {(kind, kind): samples for kind, samples in zip(("train", "valid", "test"), found, strict=True) if samples}
 
 
-def _identify(wanted: _Wanted, cache: Path, tokenizer: Tokenizer) -> dict[str, Identity]:
-    flags = _flags(wanted)
+def _identify(corpora: Corpora, cache: Path, tokenizer: Tokenizer) -> dict[str, Identity]:
+    flags = corpora.prefixes()
     identities = identify(flags, cache)
     problems = [
         f"{flag} {problem}"
@@ -271,14 +267,9 @@ def _samples(state: DataState, length: int, seq_length: int, vocab_size: int, ca
 # ------------------------------------------------------------------------------------------------------------ checking
 
 
-def _flags(wanted: _Wanted) -> dict[str, str]:
-    """Every corpus, with the flag that names it first."""
-    return {prefix: source.flag for _, source, _ in reversed(wanted) for prefix in source.blend.prefixes}
-
-
-def _check(wanted: _Wanted, cache: Path, config: RunConfig, tokenizer: Tokenizer) -> None:
+def _check(corpora: Corpora, sets: _Sets, cache: Path, config: RunConfig, tokenizer: Tokenizer) -> None:
     """Raise on every rank what any rank finds; only rank 0 looks beyond the files' heads."""
-    flags = _flags(wanted)
+    flags = corpora.prefixes()
     problems = [problem for prefix, flag in flags.items() for problem in open_problems(prefix, flag)]
     if not problems and (not dist.is_initialized() or dist.get_rank() == 0):
         problems += cache_problems(cache)
@@ -286,9 +277,9 @@ def _check(wanted: _Wanted, cache: Path, config: RunConfig, tokenizer: Tokenizer
         for prefix, flag in flags.items():
             allow = config.data.allow_tokenizer_mismatch
             problems += damaged.get(prefix) or tokenizer_problems(prefix, tokenizer, allow, flag)
-        for (kind, _), source, n in wanted:
+        for kind, _, source, n in sets:
             for prefix in source.blend.prefixes:
-                if n and prefix not in damaged:
+                if prefix not in damaged:
                     problems += _size_problems(prefix, kind, source, n, config)
     _raise_together(problems)
 
