@@ -17,9 +17,9 @@ from megatron.parallel.groups import ALONE, TensorGroup
 from megatron.parallel.randomness import own_randomness
 from megatron.parallel.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
-# With dropout, the first of these that can: flash attention drops 26 of 256 (0.1016 for 0.1), the others what they are
-# asked to. cuDNN's attention, which torch prefers on Hopper, is left out: releases of it round the probability to
-# sixteenths, so that 0.1 becomes 0.0625 or 0.125. Without dropout the choice is torch's.
+# With dropout, the first of these that can: flash attention drops 26 of 256 for 0.1, the others as many as asked for.
+# cuDNN's attention, which torch prefers on Hopper, is left out: some releases round the probability to sixteenths, so
+# that 0.1 becomes 0.0625 or 0.125. Without dropout the choice is torch's.
 DROPOUT_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
@@ -78,7 +78,7 @@ class SelfAttention(nn.Module):
             k, v, mask = cache.append(self.layer, k, v)  # (B, N, M, D)
         dropout = self.dropout if self.training else 0.0
         own = own_randomness(self.tensor_group, q.device) if dropout and self.tensor_group.size > 1 else nullcontext()
-        backends = sdpa_kernel(DROPOUT_BACKENDS, set_priority=True) if dropout else nullcontext()
+        backends = sdpa_kernel(DROPOUT_BACKENDS) if dropout else nullcontext()
         with own, backends:  # other heads, other dropout
             if cu_seqlens is not None:
                 y = document_attention(q, k, v, cu_seqlens, dropout)

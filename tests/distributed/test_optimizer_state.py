@@ -126,6 +126,36 @@ def test_a_checkpoint_goes_from_gpu_to_cpu_memory_and_back(tmp_path: Path, saves
     compare_ended(found, expected, f"saved with offload {saves}, resumed with {resumes}")
 
 
+def bf16_moments(run: RunConfig) -> RunConfig:
+    return with_(run, exp_avg_dtype="bf16", exp_avg_sq_dtype="bf16")
+
+
+def test_a_resumed_run_rounds_bf16_moments_as_it_would_have(tmp_path: Path):
+    run = bf16_moments(run_config(TOP1, "bf16", **{EP: (2,)}))
+    expected = run_distributed(save_then_go_on, 2, str(tmp_path), run, True)[0]
+    found = run_distributed(resume, 2, str(tmp_path), run)[0]
+    for mine, theirs in zip(
+        (found.trained.weights, *found[1:]), (expected.trained.weights, *expected[1:]), strict=True
+    ):
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(value, theirs[name]) for name, value in mine.items())
+    assert all(torch.equal(value, value.bfloat16().float()) for value in found.exp_avg_sq.values())
+
+
+def replicas(run: RunConfig) -> bool:
+    """Raises an error if copies differ after all updates."""
+    engine = build(run)
+    updates(engine, 0, STEPS)
+    engine.check_replicas()
+    return True
+
+
+@pytest.mark.parametrize("layout", [{PP: 2, TP: 2}, {EP: (2,), TP: 2, SP: True}], ids=str)
+def test_copies_of_a_weight_round_bf16_moments_alike(layout: dict):
+    """The token table is on the first and the last stage, norms and routers are on all tensor-parallel processes."""
+    assert all(run_distributed(replicas, 4, bf16_moments(run_config(TOP1, "bf16", **layout))))
+
+
 def load(folder: str, run: RunConfig) -> tuple[dict, dict, dict, int]:
     """Weights, moments and Adam's step after loading."""
     from megatron.checkpoint import load

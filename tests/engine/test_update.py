@@ -111,5 +111,9 @@ def test_bf16_moments_follow_fp32_ones():
     assert norms == pytest.approx(exact_norms, rel=2e-2)
     for name, value in weights.items():
         if name.startswith("model."):  # four updates move a weight by up to 1e-3
-            torch.testing.assert_close(value, exact[name], rtol=0.0, atol=2e-4, msg=name)
+            errors = (value - exact[name]).abs()
+            if name.endswith("qkv.bias"):  # the gradient of key biases is 0 but for rounding, which Adam blows up
+                queries, _, values = errors.chunk(3)
+                errors = torch.cat([queries, values])
+            assert bool((errors <= 1e-4).all()), name
     assert any(not torch.equal(value, exact[name]) for name, value in weights.items())

@@ -149,3 +149,15 @@ def test_the_kernels_plan_knows_how_many_were_dropped():
         counted = RoutingPlan(plan.expert_TK, plan.gate_TK, plan.slot_TK, plan.counts_E, plan.capacity)
         assert torch.equal(plan.dropped, counted.dropped)
         assert plan.dropped > 0
+
+
+def test_plain_torch_routes_where_shared_memory_is_too_small(monkeypatch):
+    from megatron.moe.kernels import gate
+
+    layer = make_layer(1, "capacity", torch.float32)
+    x = torch.randn(1, 24, H, device=DEVICE)
+    assert fused.serves(layer.router, layer.experts, x)
+    monkeypatch.setattr(gate, "_shared_memory", lambda device: 4096)
+    assert not fused.routes(layer.router, x)
+    assert not fused.serves(layer.router, layer.experts, x)
+    assert_equal_to_float64(layer, x)
