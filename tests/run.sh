@@ -7,6 +7,8 @@
 #   bash tests/run.sh --distributed    only tests/distributed, with the whole matrix of parallel layouts
 #   bash tests/run.sh --slurm          only tests/slurm: the launch scripts as jobs of a SLURM cluster that they start here;
 #                                      needs root and SLURM's programs (bash tests/slurm/cluster.sh install)
+#   bash tests/run.sh --transformers   only exported models with the oldest and the newest transformers, in environments
+#                                      .venv-transformers-* that pip makes (about 300 MB)
 #   bash tests/run.sh -k router -x     other arguments go to pytest
 #
 # Two workers of pytest-xdist share the tests (tests/conftest.py says how); -n 0 makes it one process.
@@ -14,14 +16,15 @@ set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 arguments=()
-selection=(-m "not exhaustive and not slurm")
+selection=(-m "not exhaustive and not slurm and not transformers_releases")
 workers=(-n 2 --dist loadscope)
 for argument in "$@"; do
     case "$argument" in
         --all) selection=() ;;
-        --fast) selection=(-m "not slow and not exhaustive and not slurm") ;;
+        --fast) selection=(-m "not slow and not exhaustive and not slurm and not transformers_releases") ;;
         --distributed) selection=() && arguments+=(tests/distributed) ;;
         --slurm) selection=() && workers=() && arguments+=(tests/slurm) ;;
+        --transformers) selection=(-m transformers_releases) && workers=(-n 0) ;;
         *) arguments+=("$argument") ;;
     esac
 done

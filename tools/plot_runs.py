@@ -180,6 +180,8 @@ def _read_events(path: Path, files: Sequence[Path]) -> Run:
     run = Run(name=path.name if path.is_dir() else path.parent.name)
     for file in files:
         for event in _events(file):
+            if event.session_log.status == event.session_log.START:  # so TensorBoard is told to forget what follows
+                run.forget_after(event.step - 1)
             for value in event.summary.value:
                 kind, _, rest = value.tag.partition("/")
                 name, _, key = rest.rpartition("/")

@@ -13,7 +13,7 @@ The files: :mod:`megatron.checkpoint.folder`; how boxes get into them and out: :
 """
 
 from megatron.checkpoint.errors import CheckpointError, ContactLost
-from megatron.checkpoint.folder import latest
+from megatron.checkpoint.folder import Standing, latest
 from megatron.checkpoint.loading import load, read_meta
 from megatron.checkpoint.saving import AsyncSaver, save
 from megatron.checkpoint.tensors import Box, Deferred, ShardedTensor, data_of, flat_boxes
@@ -25,6 +25,7 @@ __all__ = [
     "ContactLost",
     "Deferred",
     "ShardedTensor",
+    "Standing",
     "data_of",
     "flat_boxes",
     "latest",

@@ -1,11 +1,12 @@
 """The folder of a run's checkpoints: what lies where, what counts as complete, and how a new one takes its place.
 
-    SAVE/latest                    the name of the newest checkpoint
+    SAVE/latest                    the name of the checkpoint to go on from
     SAVE/step_00000100/
         data-00000.safetensors     tensors, one file a rank that had something to write
         index.json                 every tensor: data type, global shape, its boxes and their files
         meta.json                  what else the run wants to remember
         manifest.json              size and SHA-256 of every other file; written last
+        unconfirmed                its Standing, while that is not CONFIRMED; not in the manifest
     SAVE/.step_00000200.tmp/       being written, or left over by a crash: never loaded
     SAVE/.step_00000100.replaced/  an older save of the same step, for the moment in which the newer one takes its name
     SAVE/.step_00000100.deleted/   being deleted
@@ -16,9 +17,11 @@ moment leaves at least the previous one loadable.
 
 import contextlib
 import dataclasses
+import enum
 import errno
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -32,6 +35,7 @@ from typing import Any
 from megatron.checkpoint.errors import CheckpointError
 
 MANIFEST, META, INDEX, LATEST = "manifest.json", "meta.json", "index.json", "latest"
+UNCONFIRMED = "unconfirmed"
 FORMAT = 1
 
 _NAME = re.compile(r"step_\d{8,}")
@@ -54,6 +58,20 @@ class Manifest:
     step: int
     saved_at: float  # seconds since 1970
     files: dict[str, FileRecord]
+
+
+class Standing(enum.Enum):
+    """What is known of the weights in a checkpoint. Without a record, as in those of earlier versions, CONFIRMED."""
+
+    CONFIRMED = "confirmed"  # good: a good update followed it
+    ENDED = "ended"  # counts as good: the run ended with it, after a good update
+    PENDING = "pending"  # saved after a good update; the next one will tell
+    DOUBTED = "doubted"  # no good update has followed, and one that was not good has
+
+    @property
+    def good(self) -> bool:
+        """Whether it counts for ``--keep-last``."""
+        return self in (Standing.CONFIRMED, Standing.ENDED)
 
 
 def step_name(step: int) -> str:
@@ -109,8 +127,24 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     return [path for _, _, path in sorted(found, reverse=True)]
 
 
+def standing(checkpoint: Path) -> Standing:
+    """How a checkpoint stands. A record that cannot be read is no confirmation."""
+    try:
+        return Standing((checkpoint / UNCONFIRMED).read_text().strip())
+    except FileNotFoundError:
+        return Standing.CONFIRMED
+    except (OSError, ValueError):
+        return Standing.PENDING
+
+
+def _best_first(checkpoints: list[Path]) -> list[Path]:
+    """Those in doubt last, else in the order given."""
+    return sorted(checkpoints, key=lambda path: standing(path) is Standing.DOUBTED)
+
+
 def latest(folder: str | os.PathLike) -> Path | None:
-    """The checkpoint to go on from: the one marked latest, or the most recently saved complete one with a warning.
+    """The checkpoint to go on from: the one marked latest, or the most recently saved complete one with a warning (of
+    those in doubt only if there are no others).
 
     Args:
         folder: a run's folder, or one checkpoint's own folder (which is then the answer).
@@ -133,7 +167,7 @@ def latest(folder: str | os.PathLike) -> Path | None:
     marked = _marked(folder)
     if marked is not None and is_complete(folder / marked):
         return folder / marked
-    complete = complete_checkpoints(folder)
+    complete = _best_first(complete_checkpoints(folder))
     if complete:
         said = (
             "is missing"
@@ -184,7 +218,7 @@ def damage(checkpoint: Path, name: str, record: FileRecord) -> str | None:
 
 def remedy(checkpoint: Path) -> str:
     """What to load instead of a damaged checkpoint."""
-    others = [path for path in complete_checkpoints(checkpoint.parent) if path.name != checkpoint.name]
+    others = [path for path in _best_first(complete_checkpoints(checkpoint.parent)) if path.name != checkpoint.name]
     if others:
         return f"Load {others[0]} instead" + (f" (older ones: {[p.name for p in others[1:4]]})" if others[1:] else "")
     return f"There is no other complete checkpoint in {checkpoint.parent}; restore the files from a copy"
@@ -257,11 +291,12 @@ def abandon(folder: Path, step: int) -> None:
     shutil.rmtree(temporary_path(folder, step), ignore_errors=True)
 
 
-def commit(folder: Path, step: int, files: Mapping[str, FileRecord]) -> Path:
+def commit(folder: Path, step: int, files: Mapping[str, FileRecord], stands: Standing = Standing.CONFIRMED) -> Path:
     """Turn the folder made by :func:`begin` into the checkpoint of ``step`` and mark it latest.
 
     Args:
         files: every file in it; all are on disk already.
+        stands: how it stands. One in doubt is marked latest only if no other checkpoint is.
     """
     temporary, final = temporary_path(folder, step), folder / step_name(step)
     content: dict[str, Any] = {
@@ -271,6 +306,8 @@ def commit(folder: Path, step: int, files: Mapping[str, FileRecord]) -> Path:
         "files": {name: dataclasses.asdict(files[name]) for name in sorted(files)},
     }
     content["sha256"] = _digest(content)
+    if stands is not Standing.CONFIRMED:
+        write_file(temporary / UNCONFIRMED, f"{stands.value}\n".encode())
     write_file(temporary / MANIFEST, json.dumps(content, indent=1).encode())
     sync_folder(temporary)
     replaced = folder / f".{final.name}.replaced"
@@ -278,28 +315,54 @@ def commit(folder: Path, step: int, files: Mapping[str, FileRecord]) -> Path:
         final.rename(replaced)
     temporary.rename(final)
     sync_folder(folder)
-    mark = folder / f".{LATEST}.tmp"
-    write_file(mark, f"{final.name}\n".encode())
-    mark.replace(folder / LATEST)
-    sync_folder(folder)
+    marked = _marked(folder)
+    if stands is not Standing.DOUBTED or marked is None or not is_complete(folder / marked):
+        mark_latest(final)
     if replaced.exists():
         _delete_or_warn(replaced)
     return final
 
 
-def delete_older(folder: Path, keep_last: int) -> None:
-    """Delete all but the ``keep_last`` most recently saved checkpoints (0: keep all), never one that is marked latest
-    or being loaded. What cannot be deleted is a warning."""
+def mark_latest(checkpoint: Path) -> None:
+    """Have ``latest`` name a checkpoint."""
+    folder = checkpoint.parent
+    if _marked(folder) == checkpoint.name:
+        return
+    mark = folder / f".{LATEST}.tmp"
+    write_file(mark, f"{checkpoint.name}\n".encode())
+    mark.replace(folder / LATEST)
+    sync_folder(folder)
+
+
+def record_standing(checkpoint: Path, stands: Standing) -> None:
+    """Record how a checkpoint stands from now on; a crash leaves the record from before or the new one."""
+    if stands is Standing.CONFIRMED:
+        (checkpoint / UNCONFIRMED).unlink(missing_ok=True)
+    else:
+        unfinished = checkpoint / f".{UNCONFIRMED}.tmp"
+        write_file(unfinished, f"{stands.value}\n".encode())
+        unfinished.replace(checkpoint / UNCONFIRMED)
+    sync_folder(checkpoint)
+
+
+def delete_older(folder: Path, keep_last: int, spared: Path | None = None) -> None:
+    """Delete all but the ``keep_last`` most recently saved good checkpoints (0: keep all), and those that are not good
+    and were saved before the newest good one. What cannot be deleted is a warning.
+
+    Never deleted are ``spared``, the newest confirmed one, and one that is marked latest or being loaded.
+    """
     if keep_last <= 0:
         return
-    marked = _marked(folder)
     try:
-        old = complete_checkpoints(folder)[keep_last:]
+        newest_first = {path: standing(path) for path in complete_checkpoints(folder)}
     except OSError as error:
         warnings.warn(f"cannot look for old checkpoints in {folder}: {error}", stacklevel=2)
         return
-    for path in old:
-        if path.name != marked:
+    good = [path for path, stands in newest_first.items() if stands.good]
+    confirmed = [path for path in good if newest_first[path] is Standing.CONFIRMED]
+    kept = {path.name for path in good[:keep_last] + confirmed[:1]} | {_marked(folder), spared and spared.name}
+    for path in itertools.dropwhile(lambda path: path not in good, newest_first):
+        if path.name not in kept:
             _delete_or_warn(path, in_use_too=False)
 
 

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron.checkpoint.agree import Group, raise_failures
 from megatron.checkpoint.errors import ContactLost
-from megatron.checkpoint.folder import abandon, delete_older, step_name
+from megatron.checkpoint.folder import Standing, abandon, delete_older, step_name
 from megatron.checkpoint.storage import BoxSavePlanner, Writer
 from megatron.checkpoint.tensors import Box, ShardedTensor, data_of
 
@@ -30,6 +30,7 @@ def save(
     group: dist.ProcessGroup | None = None,
     *,
     keep_last: int = 0,
+    stands: Standing = Standing.CONFIRMED,
 ) -> Path:
     """Write a checkpoint and mark it latest. All ranks of ``group`` call it together.
 
@@ -44,7 +45,8 @@ def save(
         meta: what else to remember, JSON-able; the first rank's is kept.
         group: a process group, best on a CPU backend; None is the default group, or this process alone if
             torch.distributed is not initialised.
-        keep_last: delete all but this many most recently saved checkpoints; 0 keeps all.
+        keep_last: delete all but this many most recently saved good checkpoints; 0 keeps all.
+        stands: how the checkpoint stands; one in doubt is marked latest only if no other one is.
 
     Returns:
         The checkpoint's folder.
@@ -53,7 +55,7 @@ def save(
         CheckpointError: on every rank, with the same message, which names the ranks and what went wrong. The ranks may
             go on and save again, but for ContactLost.
     """
-    return _write(Path(folder), step, lambda: entries, meta, Group(group), keep_last)
+    return _write(Path(folder), step, lambda: entries, meta, Group(group), keep_last, stands)
 
 
 class AsyncSaver:
@@ -86,6 +88,7 @@ class AsyncSaver:
         group: dist.ProcessGroup | None = None,
         *,
         keep_last: int = 0,
+        stands: Standing = Standing.CONFIRMED,
     ) -> Path:
         """Start a save; takes what :func:`megatron.checkpoint.save` takes. Waits for the save before.
 
@@ -115,8 +118,9 @@ class AsyncSaver:
             return staged
 
         self._thread = threading.Thread(
-            target=self._run, args=(Path(folder), step, copies, meta, keep_last), name=f"save-{step_name(step)}"
-        )
+            target=self._run, args=(Path(folder), step, copies, meta, self._ranks, keep_last, stands),
+            name=f"save-{step_name(step)}",
+        )  # fmt: skip
         atexit.register(self.wait)
         self._thread.start()
         return Path(folder) / step_name(step)
@@ -141,11 +145,9 @@ class AsyncSaver:
         if error is not None:
             raise error
 
-    def _run(
-        self, folder: Path, step: int, entries: Callable[[], Sequence[ShardedTensor]], meta: dict, keep_last: int
-    ) -> None:
+    def _run(self, *what: Any) -> None:
         try:
-            _write(folder, step, entries, meta, self._ranks, keep_last)
+            _write(*what)
         except BaseException as error:  # whatever it is, wait() must not return as if all were well
             self._error = error
 
@@ -157,12 +159,13 @@ def _write(
     meta: dict[str, Any],
     ranks: Group,
     keep_last: int,
+    stands: Standing,
 ) -> Path:
     doing = f"the checkpoint of step {step} was not saved in {folder}; earlier ones are as they were. "
     try:
         dcp.save(
             {},
-            storage_writer=Writer(folder, step, meta),
+            storage_writer=Writer(folder, step, meta, stands),
             planner=BoxSavePlanner(entries),
             process_group=ranks.process_group,
             no_dist=not ranks.distributed,

@@ -29,12 +29,14 @@ class Deferred:
     """Data that is made only when it is written, so that not all of it need be in memory at once.
 
     ``make`` returns a tensor of this shape and data type. It is called in the thread that saves, or before
-    :meth:`megatron.checkpoint.AsyncSaver.save` returns.
+    :meth:`megatron.checkpoint.AsyncSaver.save` returns. ``rows``, where it is there, makes the same data one row of the
+    first dimension after the other.
     """
 
     shape: torch.Size
     dtype: torch.dtype
     make: Callable[[], torch.Tensor]
+    rows: Callable[[], Iterable[torch.Tensor]] | None = None
 
     def numel(self) -> int:
         """Number of elements."""

@@ -25,7 +25,7 @@ class CheckpointConfig:
     save_interval: int = option(
         1000, "Save every this many updates of the full global batch (counted in tokens); 0 only at the end."
     )
-    keep_last: int = option(0, "Keep this many newest checkpoints and delete older ones; 0 keeps all.")
+    keep_last: int = option(0, "Keep this many newest good checkpoints and delete older ones; 0 keeps all.")
     async_save: bool = option(False, "Write checkpoints in the background while training goes on.")
     exit_duration_in_mins: float | None = option(None, "Save and exit this many minutes after the process started.")
     exit_tokens: int | None = option(

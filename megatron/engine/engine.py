@@ -16,6 +16,7 @@ from megatron.checkpoint import Box, ShardedTensor, flat_boxes
 from megatron.config import MoEConfig, RunConfig
 from megatron.engine.cuda_graphs import GraphedMicroBatches
 from megatron.engine.eight_bit import AdamW8bit, Stretch, warn_of_slow_decay
+from megatron.engine.loss_scale import leeway, load_scaler_state, scaler_state
 from megatron.engine.offload import use_cores
 from megatron.engine.schedule import learning_rate
 from megatron.model.gpt import GPTModel
@@ -75,7 +76,7 @@ class StepResult:
     sums: LossSums
     lr: float
     norm: float | LateNumber
-    scale_fell: bool = False  # skipped because fp16's loss scale was too high, and it was lowered: nothing is wrong
+    scale_fell: bool = False  # skipped for fp16's loss scale, which falls now or soon: nothing is wrong
 
     @functools.cached_property
     def grad_norm(self) -> float:
@@ -185,9 +186,9 @@ class Engine:
             sums = new if sums is None else sums + new
         if sums is None:
             raise ValueError("a step needs at least one micro-batch; got none")
-        scale = self._loss_scale()
+        before = self._leeway()
         self._engine.step()
-        return self._result(sums, lr, scale)
+        return self._result(sums, lr, before)
 
     def _forward_backward(self, batch: Mapping[str, Any], count: int) -> LossSums:
         """One of ``count`` micro-batches of an update: its losses; its gradients are added to the update's."""
@@ -212,13 +213,13 @@ class Engine:
         if self._update is not None:
             self._update.begin(micro_batches)
 
-    def _result(self, sums: LossSums, lr: float, scale: float) -> StepResult:
-        """What the update just done was; ``scale`` is the loss scale before it."""
+    def _result(self, sums: LossSums, lr: float, before: tuple[float, int] | None) -> StepResult:
+        """What the update just done was; ``before``: what :meth:`_leeway` gave before it."""
         if self._update is not None:
             return StepResult(sums, lr, LateNumber(self._update.norm))
         skipped = bool(self._optimizer.overflow)
         norm = math.inf if skipped else float(self._optimizer._global_grad_norm)
-        return StepResult(sums, lr, norm, scale_fell=skipped and self._loss_scale() < scale)
+        return StepResult(sums, lr, norm, scale_fell=skipped and before is not None and self._leeway() < before)
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Iterable[Mapping[str, Any]]) -> LossSums:
@@ -243,6 +244,10 @@ class Engine:
 
     def _loss_scale(self) -> float:
         return float(self._optimizer.loss_scaler.cur_scale) if self._config.optimizer.precision == "fp16" else 1.0
+
+    def _leeway(self) -> tuple[float, int] | None:
+        """How far fp16's loss scale is from its end; None in other formats."""
+        return leeway(self._optimizer.loss_scaler) if self._config.optimizer.precision == "fp16" else None
 
     def _to_device(self, batch: Mapping[str, Any], names: Sequence[str] = (*FIELDS, *DOCUMENTS)) -> dict[str, Any]:
         return {name: batch[name].to(self._topology.device, non_blocking=True) for name in names if name in batch}
@@ -325,8 +330,7 @@ class Engine:
         flat = self._adam.param_groups[0]["params"][0]
         state: dict[str, Any] = {"adam_step": int(self._adam.state[flat]["step"])}
         if self._config.optimizer.precision == "fp16":
-            scaler = self._optimizer.loss_scaler
-            state["loss_scaler"] = {k: v for k, v in vars(scaler).items() if isinstance(v, int | float | bool)}
+            state["loss_scaler"] = scaler_state(self._optimizer.loss_scaler)
         return state
 
     def load_scalar_state(self, state: Mapping[str, Any] | None) -> None:
@@ -334,5 +338,5 @@ class Engine:
         state = {"adam_step": 0} if state is None else state
         for entry in self._adam.state.values():
             entry["step"].fill_(state["adam_step"])
-        if self._config.optimizer.precision == "fp16" and "loss_scaler" in state:
-            vars(self._optimizer.loss_scaler).update(state["loss_scaler"])
+        if self._config.optimizer.precision == "fp16":
+            load_scaler_state(self._optimizer.loss_scaler, state.get("loss_scaler"))

@@ -51,13 +51,13 @@ class PipelineEngine(Engine):
         for batch in micro_batches:
             self._check_documents(batch)
         lr = self._set_learning_rate(tokens_after)
-        scale = self._loss_scale()
+        scale, before = self._loss_scale(), self._leeway()
         count, engine = len(micro_batches), self._engine
         engine.set_train_batch_size(count * engine.train_micro_batch_size_per_gpu() * engine.dp_world_size)
         self._module.begin(self._seeds(micro_batches), scale / count, self._documents(micro_batches))
         self._begin(count)
         engine.train_batch(self._inputs(micro_batches))
-        return self._result(self._module.sums, lr, scale)
+        return self._result(self._module.sums, lr, before)
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Iterable[Mapping[str, Any]]) -> LossSums:

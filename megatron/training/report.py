@@ -10,6 +10,8 @@ from typing import Any, Protocol
 
 from megatron.config import LoggingConfig
 
+_LOGGED = ("train", "valid", "test")  # kinds of records that TensorBoard and Weights & Biases draw
+
 
 class Writer(Protocol):
     """Takes one record at a time."""
@@ -100,6 +102,8 @@ class Console:
         what = f"saved {record['folder']} in {record['seconds']:.1f} s"
         if record["background"]:
             what = f"saving {record['folder']}"
+        if record.get("standing") == "doubted":
+            what += ", in doubt: the last loss is far above the usual; latest does not name it"
         return f"{self._progress(record)} | {what}"
 
     def _not_saved(self, record: dict[str, Any]) -> str:
@@ -147,6 +151,11 @@ def _finite(value: Any) -> Any:
     return value
 
 
+def _curve(record: dict[str, Any]) -> str:
+    """What the numbers of a record are filed under: its kind, and its set if that has a name."""
+    return f"{record['kind']}/{record['set']}" if "set" in record else record["kind"]
+
+
 def scalars(record: dict[str, Any]) -> dict[str, float]:
     """The numbers of a record of losses: ``train/loss``, ``train/experts/load/moe0``, ``valid/SET/loss`` and so on."""
     flat: dict[str, float] = {}
@@ -163,46 +172,98 @@ def scalars(record: dict[str, Any]) -> dict[str, float]:
             for number, item in enumerate(value):
                 walk(f"{prefix}/moe{number}", item)
 
-    if record["kind"] in ("train", "valid", "test"):
-        name = f"{record['kind']}/{record['set']}" if "set" in record else record["kind"]
-        walk(name, {k: v for k, v in record.items() if k not in ("kind", "set", "tokens", "train_tokens")})
+    if record["kind"] in _LOGGED:
+        walk(_curve(record), {k: v for k, v in record.items() if k not in ("kind", "set", "tokens", "train_tokens")})
     return flat
 
 
+def went_back_to(record: dict[str, Any]) -> int | None:
+    """The consumed tokens up to which what was logged before still holds, if a record says so; else None."""
+    if record["kind"] == "run":
+        return record["resumed_at_tokens"] or 0
+    return record["resumed_at_tokens"] if record["kind"] == "spike" else None
+
+
 class TensorBoard:
-    """Scalars over consumed tokens."""
+    """Scalars over consumed tokens. Of what a resumed run trains on anew, TensorBoard shows the new figures alone."""
 
     def __init__(self, folder: str) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(folder)
+        self._folder, self._class, self._writer = folder, SummaryWriter, None
 
     def write(self, record: dict[str, Any]) -> None:
         """Add the record's numbers at its tokens."""
-        for name, value in scalars(record).items():
+        tokens = went_back_to(record)
+        if tokens is not None:
+            self.close()
+            self._writer = self._class(self._folder, purge_step=tokens + 1)
+        values = scalars(record)
+        if values and self._writer is None:
+            self._writer = self._class(self._folder)
+        for name, value in values.items():
             self._writer.add_scalar(name, value, record["tokens"])
 
     def close(self) -> None:
         """Flush and close."""
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
 
 
 class WeightsAndBiases:
-    """Scalars over consumed tokens, on Weights & Biases."""
+    """Scalars over consumed tokens, on Weights & Biases.
 
-    def __init__(self, project: str, name: str) -> None:
+    ``SAVE/wandb.json`` keeps the id, so that all starts of a run are one run there, and how far it has been logged: a
+    point that is there cannot be taken back, so no other is added for the same tokens.
+    """
+
+    def __init__(self, project: str, name: str, save: str | None) -> None:
         try:
             import wandb
         except ImportError:
             raise ValueError("--wandb-project needs Weights & Biases; run: pip install -e '.[wandb]'") from None
-        self._run = wandb.init(project=project, name=name, resume="allow")
+        self._file = None if save is None else Path(save) / "wandb.json"
+        kept = self._kept(project)
+        self._run = wandb.init(project=project, name=name, id=kept.get("id"), resume="allow")
+        for kind in _LOGGED:
+            self._run.define_metric(f"{kind}/*", step_metric="tokens")
+        self._logged: dict[str, int] = kept.get("logged", {})  # kind or kind/set -> tokens of its newest point
+        self._there = dict(self._logged)  # the same, when the run last started or went back
+        self._record = {"project": project, "id": self._run.id, "logged": self._logged}
+
+    def _kept(self, project: str) -> dict[str, Any]:
+        try:
+            kept = json.loads(self._file.read_text()) if self._file is not None else {}
+        except (OSError, ValueError):
+            return {}
+        return kept if kept.get("project") == project else {}
+
+    def _keep(self) -> None:
+        if self._file is not None:
+            unfinished = self._file.with_suffix(".tmp")
+            unfinished.write_text(json.dumps(self._record) + "\n")
+            unfinished.replace(self._file)
 
     def write(self, record: dict[str, Any]) -> None:
         """Log the record's numbers; a run record becomes the run's configuration."""
-        if record["kind"] == "run":
+        kind, tokens = record["kind"], record["tokens"]
+        back = went_back_to(record)
+        if back is not None:
+            self._there = dict(self._logged)
+            if (most := max(self._there.values(), default=0)) > back:
+                print(
+                    f"Weights & Biases keeps what it has of this run, up to {most} tokens; the run goes on at {back} "
+                    "tokens, and what comes after those is added",
+                    flush=True,
+                )
+        if kind == "run":
             self._run.config.update(record["config"], allow_val_change=True)
-        elif values := scalars(record):
-            self._run.log(values | {"tokens": record["tokens"]})
+            self._keep()
+        values = scalars(record)
+        if values and tokens > self._there.get(_curve(record), -1):
+            self._run.log(values | {"tokens": tokens})
+            self._logged[_curve(record)] = tokens
+            self._keep()
 
     def close(self) -> None:
         """Finish the run."""
@@ -224,7 +285,7 @@ class Report:
         if config.tensorboard_dir:
             self._writers.append(TensorBoard(config.tensorboard_dir))
         if config.wandb_project:
-            self._writers.append(WeightsAndBiases(config.wandb_project, name))
+            self._writers.append(WeightsAndBiases(config.wandb_project, name, save))
 
     def write(self, kind: str, *, step: int, tokens: int, train_tokens: int, **values: Any) -> None:
         """Write one record of ``kind`` at ``tokens`` consumed tokens of ``train_tokens``."""

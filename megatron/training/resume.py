@@ -50,7 +50,7 @@ def describe(
     return {
         "clock": clock.state(),
         "detours": detours.state(),
-        "spikes": spikes.state() if config.guard.spike_sigmas is not None else None,
+        "spikes": spikes.state(),
         "config": to_dict(config),
         "vocab_size": vocab_size,
         "tokenizer": {"vocab_size": tokenizer.vocab_size, "fingerprint": tokenizer.fingerprint},

@@ -5,6 +5,9 @@ not high; d is 1.4826 times the median distance from m, which is the standard de
 and at least 0.001 m. A loss is high if it is above m + ``--spike-sigmas`` d or not finite. ``--spike-updates`` high
 losses in a row are a spike. Fewer are none, and then count like others. Until the window is full nothing is judged.
 
+**Outliers.** Whether a run goes back for spikes or not, a loss above m + 10 d is an outlier, where m and d are of as
+many losses as there are so far. Of fewer than 8, d is at least 0.05 m; of none, no finite loss is an outlier.
+
 **What is left out.** The data of the high updates, and of as many updates before the first of them: their losses were
 still as usual, but it may have been they that did the harm.
 
@@ -20,11 +23,12 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-from megatron.checkpoint.folder import complete_checkpoints, read_manifest
+from megatron.checkpoint.folder import complete_checkpoints, read_manifest, standing
 from megatron.config import GuardConfig, RunConfig
 from megatron.config.spans import Span, merge, nth_outside, parse_span
 
 _LEAST = 1e-3  # of the median, for the deviation
+_OUTLIER_SIGMAS, _FEW, _LEAST_OF_FEW = 10.0, 8, 0.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,9 +64,8 @@ class SpikeWatch:
         """Take in the next update."""
         limit, median = math.inf, math.nan
         if len(self._losses) == self._losses.maxlen:
-            median = statistics.median(self._losses)
-            away = statistics.median(abs(loss - median) for loss in self._losses)
-            limit = median + self._sigmas * max(1.4826 * away, _LEAST * abs(median))
+            median, deviation = self._usual_losses(_LEAST)
+            limit = median + self._sigmas * deviation
         if math.isfinite(limit) and not loss <= limit:
             self._high.append((update, loss))
             if len(self._high) < self._updates:
@@ -74,6 +77,21 @@ class SpikeWatch:
         self._accept()
         self._take(update, loss)
         return None
+
+    def is_outlier(self, loss: float) -> bool:
+        """Whether the loss of the next update, not yet taken in, is unlike the ones before, or is not finite."""
+        if not math.isfinite(loss):
+            return True
+        if not self._losses:
+            return False
+        median, deviation = self._usual_losses(_LEAST if len(self._losses) >= _FEW else _LEAST_OF_FEW)
+        return loss > median + _OUTLIER_SIGMAS * deviation
+
+    def _usual_losses(self, least: float) -> tuple[float, float]:
+        """Median and deviation, which is at least ``least`` times the median."""
+        median = statistics.median(self._losses)
+        away = statistics.median(abs(loss - median) for loss in self._losses)
+        return median, max(1.4826 * away, least * abs(median))
 
     def _accept(self) -> None:
         """What was high counts like others."""
@@ -138,12 +156,12 @@ class Detours:
 
 
 def checkpoint_before(folder: Path, update: Update) -> Path | None:
-    """The checkpoint to go back to, to do ``update`` anew.
+    """The good checkpoint to go back to, to do ``update`` anew.
 
     Among the checkpoints of earlier detours, which lie there too, those saved last are of the run as it is: when a run
     goes back, it saves where it begins anew.
     """
     for path in complete_checkpoints(folder):
-        if read_manifest(path).step < update.number:
+        if read_manifest(path).step < update.number and standing(path).good:
             return path
     return None

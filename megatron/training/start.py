@@ -16,6 +16,7 @@ from megatron.config.checkpoint_rules import saves_where_it_loads
 from megatron.config.errors import ConfigError
 from megatron.data.files import try_lock
 from megatron.parallel.initialize import Topology
+from megatron.training.confirmation import Origin, origin_of
 from megatron.training.spikes import Update, checkpoint_before
 
 
@@ -157,6 +158,11 @@ def find_checkpoint_before(config: RunConfig, update: Update, topology: Topology
         return None if source is None else (source, read_meta(source))
 
     return _as_first_rank(find, topology)
+
+
+def find_origin(source: Path, topology: Topology) -> Origin:
+    """How the checkpoint ``source`` stands, as the first rank sees it."""
+    return _as_first_rank(lambda: origin_of(source), topology)
 
 
 def how_to_go_on(config: RunConfig) -> str:

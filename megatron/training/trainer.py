@@ -3,12 +3,14 @@
 import contextlib
 import dataclasses
 import itertools
+import math
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron.checkpoint import AsyncSaver, CheckpointError, ContactLost, save
+from megatron.checkpoint import AsyncSaver, CheckpointError, ContactLost, Standing, save
+from megatron.checkpoint.folder import step_name
 from megatron.config import RunConfig
 from megatron.config.spans import merge, nth_outside
 from megatron.data.gpt_dataset import Datasets, batches
@@ -19,6 +21,7 @@ from megatron.parallel.initialize import Topology
 from megatron.parallel.watchdog import Watchdog
 from megatron.planning.flops import model_flops_per_token, peak_tflops
 from megatron.training.clock import Clock, global_batch_size, last_samples, total_samples
+from megatron.training.confirmation import Confirmation
 from megatron.training.ending import record_end
 from megatron.training.evaluation import evaluate
 from megatron.training.metrics import StepWindow, mean_loss
@@ -27,7 +30,7 @@ from megatron.training.report import Report
 from megatron.training.resume import clock_from, describe, restore
 from megatron.training.signals import StopRequest
 from megatron.training.spikes import Detours, Spike, SpikeWatch, Update
-from megatron.training.start import find_checkpoint_before
+from megatron.training.start import find_checkpoint_before, find_origin
 
 
 class TrainingDiverged(RuntimeError):
@@ -61,15 +64,19 @@ class Trainer:
         self._total = total_samples(config.training, config.model.seq_length, clock.samples)
         self._saver = AsyncSaver(topology.control_group) if config.checkpoint.async_save else None
         self._detours, self._spikes, self._spike = detours, SpikeWatch(config.guard), None
-        self._last_saved, self._first_step = None, clock.steps
-        self._finetuned_from = finetuned_from
+        self._first_step, self._finetuned_from = clock.steps, finetuned_from
+        origin = None
         if resumed_from is not None:
-            self._last_saved = resumed_from[0]
-            self._spikes.load_state(resumed_from[1].get("spikes"))
+            origin = find_origin(resumed_from[0], topology)
+            if self._same_blend(resumed_from[1]):  # the losses of other data are no measure
+                self._spikes.load_state(resumed_from[1].get("spikes"))
+        saving = config.checkpoint
+        self._checkpoints = Confirmation(saving.save, saving.keep_last, topology.is_first, origin)
+        self._save_due = False
         self._saving: Path | None = None  # in the background
         self._not_saved: CheckpointError | None = None  # why the last save failed
         self._skipped_in_a_row = 0
-        self._unwatched: tuple[StepResult, Update, LateNumber | None] | None = None  # with its loss, if that is watched
+        self._unwatched: tuple[StepResult, Update, LateNumber] | None = None  # with its loss
         self._window = StepWindow(
             model_flops_per_token(config.model, config.moe, vocab_size),
             config.logging.peak_tflops or peak_tflops(_device_name(topology), config.optimizer.precision),
@@ -82,10 +89,11 @@ class Trainer:
         A save that fails, say for a full disk, is told, and training goes on to the next.
 
         Raises:
-            CheckpointError: the last save failed.
+            CheckpointError: the last save failed, or there was nothing good to save.
             TrainingDiverged: too many updates in a row were skipped.
         """
         reason = self._loop()
+        self._checkpoints.wait()
         if self._not_saved:
             raise self._not_saved
         if self.topology.is_first:
@@ -104,7 +112,8 @@ class Trainer:
                 result = self.engine.train_step(self._next(data, self._share(size)), now * seq)
             validate = self.clock.crosses(now, self.config.training.eval_interval, batch)
             keep = self.clock.crosses(now, self.config.checkpoint.save_interval, batch)
-            loss = None if self.config.guard.spike_sigmas is None else mean_loss(result.sums)
+            first_try, self._save_due = not self._save_due, self._save_due or keep
+            loss = mean_loss(result.sums)
             update = Update(self.clock.steps + 1, self.clock.samples, now)
             self.clock.samples = now
             self.clock.steps += 1
@@ -113,7 +122,7 @@ class Trainer:
             self._compare_replicas()
             done = now >= end
             log = done or self.clock.steps % self.config.logging.log_interval == 0
-            if log or validate or keep:
+            if log or validate or self._save_due:
                 self._watch()
             if self._spike is not None and self._go_back():
                 data, end = self._training_data(), self._end()
@@ -128,11 +137,11 @@ class Trainer:
             reason = None if done else self._stop.agreed()
             if self._saver and not self._saver.busy:
                 self._end_of_saving()
-            if keep or done or reason:
+            if self._save_due or done or reason:
                 self._watch()
                 if self._spike is None or not self._go_back():  # which saves
                     with self._watchdog.paused():
-                        self._save(in_background=not (done or reason))
+                        self._save_if_good(first_try, at_the_end=bool(done or reason))
         if reason is None:
             reason = "all tokens are trained on" if self.clock.samples >= self._total else f"--exit-tokens {limit}"
         self._log("stop", reason=reason)
@@ -184,34 +193,44 @@ class Trainer:
             return
         (result, update, loss), self._unwatched = self._unwatched, None
         self._window.add(result, (update.after - update.before) * self.config.model.seq_length)
-        if loss is not None and not result.scale_fell:
-            self._spike = self._spikes.add(update, float(loss)) or self._spike
-        if not result.skipped:
-            self._skipped_in_a_row = 0
-            return
-        self.clock.skipped += 1
-        if result.scale_fell:
-            return
-        self._skipped_in_a_row += 1
+        value = float(loss)
+        finite, outlier = math.isfinite(value), self._spikes.is_outlier(value)
+        if not result.scale_fell:
+            self._spike = self._spikes.add(update, value) or self._spike
+        self.clock.skipped += result.skipped
+        if result.scale_fell and not outlier:
+            return  # says nothing of the weights
+        finite = finite and (result.scale_fell or not result.skipped)
+        self._checkpoints.judge(finite, outlier)
+        if self._saving is None:
+            self._checkpoints.settle()
+        self._skipped_in_a_row = 0 if finite else self._skipped_in_a_row + 1
         most = self.config.training.max_skipped_updates
         if self._skipped_in_a_row > most:
             self._end_of_saving()
             raise TrainingDiverged(
                 f"{self._skipped_in_a_row} updates in a row had a loss or gradient that is not finite "
-                f"(--max-skipped-updates {most}), at {self.clock.tokens} tokens. "
-                f"Last good checkpoint: {self._last_saved or 'none'}. "
-                "Resume from it with a lower --lr or a longer --lr-warmup-tokens, or look at the data of these steps"
+                f"(--max-skipped-updates {most}), at {self.clock.tokens} tokens. {self._advice()}"
             )
+
+    def _advice(self) -> str:
+        good, what = self._checkpoints.last_good, "a lower --lr or a longer --lr-warmup-tokens"
+        if good is None:
+            return f"No checkpoint is known to be good. Start anew, in another --save, with {what}"
+        return f"Last good checkpoint: {good}. Resume from it with {what}, or look at the data of these steps"
 
     def _go_back(self) -> bool:
         """Go on from a checkpoint before the spike without its data. False: there is none, or no more."""
         spike, self._spike = self._spike, None
         with self._watchdog.paused():
             self._end_of_saving()
+            self._checkpoints.wait()
             found, why_not = None, f"--spike-restarts {self.config.guard.spike_restarts} are used up"
             if self._detours.restarts < self.config.guard.spike_restarts:
                 found = find_checkpoint_before(self.config, spike.first, self.topology)
                 why_not = f"there is no checkpoint from before update {spike.first.number}"
+                if found is not None and not self._same_blend(found[1]):
+                    found, why_not = None, f"the blend has changed since {found[0].name}"
             self._tell_spike(spike, found, why_not)
             if found is None:
                 return False
@@ -221,11 +240,16 @@ class Trainer:
             self._detours.restarts += 1
             self.clock = clock_from(meta)
             self._spikes.load_state(meta.get("spikes"))
-            self._skipped_in_a_row, self._unwatched, self._last_saved = 0, None, source
+            self._skipped_in_a_row, self._unwatched = 0, None
+            self._checkpoints.goes_back(source)
             self._total = total_samples(self.config.training, self.config.model.seq_length, self.clock.samples)
-            self._save(in_background=False)  # the checkpoint to go on from is now one that knows of the detour
+            self._save(Standing.CONFIRMED)  # the checkpoint to go on from is now one that knows of the detour
             self._window.clear()
         return True
+
+    def _same_blend(self, meta: dict[str, Any]) -> bool:
+        """Whether a checkpoint of this run is from after the last change of its blend."""
+        return meta.get("data", {}).get("position", 0) == self._data_state.position
 
     def _tell_spike(self, spike: Spike, found: tuple[Path, dict[str, Any]] | None, why_not: str) -> None:
         seq = self.config.model.seq_length
@@ -261,8 +285,21 @@ class Trainer:
             self._log(kind, **({} if name == kind else {"set": name}), **record)
         self._window.pause(time.perf_counter() - start)
 
-    def _save(self, in_background: bool) -> None:
-        folder = self.config.checkpoint.save
+    def _save_if_good(self, first_try: bool, at_the_end: bool) -> None:
+        """Save after a good update; at an interval, what follows another one waits for the next that is."""
+        checkpoints = self._checkpoints
+        if checkpoints.good or (at_the_end and checkpoints.finite):
+            self._save(checkpoints.stands(at_the_end), in_background=not at_the_end)
+        elif self.config.checkpoint.save is not None and (at_the_end or first_try):
+            why = "whose loss is far above the usual" if checkpoints.finite else "with a loss or gradient not finite"
+            problem = f"the checkpoint of step {self.clock.steps} would follow an update {why}"
+            if at_the_end:
+                self._end_of_saving()
+                self._not_saved = CheckpointError(f"{problem}, and was not saved. {self._advice()}")
+            self._log("not_saved", reason=problem if at_the_end else f"{problem}; saving waits for a good one")
+
+    def _save(self, stands: Standing, in_background: bool = False) -> None:
+        folder, self._save_due = self.config.checkpoint.save, False
         if folder is None:
             return
         start = time.perf_counter()
@@ -272,7 +309,11 @@ class Trainer:
             self.engine.scalar_state(), world_size, self._data_state, self._finetuned_from,
         )  # fmt: skip
         self._end_of_saving()
+        self._checkpoints.wait()
         background = self._saver if in_background else None
+        self._saving = Path(folder) / step_name(self.clock.steps)
+        if stands is not Standing.CONFIRMED:
+            self._checkpoints.begins(self._saving, stands)
         with self._told_if_not_saved():
             written = (background.save if background else save)(
                 folder,
@@ -280,14 +321,15 @@ class Trainer:
                 self.engine.saved_tensors(),
                 meta,
                 group=self.topology.control_group,
-                keep_last=self.config.checkpoint.keep_last,
+                stands=stands,
             )
-            if background:
-                self._saving = written
-            else:
-                self._last_saved, self._not_saved = written, None
+            if not background:
+                self._saving, self._not_saved = None, None
+                if stands.good:
+                    self._checkpoints.delete_older()
             seconds = time.perf_counter() - start
-            self._log("save", folder=str(written), seconds=seconds, background=background is not None)
+            in_background = background is not None
+            self._log("save", folder=str(written), seconds=seconds, background=in_background, standing=stands.value)
         self._window.pause(time.perf_counter() - start)
 
     def _end_of_saving(self) -> None:
@@ -295,9 +337,9 @@ class Trainer:
         if self._saver is None or self._saving is None:
             return
         with self._told_if_not_saved():
-            saving, self._saving = self._saving, None
             self._saver.wait()
-            self._last_saved, self._not_saved = saving, None
+            self._saving, self._not_saved = None, None
+            self._checkpoints.settle()
 
     @contextlib.contextmanager
     def _told_if_not_saved(self) -> Iterator[None]:
@@ -306,7 +348,8 @@ class Trainer:
         except ContactLost:
             raise
         except CheckpointError as error:  # the same on all ranks, which go on together
-            self._not_saved = error
+            self._checkpoints.failed(self._saving)
+            self._saving, self._not_saved = None, error
             self._log("not_saved", reason=str(error))
 
     def _log(self, kind: str, **values: Any) -> None:

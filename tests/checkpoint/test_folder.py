@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron.checkpoint import Box, CheckpointError, ShardedTensor, latest, load, save
-from megatron.checkpoint.folder import complete_checkpoints, in_use
+from megatron.checkpoint.folder import Standing, complete_checkpoints, in_use, record_standing
 
 pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]
 
@@ -124,6 +124,22 @@ def test_keep_last(tmp_path):
     assert names(tmp_path) == ["latest", "step_00000250", "step_00000300"]
     save_value(tmp_path, 400, 400.0)
     assert names(tmp_path) == ["latest", "step_00000250", "step_00000300", "step_00000400"]
+
+
+def test_one_in_doubt_is_the_last_choice(tmp_path):
+    save_value(tmp_path, 100, 1.0)
+    save_value(tmp_path, 200, 2.0, stands=Standing.DOUBTED)
+    assert load_value(tmp_path) == 1.0
+    assert load_value(tmp_path / "step_00000200") == 2.0
+    save_value(tmp_path, 300, 3.0, stands=Standing.PENDING)
+    assert load_value(tmp_path) == 3.0
+    record_standing(tmp_path / "step_00000300", Standing.DOUBTED)
+    (tmp_path / "latest").unlink()
+    with pytest.warns(UserWarning, match=r"using .*step_00000100"):
+        assert load_value(tmp_path) == 1.0
+    (tmp_path / "step_00000200" / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match=r"Load .*step_00000100 instead \(older ones: \['step_00000300'\]\)"):
+        latest(tmp_path / "step_00000200")
 
 
 def test_a_checkpoint_being_loaded_is_kept(tmp_path):

@@ -89,12 +89,29 @@ def own_disk() -> None:
 
 def poisoned_samples(first: str, end: str) -> None:
     """Some of the training data is noise."""
-    _wrap_training_data(lambda source: Poisoned(source, int(first), int(end)))
+    _wrap_training_data(lambda source: Poisoned(source, int(first), int(end), noise))
+
+
+def samples_not_finite(first: str, end: str) -> None:
+    """Some of the training data has a loss that is not finite."""
+    _wrap_training_data(lambda source: Poisoned(source, int(first), int(end), nan))
 
 
 def noted_sequences() -> None:
     """What is trained on is printed."""
     _wrap_training_data(Noted)
+
+
+def noise(item: dict, index: int) -> dict:
+    """The item with other words."""
+    generator = torch.Generator().manual_seed(index)
+    words = torch.randint(120, (len(item["tokens"]) + 1,), generator=generator)
+    return item | {"tokens": words[:-1], "labels": words[1:]}
+
+
+def nan(item: dict, index: int) -> dict:
+    """The item with a loss of NaN."""
+    return item | {"loss_mask": torch.full_like(item["loss_mask"], torch.nan)}
 
 
 def _wrap_training_data(wrap: Callable) -> None:
@@ -128,10 +145,10 @@ class Noted:
 
 
 class Poisoned:
-    """A dataset with noise in samples ``first`` to ``end``; loader processes have it too."""
+    """A dataset with poison in samples ``first`` to ``end``; loader processes have it too."""
 
-    def __init__(self, source, first: int, end: int) -> None:
-        self._source, self._first, self._end = source, first, end
+    def __init__(self, source, first: int, end: int, poison: Callable[[dict, int], dict]) -> None:
+        self._source, self._first, self._end, self._poison = source, first, end, poison
 
     def __len__(self) -> int:
         return len(self._source)
@@ -139,13 +156,11 @@ class Poisoned:
     def __getitem__(self, index: int) -> dict:
         item = self._source[index]
         if self._first <= index < self._end:
-            generator = torch.Generator().manual_seed(index)
-            words = torch.randint(120, (len(item["tokens"]) + 1,), generator=generator)
-            item |= {"tokens": words[:-1], "labels": words[1:]}
+            item = self._poison(item, index)
         return item
 
     def extended(self, length: int) -> "Poisoned":
-        return Poisoned(self._source.extended(length), self._first, self._end)
+        return Poisoned(self._source.extended(length), self._first, self._end, self._poison)
 
 
 def _delay(module: object, name: str, seconds: float) -> None:

@@ -74,3 +74,19 @@ def test_the_fp16_loss_scale_falls_until_gradients_are_finite_and_is_part_of_the
     resumed = build(dataclasses.replace(run), topology)
     resumed.load_scalar_state(state)
     assert resumed.scalar_state() == state
+
+
+def test_an_overflow_that_uses_up_hysteresis_is_nothing_wrong_and_a_fixed_scale_stays_fixed(topology):
+    engine = build(config("fp16", initial_loss_scale_power=32, hysteresis=2), topology)
+    first, second = ([micro_batch(4 * step + i) for i in range(4)] for step in range(2))
+    results = [engine.train_step(first, BATCH * SEQ), engine.train_step(second, 2 * BATCH * SEQ)]
+    assert [(result.skipped, result.scale_fell) for result in results] == [(True, True)] * 2
+    state = engine.scalar_state()
+    assert (state["loss_scaler"]["cur_scale"], state["loss_scaler"]["cur_hysteresis"]) == (2.0**31, 1)
+    fixed = build(config("fp16", loss_scale=128.0), topology)
+    fixed.load_scalar_state(state)
+    assert fixed._loss_scale() == 128.0
+    assert fixed.scalar_state()["loss_scaler"] is None
+    again = build(config("fp16", initial_loss_scale_power=10), topology)
+    again.load_scalar_state(fixed.scalar_state())
+    assert again._loss_scale() == 2.0**10

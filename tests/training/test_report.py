@@ -1,5 +1,7 @@
 import json
 import resource
+from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 
@@ -136,6 +138,140 @@ def test_tensorboard_files_hold_the_numbers_over_tokens(tmp_path):
     events = EventAccumulator(str(tmp_path))
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("valid/loss")] == [(300, 4.0)]
+
+
+def crashed_twice(report):
+    """What a run with ``report(save)`` logs that dies, goes on, goes back for a spike, dies and goes on."""
+
+    def write(*records: tuple) -> None:
+        run = report()
+        for kind, tokens, value in records:
+            values = {
+                "run": RUN | {"resumed_at_tokens": value},
+                "train": TRAIN | {"loss": value},
+                "valid": {"loss": value, "perplexity": 1.0},
+                "spike": {"reason": "high", "resumed_at_tokens": value, "samples": [0, 1]},
+            }[kind]
+            run.write(kind, step=tokens, tokens=tokens, train_tokens=1000, **values)
+        run.close()
+
+    write(("run", 0, None), ("train", 100, 9.0), ("train", 200, 8.0), ("valid", 200, 8.1), ("train", 300, 7.0))
+    write(("run", 200, 200), ("train", 300, 7.0), ("train", 400, 99.0), ("valid", 400, 98.0),
+          ("spike", 400, 200), ("train", 300, 7.5))  # fmt: skip
+    write(("run", 200, 200), ("train", 300, 7.5), ("train", 400, 6.5), ("valid", 400, 6.6), ("train", 500, 6.0))
+
+
+AFTER_ALL = [(100, 9.0), (200, 8.0), (300, 7.5), (400, 6.5), (500, 6.0)]
+
+
+def test_curves_of_a_run_that_went_on_from_an_earlier_point_do_not_go_back(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from tools.plot_runs import read_run
+
+    logging = LoggingConfig(tensorboard_dir=str(tmp_path / "events"))
+    crashed_twice(lambda: Report(logging, "moe", str(tmp_path), is_first=True))
+    events = EventAccumulator(str(tmp_path / "events"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == AFTER_ALL
+    assert [e.step for e in events.Scalars("valid/loss")] == [200, 400]
+    assert events.Scalars("valid/loss")[1].value == pytest.approx(6.6)
+    for logged in (tmp_path, tmp_path / "events"):
+        run = read_run(logged)
+        assert [(line["tokens"], line["loss"]) for line in run.train] == AFTER_ALL
+        assert [line["tokens"] for line in run.lines("valid")] == [200, 400]
+
+
+class StandIn:
+    """Of wandb, what is used: runs by id, each with its rows."""
+
+    def __init__(self) -> None:
+        self.runs: dict[str, list[dict]] = {}
+        self.metrics: set[tuple[str, str]] = set()
+
+    def init(self, project: str, name: str, id: str | None, resume: str) -> SimpleNamespace:
+        assert resume == "allow"
+        id = id or f"id-{len(self.runs)}"
+        return SimpleNamespace(
+            id=id,
+            log=self.runs.setdefault(id, []).append,
+            define_metric=lambda name, step_metric: self.metrics.add((name, step_metric)),
+            config=SimpleNamespace(update=lambda *args, **options: None),
+            finish=lambda: None,
+        )
+
+
+ON_WANDB = [(100, 9.0), (200, 8.0), (300, 7.0), (400, 99.0), (500, 6.0)]  # what is there stays as it is
+
+
+def test_all_starts_of_a_run_are_one_on_weights_and_biases(tmp_path, monkeypatch, capsys):
+    wandb = StandIn()
+    monkeypatch.setitem(__import__("sys").modules, "wandb", wandb)
+    (tmp_path / "fork").mkdir()
+
+    def report(project: str = "p", save=tmp_path) -> Report:
+        return Report(LoggingConfig(wandb_project=project), "moe", str(save), is_first=True)
+
+    crashed_twice(report)
+    (rows,) = wandb.runs.values()
+    assert [(row["tokens"], row["train/loss"]) for row in rows if "train/loss" in row] == ON_WANDB
+    assert [(row["tokens"], row["valid/loss"]) for row in rows if "valid/loss" in row] == [(200, 8.1), (400, 98.0)]
+    assert wandb.metrics == {("train/*", "tokens"), ("valid/*", "tokens"), ("test/*", "tokens")}
+    assert "keeps what it has of this run, up to 400 tokens" in capsys.readouterr().out
+    for other in (report(save=tmp_path / "fork"), report(project="q")):
+        other.write("run", step=200, tokens=200, train_tokens=1000, **RUN | {"resumed_at_tokens": 200})
+        other.write("train", step=300, tokens=300, train_tokens=1000, **TRAIN)
+    assert [[row["tokens"] for row in rows] for rows in wandb.runs.values()][1:] == [[300], [300]]
+
+
+def test_a_crash_between_two_sets_loses_neither_on_weights_and_biases(tmp_path, monkeypatch):
+    wandb = StandIn()
+    monkeypatch.setitem(__import__("sys").modules, "wandb", wandb)
+    for sets in (("books",), ("books", "code")):  # killed after the first, then the same validation once more
+        report = Report(LoggingConfig(wandb_project="p"), "moe", str(tmp_path), is_first=True)
+        report.write("run", step=0, tokens=0, train_tokens=1000, **RUN)
+        for name in sets:
+            report.write("valid", step=4, tokens=400, train_tokens=1000, set=name, loss=2.5, perplexity=12.18)
+    (rows,) = wandb.runs.values()
+    assert [[key for key in row if key.endswith("/loss")] for row in rows] == [
+        ["valid/books/loss"],
+        ["valid/code/loss"],
+    ]
+
+
+def leveldb_records(log: bytes) -> Iterator[bytes]:
+    """The records of a file of wandb: 7 bytes, then LevelDB's log format (github.com/google/leveldb)."""
+    at, data = 7, b""
+    while at + 7 <= len(log):
+        if 32768 - at % 32768 < 7:  # a block ends in fewer bytes than a header has
+            at += 32768 - at % 32768
+        length, kind = int.from_bytes(log[at + 4 : at + 6], "little"), log[at + 6]
+        data += log[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield data
+            data = b""
+
+
+def test_what_wandb_itself_writes_is_one_run_over_tokens(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    for name, value in (("MODE", "offline"), ("DIR", str(tmp_path)), ("SILENT", "true")):
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    logging = LoggingConfig(wandb_project="p")
+    crashed_twice(lambda: Report(logging, "moe", str(tmp_path), is_first=True))
+    wandb.teardown()
+    rows, ids, metrics = [], set(), set()
+    for file in sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns):
+        for data in leveldb_records(file.read_bytes()):
+            record = Record.FromString(data)
+            ids |= {record.run.run_id} - {""}
+            metrics |= {(record.metric.glob_name or record.metric.name, record.metric.step_metric)} - {("", "")}
+            rows.append({item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item})
+    assert len(ids) == 1
+    assert [(row["tokens"], row["train/loss"]) for row in rows if "train/loss" in row] == ON_WANDB
+    assert {("train/*", "tokens"), ("valid/*", "tokens")} <= metrics
 
 
 def test_a_missing_extra_is_named(monkeypatch):

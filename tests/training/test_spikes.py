@@ -1,12 +1,13 @@
 """When losses are a spike, what is left out, and where the run goes on."""
 
+import dataclasses
 import json
 import math
 import time
 
 import pytest
 
-from megatron.checkpoint.folder import begin, commit
+from megatron.checkpoint.folder import Standing, begin, commit, record_standing
 from megatron.config import GuardConfig, RunConfig
 from megatron.config.data import DataConfig
 from megatron.training.spikes import Detours, Spike, SpikeWatch, Update, checkpoint_before
@@ -59,6 +60,25 @@ def test_a_saved_watch_goes_on_as_it_would_have():
         assert [(spike.first, spike.last) for spike in found] == [(update(7), update(12))], at
 
 
+@pytest.mark.parametrize("sigmas", [None, 5.0])
+def test_outliers_are_known_without_going_back_for_them(sigmas):
+    watch = SpikeWatch(dataclasses.replace(CONFIG, spike_sigmas=sigmas))
+    assert not watch.is_outlier(1e9), "nothing is known yet"
+    assert watch.is_outlier(math.nan)
+    assert watch.is_outlier(math.inf)
+    feed(watch, [4.0])
+    assert [watch.is_outlier(loss) for loss in (0.1, 5.9, 6.1)] == [False, False, True]
+    feed(watch, USUAL)
+    deviation = 1.4826 * 0.075
+    assert [watch.is_outlier(2 + sigmas * deviation) for sigmas in (9.9, 10.1)] == [False, True]
+
+
+def test_outliers_of_losses_that_are_all_alike():
+    watch = SpikeWatch(CONFIG)
+    feed(watch, [2.0] * 8)
+    assert [watch.is_outlier(loss) for loss in (2.019, 2.021)] == [False, True]
+
+
 def spike(first: int, last: int) -> Spike:
     return Spike(update(first), update(last), 9.0, 2.0, 2.5)
 
@@ -93,3 +113,5 @@ def test_the_run_goes_back_to_the_checkpoint_of_the_run_as_it_is(tmp_path):
     assert checkpoint_before(tmp_path, update(9)).name == "step_00000008"
     assert checkpoint_before(tmp_path, update(5)).name == "step_00000004"
     assert checkpoint_before(tmp_path, update(4)) is None
+    record_standing(tmp_path / "step_00000009", Standing.DOUBTED)
+    assert checkpoint_before(tmp_path, update(13)).name == "step_00000008"

@@ -8,6 +8,7 @@ files have no place for (our configuration, the tokens seen) and a checksum of e
 import dataclasses
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,9 +33,10 @@ from megatron.config.flags import from_dict, to_dict
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
 
 SIDECAR = "megatron_moe.json"
-CODE = ("configuration_gpt_moe.py", "modeling_gpt_moe.py")
+CODE = ("attention_gpt_moe.py", "configuration_gpt_moe.py", "modeling_gpt_moe.py")
 SHARD = 5_000_000_000
 _HEAD, _TABLE = "lm_head.weight", "transformer.wte.weight"
+_ONE_EXPERT = re.compile(r"\.mlp\.experts\.\d+\.")  # of exports of earlier versions
 _MASKS = (".attn.bias", ".attn.masked_bias")  # constants that old versions of transformers saved with the weights
 
 
@@ -94,10 +96,11 @@ def write_hf(
 
 def _deferred(lazy: Lazy, piece: Piece) -> Deferred:
     def make() -> torch.Tensor:
-        tensor = lazy.read(piece.row)
+        tensor = lazy.read(None)
         return tensor.T if piece.transposed else tensor
 
-    return Deferred(torch.Size(piece.shape), lazy.dtype, make)
+    rows = (lambda: map(lazy.read, range(piece.shape[0]))) if is_stacked(piece.ours) else None
+    return Deferred(torch.Size(piece.shape), lazy.dtype, make, rows)
 
 
 def _generation(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
@@ -208,7 +211,8 @@ def _ours(theirs: dict[str, Lazy], config: RunConfig, vocab_size: int, folder: P
     left = set(theirs)
     problems: list[str] = []
     parts: dict[str, list[Piece]] = {}
-    for piece in pieces(config.model, config.moe, vocab_size):
+    stacked = not any(_ONE_EXPERT.search(name) for name in theirs)
+    for piece in pieces(config.model, config.moe, vocab_size, stacked):
         parts.setdefault(piece.ours, []).append(piece)
         left.discard(piece.theirs)
         if piece.theirs not in theirs:
@@ -237,8 +241,10 @@ def _joined(name: str, shape: tuple[int, ...], parts: list[Piece], theirs: dict[
         return tensor.T if piece.transposed else tensor
 
     def read(row: int | None) -> torch.Tensor:
-        if is_stacked(name):
-            return one(parts[row]) if row is not None else torch.stack([one(part) for part in parts])
-        return one(parts[0]) if row is None else one(parts[0])[row]
+        if not is_stacked(name):
+            return one(parts[0]) if row is None else one(parts[0])[row]
+        if parts[0].row is None:
+            return theirs[parts[0].theirs].read(row)
+        return one(parts[row]) if row is not None else torch.stack([one(part) for part in parts])
 
     return Lazy(shape, theirs[parts[0].theirs].dtype, read)

@@ -54,6 +54,7 @@ def to_hf(model: ModelConfig, moe: MoEConfig, vocab_size: int, eod: int, dtype: 
         "intermediate_size": model.ffn_size,
         "max_position_embeddings": model.position_rows,
         "experts_per_layer": experts_per_layer(model, moe),
+        "num_experts": max(experts_per_layer(model, moe)),
         "num_experts_per_tok": moe.topk,
         "residual_moe": moe.mlp_type == "residual",
         "router_aux_loss_coef": moe.moe_loss_coeff,

@@ -1,8 +1,8 @@
 """Names of our parameters and of Hugging Face's: one table, read in both directions.
 
 Dense models are stock GPT-2, whose matrices are stored input-first (Conv1D), the transpose of ours. Models with experts
-are :mod:`megatron.checkpoint.formats.hf_moe`, whose matrices are all output-first (Linear) and whose experts are one
-module each.
+are :mod:`megatron.checkpoint.formats.hf_moe`, whose matrices are output-first (Linear) except for the experts', which
+are stacked and input-first, as ours. Exports of earlier versions have one module for each expert.
 
 Letters: H hidden, F FFN hidden.
 """
@@ -31,7 +31,8 @@ _IN_LAYER = {
     "mlp.mlp.fc2": "mlp.dense.c_proj",
     "mlp.coefficient": "mlp.coefficient",
 }
-_OF_EXPERT = {"w1": "c_fc.weight", "b1": "c_fc.bias", "w2": "c_proj.weight", "b2": "c_proj.bias"}
+_OF_EXPERTS = {"w1": "up_proj", "b1": "up_proj_bias", "w2": "down_proj", "b2": "down_proj_bias"}
+_OF_ONE_EXPERT = {"w1": "c_fc.weight", "b1": "c_fc.bias", "w2": "c_proj.weight", "b2": "c_proj.bias"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +46,15 @@ class Piece:
     shape: tuple[int, ...]  # theirs
 
 
-def pieces(model: ModelConfig, moe: MoEConfig, vocab_size: int) -> Iterator[Piece]:
-    """Every parameter of a model, in the model's order: each of ours, or each row of a stacked one, exactly once."""
+def pieces(model: ModelConfig, moe: MoEConfig, vocab_size: int, stacked: bool = True) -> Iterator[Piece]:
+    """Every parameter of a model, in the model's order: each of ours, or each row of a stacked one, exactly once.
+
+    Args:
+        model: its shape.
+        moe: its experts.
+        vocab_size: rows of the token table.
+        stacked: whether a layer's experts are stacked there, too.
+    """
     for name, shape in parameter_shapes(model, moe, vocab_size).items():
         if name in _OUTSIDE:
             yield Piece(_OUTSIDE[name], name, None, False, shape)
@@ -54,10 +62,12 @@ def pieces(model: ModelConfig, moe: MoEConfig, vocab_size: int) -> Iterator[Piec
         _, layer, inside = name.split(".", 2)
         module, kind = inside.rsplit(".", 1)
         prefix = f"transformer.h.{layer}."
-        if module == "mlp.experts":
+        if module == "mlp.experts" and stacked:
+            yield Piece(f"{prefix}mlp.experts.{_OF_EXPERTS[kind]}", name, None, False, shape)
+        elif module == "mlp.experts":
             for row in range(shape[0]):
                 transposed = kind in ("w1", "w2")  # ours are input-first
-                theirs = f"{prefix}mlp.experts.{row}.{_OF_EXPERT[kind]}"
+                theirs = f"{prefix}mlp.experts.{row}.{_OF_ONE_EXPERT[kind]}"
                 yield Piece(theirs, name, row, transposed, shape[:0:-1] if transposed else shape[1:])
         else:
             transposed = not moe.enabled and kind == "weight" and not module.endswith("layernorm")

@@ -1,8 +1,10 @@
 """What is in a checkpoint, for people and programs."""
 
+from pathlib import Path
 from typing import Any
 
 from megatron.checkpoint.errors import CheckpointError
+from megatron.checkpoint.folder import standing
 from megatron.checkpoint.formats.changes import tokens_seen
 from megatron.checkpoint.formats.contents import MODEL, Contents
 from megatron.checkpoint.formats.hf import has_checksums, is_hf, read_hf
@@ -34,6 +36,7 @@ def inspect(folder: str, verify: bool) -> dict[str, Any]:
         "path": contents.where,
         "format": "hf" if hf else "native",
         "verified": has_checksums(folder) if hf else verify,
+        "standing": None if hf else standing(Path(contents.where)).value,
         "step": contents.step,
         "tokens": tokens_seen(contents),
         "parameters": _elements(contents, MODEL),
@@ -71,7 +74,8 @@ def in_words(about: dict[str, Any]) -> str:
     experts = f"experts {counts}" if counts else "dense"
     lines = [
         f"{about['path']} ({about['format']}, checksums {checked})",
-        f"step {about['step']}, {about['tokens']} tokens seen",
+        f"step {about['step']}, {about['tokens']} tokens seen"
+        + (f", {about['standing']}" if about["standing"] not in (None, "confirmed") else ""),
         f"{about['parameters']} parameters, {about['bytes'] / 1e9:.3f} GB, "
         f"{'with' if about['optimizer'] else 'without'} optimizer state",
         f"{model['layers']} layers, hidden {model['hidden']}, {model['heads']} heads, "

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from megatron.checkpoint import CheckpointError
+from megatron.checkpoint.folder import hash_file
 from megatron.checkpoint.formats.convert import Conversion, convert
 from megatron.checkpoint.formats.inspect import inspect
 from megatron.checkpoint.formats.native import read_native
@@ -85,6 +86,41 @@ def test_round_trip_is_exact(exported, tmp_path):
     list(run(tmp_path / "back", tmp_path / "again", "hf", max_shard_size="40KB"))
     files = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".json"}
     assert files == {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir() if path.suffix != ".json"}
+
+
+def unstack(folder: Path) -> None:
+    """Make an export what it was in earlier versions: a module for each expert, matrices output-first."""
+    tensors = {name: t for path in folder.glob("*.safetensors") for name, t in load_file(path).items()}
+    for name in [name for name in tensors if ".mlp.experts." in name]:
+        prefix, kind = name.rsplit(".", 1)
+        theirs = ("c_fc" if kind.startswith("up") else "c_proj") + (".bias" if kind.endswith("bias") else ".weight")
+        for number, part in enumerate(tensors.pop(name)):
+            tensors[f"{prefix}.{number}.{theirs}"] = (part.T if part.dim() == 2 else part).contiguous()
+    for path in (*folder.glob("*.safetensors"), folder / "model.safetensors.index.json"):
+        path.unlink(missing_ok=True)
+    save_file(tensors, folder / "model.safetensors")
+    about = json.loads((folder / "config.json").read_text())
+    about.pop("num_experts")
+    (folder / "config.json").write_text(json.dumps(about))
+    sidecar = json.loads((folder / "megatron_moe.json").read_text())
+    sidecar["files"] = {
+        path.name: {"size": path.stat().st_size, "sha256": hash_file(path)}
+        for path in folder.iterdir()
+        if path.name != "megatron_moe.json"
+    }
+    (folder / "megatron_moe.json").write_text(json.dumps(sidecar))
+
+
+@pytest.mark.parametrize("exported", ["top2_residual", "pyramid_top3"], indirect=True)
+@pytest.mark.parametrize("own_file", [True, False])
+def test_exports_of_earlier_versions_come_back(exported, tmp_path, own_file):
+    saved, folder = exported
+    shutil.copytree(folder, tmp_path / "hf")
+    unstack(tmp_path / "hf")
+    if not own_file:
+        (tmp_path / "hf" / "megatron_moe.json").unlink()
+    list(run(tmp_path / "hf", tmp_path / "back", "native"))
+    same_tensors(saved.folder, tmp_path / "back")
 
 
 def test_without_our_own_file_too(exported, tmp_path):
@@ -301,6 +337,7 @@ def test_edited_files_of_an_export_are_named(tmp_path):
     other = tmp_path / "other.json"
     other.write_text(saved.tokenizer_file.read_text().replace('"w3"', '"v3"'))
     fails("given are not those that .* was trained with", tokenizer_model=str(other))
+    shutil.copyfile(sidecar, tmp_path / "sidecar.json")
     content = json.loads(sidecar.read_text())
     for part in ("files", "config", "vocab_size"):
         wrong = {key: value for key, value in content.items() if key != part}
@@ -319,6 +356,14 @@ def test_edited_files_of_an_export_are_named(tmp_path):
         config.write_text(json.dumps(good | change))
         fails(message)
     config.write_text(json.dumps(good))
+    tensors = load_file(model)
+    stack = "transformer.h.1.mlp.experts.up_proj"
+    save_file(tensors | {stack: tensors[stack][:3].contiguous()}, model)
+    fails(rf"{stack} is \[3, 32, 128\], expected \[4, 32, 128\]")
+    save_file(tensors, model)
+    shutil.copyfile(tmp_path / "sidecar.json", sidecar)
+    unstack(export)
+    sidecar.unlink()
     tensors, name = load_file(model), "transformer.h.1.mlp.experts.2.c_fc.bias"
     save_file(tensors | {name: tensors[name].bfloat16()}, model)
     fails(f"{name} is bfloat16, the layer's first expert float32")

@@ -10,6 +10,7 @@ class GPTMoEConfig(PretrainedConfig):
 
     Args:
         experts_per_layer: experts of each layer; 1 is a dense feed-forward.
+        num_experts: the largest of ``experts_per_layer``, for libraries that look for one number.
         num_experts_per_tok: experts that process each token. With one, its answer is multiplied by its probability;
             with several, by their probabilities divided by their sum.
         residual_moe: whether an MoE layer also has a dense feed-forward, mixed in by learned coefficients.
@@ -18,7 +19,8 @@ class GPTMoEConfig(PretrainedConfig):
     """
 
     model_type = "gpt_moe"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012 (transformers' Trainer adds a list)
+    attribute_map = {"num_local_experts": "num_experts"}  # noqa: RUF012
 
     def __init__(
         self,
@@ -29,6 +31,7 @@ class GPTMoEConfig(PretrainedConfig):
         intermediate_size: int = 4096,
         max_position_embeddings: int = 2048,
         experts_per_layer: Sequence[int] | None = None,
+        num_experts: int | None = None,
         num_experts_per_tok: int = 1,
         residual_moe: bool = False,
         router_aux_loss_coef: float = 0.01,
@@ -54,6 +57,9 @@ class GPTMoEConfig(PretrainedConfig):
             raise ValueError(
                 f"experts_per_layer has {len(self.experts_per_layer)} numbers for {num_hidden_layers} layers"
             )
+        self.num_experts = max(self.experts_per_layer)
+        if num_experts not in (None, self.num_experts):
+            raise ValueError(f"num_experts is {num_experts}; the largest of experts_per_layer is {self.num_experts}")
         self.num_experts_per_tok = num_experts_per_tok
         self.residual_moe = residual_moe
         self.router_aux_loss_coef = router_aux_loss_coef

@@ -2,9 +2,12 @@
 
 No token is dropped: an expert takes all tokens that are routed to it.
 
-Letters: B batch, S new tokens, M cached and new tokens, N heads, D head size, H hidden, T = B * S tokens, E experts,
-K experts of each token.
+Letters: B batch, S new tokens, H hidden, T = B * S tokens, E experts, K experts of each token.
 """
+
+import inspect
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,61 +16,27 @@ from torch import nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 
+from .attention_gpt_moe import Aside, GPTMoEAttention, causal_mask, check_arguments, check_packing, the_cache
 from .configuration_gpt_moe import GPTMoEConfig
 
+try:
+    from transformers.integrations.moe import use_experts_implementation
 
-class Positions:
-    """Where the new tokens stand, and what each may look at."""
+    if "has_gate" not in inspect.signature(use_experts_implementation).parameters:
+        raise ImportError("experts without a gate came with transformers 5.4")
+except ImportError:
 
-    def __init__(self, slots_S: torch.Tensor, keep: torch.Tensor | None, plain: bool) -> None:
-        self.slots_S = slots_S  # places in the cache
-        self._keep = keep  # [B, M], 0 where a token is padding; or the whole mask, [B, 1, S, M]
-        self._plain = plain  # nothing cached, nothing padded: causal attention as it is
-        self._masks: dict = {}
-
-    def mask(self, keys: int, device: torch.device) -> torch.Tensor | None:
-        """Bool [B or 1, 1, S, M], True where a token may look; None for plain causal attention."""
-        if self._plain and keys == len(self.slots_S):
-            return None
-        if self._keep is not None and self._keep.dim() == 4:
-            return self._keep.to(device)
-        if (keys, device) not in self._masks:
-            slots_S1, key_M = self.slots_S.to(device)[:, None], torch.arange(keys, device=device)
-            allowed = (key_M <= slots_S1)[None]  # (1, S, M)
-            if self._keep is not None:
-                keep_BM = self._keep.to(device).bool()
-                keep_BM = F.pad(keep_BM, (0, max(keys - keep_BM.size(1), 0)), value=True)[:, :keys]
-                # padding looks at itself, so that no row is empty
-                allowed = allowed & keep_BM[:, None] | (key_M == slots_S1)[None]
-            self._masks[keys, device] = allowed[:, None]
-        return self._masks[keys, device]
+    def use_experts_implementation(**_: bool) -> Any:
+        """Before transformers 5.4: the experts' own ``forward`` is all there is."""
+        return lambda experts_class: experts_class
 
 
-class GPTMoEAttention(nn.Module):
-    def __init__(self, config: GPTMoEConfig, layer_idx: int) -> None:
-        super().__init__()
-        self.num_heads = config.num_attention_heads
-        self.head_dim = config.hidden_size // config.num_attention_heads
-        self.dropout = config.attn_pdrop
-        self.layer_idx = layer_idx
-        self.c_attn = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.c_proj = nn.Linear(config.hidden_size, config.hidden_size)
-
-    def forward(self, x_BSH: torch.Tensor, positions: Positions, past_key_values=None) -> torch.Tensor:
-        B, S, _ = x_BSH.shape
-        qkv = self.c_attn(x_BSH).view(B, S, 3, self.num_heads, self.head_dim)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, N, S, D)
-        if past_key_values is not None:
-            # version 4's caches of fixed size ask for the slots; others take no notice
-            k, v = past_key_values.update(k, v, self.layer_idx, {"cache_position": positions.slots_S})
-        mask = positions.mask(k.size(2), q.device)
-        dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None)
-        return self.c_proj(y.transpose(1, 2).reshape(B, S, -1))
+# 5.24 renamed the cache in outputs
+CACHE = "cache" if "cache" in MoeModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 class GPTMoEMLP(nn.Module):
-    """A dense feed-forward; each expert is one, too."""
+    """A dense feed-forward."""
 
     def __init__(self, config: GPTMoEConfig) -> None:
         super().__init__()
@@ -85,6 +54,31 @@ class GPTMoERouter(nn.Linear):
         return F.linear(x_TH.float(), self.weight.float())
 
 
+@use_experts_implementation(has_gate=False, has_bias=True, is_transposed=True)
+class GPTMoEExperts(nn.Module):
+    """Feed-forwards, stacked. transformers 5.4 and newer replace ``forward`` as ``experts_implementation`` says."""
+
+    def __init__(self, config: GPTMoEConfig, num_experts: int) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+        self.up_proj = nn.Parameter(torch.empty(num_experts, config.hidden_size, config.intermediate_size))
+        self.up_proj_bias = nn.Parameter(torch.empty(num_experts, config.intermediate_size))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, config.intermediate_size, config.hidden_size))
+        self.down_proj_bias = nn.Parameter(torch.empty(num_experts, config.hidden_size))
+        self.act_fn = nn.GELU(approximate="tanh")
+
+    def forward(self, x_TH: torch.Tensor, expert_TK: torch.Tensor, gate_TK: torch.Tensor) -> torch.Tensor:
+        """One expert after the other: the weighted sum of each token's experts, [T, H]; sums are in fp32."""
+        y_TH = torch.zeros_like(x_TH, dtype=torch.float32)
+        traced = torch.jit.is_tracing() or torch.compiler.is_compiling()  # other inputs take other experts
+        for number in range(self.num_experts) if traced else expert_TK.unique().tolist():
+            token, choice = (expert_TK == number).nonzero(as_tuple=True)
+            h = self.act_fn(F.linear(x_TH[token], self.up_proj[number].T, self.up_proj_bias[number]))
+            answer = F.linear(h, self.down_proj[number].T, self.down_proj_bias[number])
+            y_TH = y_TH.index_add(0, token, answer.float() * gate_TK[token, choice, None])
+        return y_TH.to(x_TH.dtype)
+
+
 class GPTMoESparseMLP(nn.Module):
     """Each token's K likeliest experts, weighted; with ``residual_moe`` mixed with a dense feed-forward."""
 
@@ -92,29 +86,25 @@ class GPTMoESparseMLP(nn.Module):
         super().__init__()
         self.topk = config.num_experts_per_tok
         self.router = GPTMoERouter(config.hidden_size, num_experts, bias=False)
-        self.experts = nn.ModuleList(GPTMoEMLP(config) for _ in range(num_experts))
+        self.experts = GPTMoEExperts(config, num_experts)
         self.dense = GPTMoEMLP(config) if config.residual_moe else None
         if config.residual_moe:
             self.coefficient = nn.Linear(config.hidden_size, 2)
 
-    def forward(self, x_BSH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The output, [B, S, H], and the router's logits in fp32, [T, E]."""
+    def forward(self, x_BSH: torch.Tensor, aside: Aside | None = None) -> torch.Tensor:
         x_TH = x_BSH.reshape(-1, x_BSH.size(-1))
         logits_TE = self.router(x_TH)
+        if aside is not None:
+            aside.router_logits = logits_TE
         expert_TK = choose(logits_TE, self.topk)
         gate_TK = logits_TE.softmax(-1).gather(1, expert_TK)
         if self.topk > 1:
             gate_TK = gate_TK / gate_TK.sum(-1, keepdim=True)
-        y_TH = torch.zeros_like(x_TH, dtype=torch.float32)
-        for number in expert_TK.unique().tolist():
-            token, choice = (expert_TK == number).nonzero(as_tuple=True)
-            answer = self.experts[number](x_TH[token])
-            y_TH = y_TH.index_add(0, token, answer.float() * gate_TK[token, choice, None])
-        y_BSH = y_TH.to(x_BSH.dtype).view(x_BSH.shape)
+        y_BSH = self.experts(x_TH, expert_TK, gate_TK).view(x_BSH.shape)
         if self.dense is not None:
             c = self.coefficient(x_BSH).softmax(-1)
             y_BSH = y_BSH * c[..., :1] + self.dense(x_BSH) * c[..., 1:]
-        return y_BSH, logits_TE
+        return y_BSH
 
 
 def choose(logits_TE: torch.Tensor, topk: int) -> torch.Tensor:
@@ -130,20 +120,25 @@ class GPTMoEBlock(nn.Module):
     def __init__(self, config: GPTMoEConfig, layer_idx: int) -> None:
         super().__init__()
         experts = config.experts_per_layer[layer_idx]
+        self.is_sparse = experts > 1
         self.ln_1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.attn = GPTMoEAttention(config, layer_idx)
         self.ln_2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
-        self.mlp = GPTMoESparseMLP(config, experts) if experts > 1 else GPTMoEMLP(config)
+        self.mlp = GPTMoESparseMLP(config, experts) if self.is_sparse else GPTMoEMLP(config)
         self.dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(
-        self, x_BSH: torch.Tensor, positions: Positions, past_key_values=None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        x_BSH = x_BSH + self.dropout(self.attn(self.ln_1(x_BSH), positions, past_key_values))
-        out, logits_TE = self.mlp(self.ln_2(x_BSH)), None
-        if isinstance(out, tuple):
-            out, logits_TE = out
-        return x_BSH + self.dropout(out), logits_TE
+        self,
+        x_BSH: torch.Tensor,
+        attention_mask: Any = None,
+        past_key_values: Any = None,
+        aside: Aside | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        x_BSH = x_BSH + self.dropout(self.attn(self.ln_1(x_BSH), attention_mask, past_key_values, aside, **kwargs))
+        out_BSH = self.ln_2(x_BSH)
+        out_BSH = self.mlp(out_BSH, aside) if self.is_sparse else self.mlp(out_BSH)
+        return x_BSH + self.dropout(out_BSH)
 
 
 class GPTMoEPreTrainedModel(PreTrainedModel):
@@ -151,17 +146,25 @@ class GPTMoEPreTrainedModel(PreTrainedModel):
     base_model_prefix = "transformer"
     supports_gradient_checkpointing = True
     _no_split_modules = ("GPTMoEBlock",)
-    _skip_keys_device_placement = "past_key_values"
+    _skip_keys_device_placement = ("past_key_values", "cache")
+    _supports_attention_backend = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
     _supports_sdpa = True
-    _supports_cache_class = True
 
     def _init_weights(self, module: nn.Module) -> None:
+        std = self.config.initializer_range
         if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+            nn.init.normal_(module.weight, mean=0.0, std=std)
         if isinstance(module, nn.LayerNorm):
             nn.init.ones_(module.weight)
         if getattr(module, "bias", None) is not None and isinstance(module, nn.Linear | nn.LayerNorm):
             nn.init.zeros_(module.bias)
+        if isinstance(module, GPTMoEExperts):
+            nn.init.normal_(module.up_proj, mean=0.0, std=std)
+            nn.init.normal_(module.down_proj, mean=0.0, std=std)
+            nn.init.zeros_(module.up_proj_bias)
+            nn.init.zeros_(module.down_proj_bias)
 
 
 class GPTMoEModel(GPTMoEPreTrainedModel):
@@ -186,53 +189,81 @@ class GPTMoEModel(GPTMoEPreTrainedModel):
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
-        past_key_values=None,
-        attention_mask: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        attention_mask: Any = None,
         position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
-        **kwargs,
+        cache: Any = None,
+        **kwargs: Any,
     ) -> MoeModelOutputWithPast | tuple:
+        """``cache`` is transformers 5.24's name of ``past_key_values``; ``kwargs`` go to the attention."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
-        if output_attentions or (output_attentions is None and self.config.output_attentions):
-            raise ValueError("attention probabilities are not kept by this model; drop output_attentions")
-        if attention_mask is not None and attention_mask.dim() not in (2, 4):
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() not in (2, 4):
             raise ValueError(f"attention_mask is {list(attention_mask.shape)}; expected [batch, cached and new tokens]")
+        check_arguments(kwargs)
+        past_key_values = the_cache(past_key_values, cache)
+        if past_key_values is None:
+            check_packing("flash" in self.config._attn_implementation, attention_mask, position_ids, kwargs)
+        keep_attentions = self.config.output_attentions if output_attentions is None else output_attentions
+        if keep_attentions and self.config._attn_implementation != "eager":
+            raise ValueError(
+                f"output_attentions needs attn_implementation='eager', but it is "
+                f"{self.config._attn_implementation!r}: give the former to from_pretrained"
+            )
+        keep_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         if inputs_embeds is None:
             inputs_embeds = self.wte(input_ids)
         recompute = self.gradient_checkpointing and self.training
         use_cache = (self.config.use_cache if use_cache is None else use_cache) and not recompute
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache()
+
         S, device = inputs_embeds.size(1), inputs_embeds.device
-        past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
-        slots_S = torch.arange(past, past + S, device=device)
+        slots_S = kwargs.pop("cache_position", None)  # version 4 gives it
+        if slots_S is None:
+            slots_S = torch.arange(S, device=device)
+            if hasattr(past_key_values, "get_seq_length"):  # a paged cache has none, and comes with position_ids
+                slots_S = slots_S + past_key_values.get_seq_length()
+        mask = causal_mask(self.config, inputs_embeds, attention_mask, past_key_values, slots_S, position_ids)
         if position_ids is None:
             position_ids = slots_S[None]
-        positions = Positions(slots_S, attention_mask, plain=past == 0 and attention_mask is None)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache()
+        kwargs |= {"position_ids": position_ids, "cache_position": slots_S}
+
         x_BSH = self.drop(inputs_embeds + self.wpe(position_ids).to(device))
-        keep = output_hidden_states or (output_hidden_states is None and self.config.output_hidden_states)
-        hidden_states, router_logits = [], []
+        hidden_states, router_logits, attentions = [], [], []
         for block in self.h:
-            hidden_states.append(x_BSH)
+            run = partial(run_block, block, attention_mask=mask, past_key_values=past_key_values, **kwargs)
             if recompute:
-                x_BSH, logits_TE = self._gradient_checkpointing_func(block.__call__, x_BSH, positions)
-            else:
-                x_BSH, logits_TE = block(x_BSH, positions, past_key_values=past_key_values)
+                run = partial(self._gradient_checkpointing_func, run)
+            if keep_states:
+                hidden_states.append(x_BSH)
+            x_BSH, logits_TE, probabilities = run(x_BSH)
             if logits_TE is not None:
                 router_logits.append(logits_TE)
+            if keep_attentions:
+                attentions.append(probabilities)
         x_BSH = self.ln_f(x_BSH)
         output = MoeModelOutputWithPast(
             last_hidden_state=x_BSH,
-            past_key_values=past_key_values if use_cache else None,
-            hidden_states=(*hidden_states, x_BSH) if keep else None,
+            hidden_states=(*hidden_states, x_BSH) if keep_states else None,
+            attentions=tuple(attentions) if keep_attentions else None,
             router_logits=tuple(router_logits),
+            **{CACHE: past_key_values if use_cache else None},
         )
         return output.to_tuple() if return_dict is False else output
+
+
+def run_block(
+    block: GPTMoEBlock, x_BSH: torch.Tensor, **kwargs: Any
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """A block's answer, router logits and attention probabilities; all are outputs, as recomputation needs them."""
+    aside = Aside()
+    return block(x_BSH, aside=aside, **kwargs), aside.router_logits, aside.attentions
 
 
 class GPTMoEForCausalLM(GPTMoEPreTrainedModel, GenerationMixin):
@@ -249,6 +280,8 @@ class GPTMoEForCausalLM(GPTMoEPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.transformer = GPTMoEModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.num_experts = config.num_experts  # with version 4, TRL looks for both here
+        self.num_experts_per_tok = config.num_experts_per_tok
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
@@ -271,11 +304,13 @@ class GPTMoEForCausalLM(GPTMoEPreTrainedModel, GenerationMixin):
         output_router_logits: bool | None = None,
         return_dict: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        **kwargs,
+        cache: Any = None,
+        **kwargs: Any,
     ) -> MoeCausalLMOutputWithPast | tuple:
+        """``cache`` is transformers 5.24's name of ``past_key_values``; ``kwargs`` go to the attention and the loss."""
         out = self.transformer(
             input_ids, past_key_values, attention_mask, position_ids, inputs_embeds, use_cache, output_hidden_states,
-            output_attentions,
+            output_attentions, cache=cache, **kwargs,
         )  # fmt: skip
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(out.last_hidden_state[:, kept])
@@ -296,9 +331,10 @@ class GPTMoEForCausalLM(GPTMoEPreTrainedModel, GenerationMixin):
             loss=loss,
             aux_loss=aux_loss if output_router_logits else None,
             logits=logits,
-            past_key_values=out.past_key_values,
             hidden_states=out.hidden_states,
+            attentions=out.attentions,
             router_logits=out.router_logits if output_router_logits else None,
+            **{CACHE: getattr(out, CACHE)},
         )
         return output.to_tuple() if return_dict is False else output
 

@@ -1,0 +1,149 @@
+"""Which checkpoints of a run are good, and what follows: ``latest``, and what ``--keep-last`` may delete.
+
+**The rule.** An update is good if its loss and gradient are finite and its loss is no outlier
+(:meth:`megatron.training.spikes.SpikeWatch.is_outlier`). The loss of an update tells of the weights before it: a
+checkpoint is confirmed by the first good update after it. Until then it is pending or, once an update that is not good
+has followed, in doubt. An fp16 overflow that only lowers the loss scale, at a usual loss, says nothing.
+
+**What is saved.** At an interval, a checkpoint is saved right after a good update only; else it waits for the next one.
+At the end of a run, or when it is asked to stop, what follows a good update counts as good (a run that goes on from it
+may yet doubt it), what follows an outlier is saved in doubt, and after an update that is not finite nothing is saved.
+
+**What follows.** ``latest`` names the newest checkpoint of the run that is not in doubt. Only good ones count for
+``--keep-last``, and the last confirmed one is never deleted.
+
+All ranks decide alike, from numbers that are equal on all. The first rank alone writes the records, never while another
+checkpoint is being written (:mod:`megatron.checkpoint.folder` says where they lie).
+"""
+
+import contextlib
+import dataclasses
+import threading
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron.checkpoint.folder import (
+    Standing,
+    complete_checkpoints,
+    delete_older,
+    mark_latest,
+    record_standing,
+    standing,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """The checkpoint that a run goes on from."""
+
+    path: Path
+    stands: Standing
+    confirmed: Path | None  # it or, if it is not confirmed itself, the newest confirmed one that was saved before it
+
+
+def origin_of(source: Path) -> Origin:
+    """What the folder tells of the checkpoint ``source``."""
+    stands = standing(source)
+    if stands is Standing.CONFIRMED:
+        return Origin(source, stands, source)
+    newest_first = complete_checkpoints(source.parent)
+    older = newest_first[newest_first.index(source) + 1 :] if source in newest_first else []
+    return Origin(source, stands, next((path for path in older if standing(path) is Standing.CONFIRMED), None))
+
+
+@dataclasses.dataclass
+class _Saved:
+    """A checkpoint that was not confirmed when it was saved."""
+
+    path: Path
+    recorded: Standing  # in the folder
+    stands: Standing
+
+
+class Confirmation:
+    """Follows the updates of a run and the checkpoints between them."""
+
+    def __init__(self, folder: str | None, keep_last: int, is_first: bool, origin: Origin | None) -> None:
+        """``is_first``: this rank does the writing."""
+        self._folder, self._keep_last, self._writes = folder and Path(folder), keep_last, is_first
+        self.finite = self.good = True  # of the last update that says something
+        self.last_good: Path | None = None
+        self._open: list[_Saved] = []
+        self._deleting: threading.Thread | None = None
+        if origin is not None:
+            self.last_good = origin.confirmed
+            if origin.stands is not Standing.CONFIRMED:
+                self._open.append(_Saved(origin.path, origin.stands, origin.stands))
+
+    def judge(self, finite: bool, outlier: bool) -> None:
+        """Take in an update, and what it says of the checkpoints before it."""
+        self.finite, self.good = finite, finite and not outlier
+        for saved in self._open:
+            if saved.stands is not Standing.CONFIRMED:
+                saved.stands = Standing.CONFIRMED if self.good else Standing.DOUBTED
+
+    def stands(self, at_the_end: bool) -> Standing:
+        """How a checkpoint stands that is saved now."""
+        if not self.good:
+            return Standing.DOUBTED
+        return Standing.ENDED if at_the_end else Standing.PENDING
+
+    def begins(self, path: Path, stands: Standing) -> None:
+        """A checkpoint is being saved at ``path``, as the run is now."""
+        self._open.append(_Saved(path, stands, stands))
+
+    def failed(self, path: Path) -> None:
+        """It was not saved."""
+        self._open = [saved for saved in self._open if saved.path != path]
+
+    def goes_back(self, source: Path) -> None:
+        """The run goes on from an earlier checkpoint, which is good; of the later ones nothing more will be known."""
+        self.finite = self.good = True
+        self.last_good, self._open = source, []
+
+    def settle(self) -> None:
+        """Write down what is known by now. Nothing must be being saved."""
+        decided = [saved for saved in self._open if saved.stands is not saved.recorded]
+        good = [saved.path for saved in decided if saved.stands is Standing.CONFIRMED]
+        if good:
+            self.last_good = good[-1]
+        self._open = [saved for saved in self._open if saved.stands is not Standing.CONFIRMED]
+        for saved in decided:
+            saved.recorded = saved.stands
+        if self._writes and decided:
+            with _told():
+                for saved in decided:
+                    if self._is_ours(saved.path):
+                        record_standing(saved.path, saved.stands)
+                if self.last_good is not None and self._is_ours(self.last_good):
+                    mark_latest(self.last_good)
+        if good:
+            self.delete_older()
+
+    def delete_older(self) -> None:
+        """Delete what ``--keep-last`` does not keep, while training goes on."""
+        self.wait()
+        if self._writes and self._folder is not None and self._keep_last:
+            arguments = (self._folder, self._keep_last, self.last_good)
+            self._deleting = threading.Thread(target=delete_older, args=arguments, name="delete-older")
+            self._deleting.start()
+
+    def wait(self) -> None:
+        """Return when nothing is being deleted any more."""
+        if self._deleting is not None:
+            self._deleting.join()
+            self._deleting = None
+
+    def _is_ours(self, checkpoint: Path) -> bool:
+        """Whether it lies among this run's checkpoints; those of others are left as they are."""
+        return self._folder is not None and checkpoint.resolve().parent == self._folder.resolve()
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """A record that the disk does not take is no reason for a run to end; a checkpoint then stays unconfirmed."""
+    try:
+        yield
+    except OSError as error:
+        warnings.warn(f"how the checkpoints stand cannot be recorded: {error}", stacklevel=3)
