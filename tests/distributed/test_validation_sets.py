@@ -39,6 +39,9 @@ def test_each_set_has_a_loss_of_its_own_in_all_logs(server, corpus, held_out, tm
     output = job.output(0)
     assert f"validation loss of two {valid[1][2]:.4f} | perplexity" in output
     assert f"test loss of again {test[1][2]:.4f} | perplexity" in output
+    assert [line.split()[0] for line in output.splitlines() if str(held_out) in line and line.startswith("  ")] == [
+        "one:", "three:", f"{held_out.name}:",
+    ]  # fmt: skip
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
