@@ -19,12 +19,16 @@ Everything can be changed from the environment:
 
   variable         what it is                                                     default
   DATA_PATH        PREFIX of a dataset, or a blend: "0.7 PREFIX1 0.3 PREFIX2"     none: it has to be given
+  TRAIN_DATA_PATH, VALID_DATA_PATH, TEST_DATA_PATH
+                   in place of DATA_PATH: sets of their own, in the same forms;   none
+                   of the last two "NAME1=PREFIX1 PREFIX2" have a loss each
   TOKENIZER_TYPE   of pretrain_gpt_moe.py --tokenizer-type                        GPT2BPETokenizer
   VOCAB_FILE       GPT2BPETokenizer: vocab.json                                   gpt2-vocab.json
   MERGE_FILE       GPT2BPETokenizer: merges.txt                                   gpt2-merges.txt
   TOKENIZER_MODEL  the others, but for ByteTokenizer: their file                  none
   SAVE             folder of the checkpoints and of metrics.jsonl                 checkpoints/RUN_NAME
-  LOAD             folder to go on from                                           SAVE
+  LOAD             folder to go on from; with the flag --finetune, whose          SAVE
+                   weights to start from
   RUN_NAME         name in logs and plots                                         the script's, 350M_MoE128
   TRAIN_TOKENS     length of the run; the learning rate's decay stays             300B
   NNODES           nodes                                                          the SLURM job's, else 1
@@ -126,10 +130,19 @@ find_python() { # sets PYTHON, for this machine, and interpreter, for the traine
     export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 }
 
+add_data() { # FLAG WORDS: adds them to the array data, if there are words
+    local -a words=()
+    read -r -a words <<<"$2"
+    if [[ ${#words[@]} -gt 0 ]]; then data+=("$1" "${words[@]}"); fi
+}
+
 find_data() { # sets the array data
-    local -a prefixes=()
-    read -r -a prefixes <<<"${DATA_PATH:-}"
-    if [[ ${#prefixes[@]} -eq 0 ]]; then
+    data=()
+    add_data --data-path "${DATA_PATH:-}"
+    add_data --train-data-path "${TRAIN_DATA_PATH:-}"
+    add_data --valid-data-path "${VALID_DATA_PATH:-}"
+    add_data --test-data-path "${TEST_DATA_PATH:-}"
+    if [[ -z "${DATA_PATH:-}${TRAIN_DATA_PATH:-}" ]]; then
         if [[ -z "${DRY_RUN:-}" ]]; then
             fail "DATA_PATH is not set: nothing says which tokens to train on." \
                 "Make a dataset from JSON lines with a field \"text\":" \
@@ -139,14 +152,10 @@ find_data() { # sets the array data
                 "  DATA_PATH=corpus_text_document bash $script" \
                 "Or look at the plan first: DRY_RUN=1 bash $script"
         fi
-        prefixes=(DATA_PATH)
-    fi
-    if [[ ${#prefixes[@]} -eq 2 || (${#prefixes[@]} -gt 1 && $((${#prefixes[@]} % 2)) -eq 1) ]]; then
-        fail "DATA_PATH is '$DATA_PATH', ${#prefixes[@]} words; expected one PREFIX, or a blend of at least two of them" \
-            "with a weight before each: DATA_PATH=\"0.7 PREFIX1 0.3 PREFIX2\""
+        data+=(--data-path DATA_PATH)
     fi
     : "${TOKENIZER_TYPE:=GPT2BPETokenizer}"
-    data=(--data-path "${prefixes[@]}" --tokenizer-type "$TOKENIZER_TYPE")
+    data+=(--tokenizer-type "$TOKENIZER_TYPE")
     if [[ "$TOKENIZER_TYPE" == GPT2BPETokenizer ]]; then
         data+=(--vocab-file "${VOCAB_FILE:-gpt2-vocab.json}" --merge-file "${MERGE_FILE:-gpt2-merges.txt}")
     elif [[ "$TOKENIZER_TYPE" != ByteTokenizer ]]; then

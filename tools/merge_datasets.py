@@ -25,7 +25,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--output-prefix", required=True, metavar="PREFIX", help="Of what is written.")
     parser.add_argument(
-        "--split", metavar="SHARES", help="Cut one dataset into these shares, such as 98,1,1, in the order it has."
+        "--split",
+        metavar="SHARES",
+        help="Cut one dataset into these shares, such as 98,1,1, in the order it has, for "
+        "--train-data-path, --valid-data-path and --test-data-path of training.",
     )
     parser.add_argument("--overwrite", action="store_true", help="Replace existing output.")
     return parser.parse_args(argv)

@@ -25,6 +25,8 @@ from pathlib import Path
 from megatron.config import RunConfig, flags
 from megatron.config.errors import ConfigError
 from megatron.config.validation import validate_numbers
+from megatron.data.statement import plan_statement
+from megatron.data.tokenizer import ByteTokenizer
 from megatron.planning import measured
 from megatron.planning.devices import DEVICES, find_device
 from megatron.planning.memory import memory
@@ -41,6 +43,7 @@ from megatron.planning.plan import (
     needs,
 )
 from megatron.planning.search import Found, fitting, flags_of, nearest
+from megatron.training.clock import total_samples
 
 GPT2_VOCAB = 50257
 SCRIPTS = Path(__file__).parents[1] / "examples_moe"
@@ -73,7 +76,7 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, R
         "--storage-gb-per-second", type=number, default=5.0, metavar="X", help="of all processes together (default: 5)"
     )
     parser.add_argument(
-        "--vocab-size", type=whole, default=GPT2_VOCAB, metavar="N", help="before padding (default: 50257, GPT-2's)"
+        "--vocab-size", type=whole, metavar="N", help="before padding (default: 50257, GPT-2's; of bytes 257)"
     )
     parser.add_argument("--search", action="store_true", help="rank the layouts that fit")
     parser.add_argument("--top", type=whole, default=10, metavar="N", help="layouts that --search shows (default: 10)")
@@ -98,11 +101,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         machine = machine_of(args)
         if args.all_scripts:
             runs = [(name, found, replace(machine, world=world, node=node)) for name, found, world, node in scripts()]
-            print(table([(name, plan_of(found, place, args.vocab_size)) for name, found, place in runs]))
+            vocab_size = args.vocab_size or GPT2_VOCAB
+            print(table([(name, plan_of(found, place, vocab_size)) for name, found, place in runs]))
             return 0
+        of_bytes = run.data.tokenizer_type == ByteTokenizer.kind
+        vocab_size = args.vocab_size or (ByteTokenizer.vocab_size if of_bytes else GPT2_VOCAB)
         if args.search:
-            return _search(fitting(run, machine, args.vocab_size), args.top)
-        return _show(plan_of(run, machine, args.vocab_size))
+            return _search(fitting(run, machine, vocab_size), args.top)
+        return _show(plan_of(run, machine, vocab_size), run)
     except (ConfigError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -170,11 +176,13 @@ def table(plans: Sequence[tuple[str, Plan]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def _show(plan: Plan) -> int:
+def _show(plan: Plan, run: RunConfig) -> int:
     device, machine = plan.machine.device, plan.machine
     print(f"{plan.config.logging.run_name or 'run'} on {machine.world} x {device.name}, {machine.node} a node")
     print(aligned(experiment(plan.config, machine.world)))
     print(aligned(needs(plan)))
+    if run.data.data_path or run.data.train_data_path:
+        print(plan_statement(run, total_samples(run.training, run.model.seq_length)))
     if plan.fits:
         return 0
     found = fitting(plan.config, machine, plan.vocab_size)

@@ -3,8 +3,9 @@
     python tools/plot_runs.py RUN [RUN ...] --output loss_curves.png loss_curves.svg --table
 
 A RUN is a ``metrics.jsonl``, or the folder that holds one (the run's ``--save``), or TensorBoard's event files that a
-run wrote (``--tensorboard-dir``). Training loss is the thin line, smoothed; validation loss the bold one with marks.
-What a run logged beyond the point that it was later resumed from, or went back to for a spike, is left out.
+run wrote (``--tensorboard-dir``). Training loss is the thin line, smoothed; validation loss the bold one with marks,
+with dashes for the second validation set and those after it. What a run logged beyond the point that it was later
+resumed from, or went back to for a spike, is left out.
 """
 
 import argparse
@@ -20,6 +21,8 @@ from typing import Any
 import numpy as np
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#5c5c5c")
+DASHES = ("-", "--", ":", "-.")  # of the validation sets of a run
+_KINDS = {"valid": "validation loss", "test": "test loss"}
 _EVENTS = "events.out.tfevents."  # how names of event files begin
 SMOOTHED_SHARE = 0.02  # each point of the training curve averages this share of the run
 HIDDEN_SHARE = 0.03  # the first fall of the loss, up to this share of the run, does not set the height of the picture
@@ -46,18 +49,24 @@ class RunError(ValueError):
 
 @dataclasses.dataclass
 class Run:
-    """What one run logged, without superseded lines; tokens rise strictly in ``train`` and in ``valid``."""
+    """What one run logged, without superseded lines; tokens rise strictly in each list of them.
+
+    Validation and test sets are by name; the one that has none, of --split or a blend, is "".
+    """
 
     name: str
     header: dict[str, Any] = dataclasses.field(default_factory=dict)
     train: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    valid: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    valid: dict[str, list[dict[str, Any]]] = dataclasses.field(default_factory=dict)
+    test: dict[str, list[dict[str, Any]]] = dataclasses.field(default_factory=dict)
     resumed_at: list[int] = dataclasses.field(default_factory=list)
 
     def forget_after(self, tokens: int) -> None:
         """Drop what was logged beyond ``tokens`` consumed tokens."""
         self.train = [line for line in self.train if line["tokens"] <= tokens]
-        self.valid = [line for line in self.valid if line["tokens"] <= tokens]
+        for sets in (self.valid, self.test):
+            for name, lines in sets.items():
+                sets[name] = [line for line in lines if line["tokens"] <= tokens]
         self.resumed_at = [resumed for resumed in self.resumed_at if resumed < tokens]
 
     def add(self, line: dict[str, Any]) -> None:
@@ -84,24 +93,34 @@ class Run:
         elif line["kind"] == "spike" and line.get("resumed_at_tokens") is not None:
             self.forget_after(line["resumed_at_tokens"])
             self.resumed_at.append(line["resumed_at_tokens"])
-        elif line["kind"] in ("train", "valid"):
-            tokens, loss = line["tokens"], line["loss"]
+        elif line["kind"] in ("train", "valid", "test"):
+            tokens, loss, name = line["tokens"], line["loss"], line.get("set", "")
             if tokens is None or not 0 <= tokens < math.inf:
                 raise ValueError(f"tokens is {tokens}, no count")
-            lines = self.train if line["kind"] == "train" else self.valid
+            if not isinstance(name, str):
+                raise TypeError(f"set is {name!r}, no name")
+            lines = self.lines(line["kind"], name)
             while lines and lines[-1]["tokens"] >= tokens:
                 lines.pop()
             lines.append(line | {"loss": math.nan if loss is None else loss})
 
+    def lines(self, kind: str, name: str = "") -> list[dict[str, Any]]:
+        """The lines of training, or of a set, to read or to append to."""
+        return self.train if kind == "train" else getattr(self, kind).setdefault(name, [])
+
+    def all_lines(self) -> list[dict[str, Any]]:
+        """Those that can be drawn."""
+        return [*self.train, *(line for lines in self.valid.values() for line in lines)]
+
     @property
     def tokens(self) -> int:
         """Tokens consumed at the last line."""
-        return max((lines[-1]["tokens"] for lines in (self.train, self.valid) if lines), default=0)
+        return max((line["tokens"] for line in self.all_lines()), default=0)
 
-    @property
-    def validation_loss(self) -> float | None:
-        """The last validation loss, in nats a token."""
-        return self.valid[-1]["loss"] if self.valid else None
+    def last_loss(self, kind: str, name: str = "") -> float | None:
+        """The last loss of a set, in nats a token."""
+        lines = getattr(self, kind).get(name)
+        return lines[-1]["loss"] if lines else None
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -131,7 +150,7 @@ def read_run(given: str | Path) -> Run:
         run = _read_events(path, events) if events and not (path / "metrics.jsonl").is_file() else _read_lines(file)
     except OSError as error:
         raise RunError(f"{path}: cannot be read: {error.strerror}") from None
-    if not run.train and not run.valid:
+    if not run.all_lines():
         raise RunError(f"{path}: no training or validation line to draw; has the run logged anything yet?")
     if path != Path(given):
         run.name = name
@@ -164,16 +183,18 @@ def _read_events(path: Path, files: Sequence[Path]) -> Run:
             if event.session_log.status == event.session_log.START:  # so TensorBoard is told to forget what follows
                 run.forget_after(event.step - 1)
             for value in event.summary.value:
-                kind, _, key = value.tag.partition("/")
-                if kind not in ("train", "valid") or key not in ("loss", "step", "tokens_per_second"):
+                kind, _, rest = value.tag.partition("/")
+                name, _, key = rest.rpartition("/")
+                if kind not in ("train", "valid", "test") or key not in ("loss", "step", "tokens_per_second"):
                     continue
-                lines = run.train if kind == "train" else run.valid
+                lines = run.lines(kind, name)
                 if lines and lines[-1]["tokens"] == event.step:
                     lines[-1][key] = value.simple_value
                     continue
                 if kind == "train" and lines and lines[-1]["tokens"] > event.step:
                     run.forget_after(event.step - 1)  # the run was resumed before this
-                run.add({"kind": kind, "tokens": event.step, "loss": None, "step": None, key: value.simple_value})
+                line = {"kind": kind, "set": name, "tokens": event.step, "loss": None, "step": None}
+                run.add(line | {key: value.simple_value})
     return run
 
 
@@ -214,17 +235,20 @@ def count(number: float | None) -> str:
 
 
 def table(runs: Sequence[Run]) -> str:
-    """One row a run, then a sentence for each run after the first that compares the validation losses."""
-    rows = [("run", "parameters", "active", "tokens", "validation loss", "tokens/s")]
+    """One row a run, then sentences for each run after the first that compare the validation losses."""
+    sets = [("valid", name) for name in set_names(runs, "valid") or [""]]
+    sets += [("test", name) for name in set_names(runs, "test")]
+    titles = [f"{_KINDS[kind]}{name and f' of {name}'}" for kind, name in sets]
+    rows = [("run", "parameters", "active", "tokens", *titles, "tokens/s")]
     for run in runs:
-        loss, rate = run.validation_loss, run.tokens_per_second
+        losses, rate = [run.last_loss(*of) for of in sets], run.tokens_per_second
         rows.append(
             (
                 run.name,
                 count(run.header.get("parameters")),
                 count(run.header.get("active_parameters")),
                 count(run.tokens),
-                "-" if loss is None else f"{loss:.4f}",
+                *("-" if loss is None else f"{loss:.4f}" for loss in losses),
                 "-" if rate is None else f"{rate:,.0f}",
             )
         )
@@ -234,22 +258,28 @@ def table(runs: Sequence[Run]) -> str:
     for name, *cells in rows:
         padded = [name.ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
         lines.append("| " + " | ".join(padded) + " |")
-    return "\n".join(lines + [comparison(runs[0], run) for run in runs[1:]])
+    names = set_names(runs, "valid") or [""]
+    return "\n".join(lines + [comparison(runs[0], run, name) for run in runs[1:] for name in names])
 
 
-def comparison(first: Run, other: Run) -> str:
-    """A sentence that says which of two runs has the lower validation loss, and by how much."""
-    if first.validation_loss is None or other.validation_loss is None:
-        return f"{other.name} and {first.name} cannot be compared: one of them has no validation yet."
-    difference = other.validation_loss - first.validation_loss
+def set_names(runs: Sequence[Run], kind: str) -> list[str]:
+    """The sets of any of the runs, in their order."""
+    return list(dict.fromkeys(name for run in runs for name, lines in getattr(run, kind).items() if lines))
+
+
+def comparison(first: Run, other: Run, name: str = "") -> str:
+    """A sentence that says which of two runs has the lower loss on a validation set, and by how much."""
+    before, after = first.last_loss("valid", name), other.last_loss("valid", name)
+    on = f" on {name}" if name else ""
+    if before is None or after is None:
+        return f"{other.name} and {first.name} cannot be compared{on}: one of them has no validation yet."
+    difference = after - before
     if not math.isfinite(difference):
-        return f"{other.name} and {first.name} cannot be compared: a validation loss is not finite."
+        return f"{other.name} and {first.name} cannot be compared{on}: a validation loss is not finite."
     verdict = f"{abs(difference):.4f} {'lower' if difference < 0 else 'higher'} than" if difference else "the same as"
-    if other.valid[-1]["tokens"] == first.valid[-1]["tokens"]:
-        clock = f"the same {count(other.valid[-1]['tokens'])} tokens"
-    else:
-        clock = f"{count(other.valid[-1]['tokens'])} tokens against {count(first.valid[-1]['tokens'])}"
-    return f"The validation loss of {other.name} is {verdict} that of {first.name}, after {clock}."
+    then, now = first.valid[name][-1]["tokens"], other.valid[name][-1]["tokens"]
+    clock = f"the same {count(now)} tokens" if now == then else f"{count(now)} tokens against {count(then)}"
+    return f"The validation loss of {other.name}{on} is {verdict} that of {first.name}, after {clock}."
 
 
 def smooth(values: Sequence[float], window: int) -> list[float]:
@@ -288,7 +318,7 @@ def draw(
 
     key = {"tokens": "tokens", "steps": "step"}[x]
     for run in runs:
-        if any(line.get(key) is None for line in run.train + run.valid):
+        if any(line.get(key) is None for line in run.all_lines()):
             raise RunError(f"{run.name}: got --x {x}, and lines of its log have no '{key}'; give --x tokens")
     style = {"font.size": 12, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "plot_runs"}
     with matplotlib.rc_context(style):
@@ -311,21 +341,21 @@ def draw(
                         places[before[-1]], losses[before[-1]],
                         "|", color=color, markersize=16, markeredgewidth=1.5,
                     )  # fmt: skip
-            label = run.name
-            if run.validation_loss is not None:
-                label += f"  ({run.validation_loss:.3f})"
-            axes.plot(
-                [line[key] for line in run.valid], [line["loss"] for line in run.valid],
-                color=color, linewidth=2.4, marker="o", markersize=5.5, label=label,
-            )  # fmt: skip
+            named = [(name, lines) for name, lines in run.valid.items() if lines] or [("", [])]
+            for place, (name, lines) in enumerate(named):
+                label = run.name + (name and f", {name}") + (f"  ({lines[-1]['loss']:.3f})" if lines else "")
+                axes.plot(
+                    [line[key] for line in lines], [line["loss"] for line in lines], label=label, color=color,
+                    linewidth=2.4, linestyle=DASHES[place % len(DASHES)], marker="o", markersize=5.5,
+                )  # fmt: skip
             start = HIDDEN_SHARE * run.tokens
             visible += [loss for line, loss in zip(train, losses, strict=True) if line["tokens"] >= start]
-            visible += [line["loss"] for line in run.valid if line["tokens"] >= start]
+            visible += [line["loss"] for _, lines in named for line in lines if line["tokens"] >= start]
         visible = [loss for loss in visible if math.isfinite(loss)]
         if visible:
             margin = 0.05 * (max(visible) - min(visible)) or 0.1
             axes.set_ylim(min(visible) - margin, max(visible) + margin)
-        right = max(line[key] for run in runs for line in run.train + run.valid)
+        right = max(line[key] for run in runs for line in run.all_lines())
         unit, letter = _unit(right)
         axes.set_xlim(0, 1.02 * right or 1)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / unit:g}{letter if value else ''}"))

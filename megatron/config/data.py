@@ -12,10 +12,23 @@ class DataConfig:
     """Preprocessed .bin/.idx datasets and the tokenizer that made them."""
 
     data_path: tuple[str, ...] = option(
-        (), "Dataset prefix (PREFIX.bin, PREFIX.idx), or a blend: WEIGHT PREFIX WEIGHT PREFIX ...", nargs="+",
-        metavar="PREFIX",
+        (), "Dataset prefix (PREFIX.bin, PREFIX.idx), or a blend: WEIGHT PREFIX WEIGHT PREFIX ...; without weights in "
+        "proportion to their tokens. --split cuts it into training, validation and test.", nargs="+", metavar="PREFIX",
     )  # fmt: skip
-    split: str = option("98,2,0", "Shares of documents for training, validation and test.")
+    split: str = option("98,2,0", "Shares of the documents of --data-path for training, validation and test.")
+    train_data_path: tuple[str, ...] = option(
+        (), "In place of --data-path: training data, all of it, in the same forms. Without --valid-data-path there is "
+        "no validation.", nargs="+", metavar="PREFIX",
+    )  # fmt: skip
+    valid_data_path: tuple[str, ...] = option(
+        (), "With --train-data-path: validation sets, each with a loss of its own; called by the names of their files "
+        "without _text_document, or NAME. WEIGHT PREFIX WEIGHT PREFIX ... is one set.", nargs="+",
+        metavar="[NAME=]PREFIX",
+    )  # fmt: skip
+    test_data_path: tuple[str, ...] = option(
+        (), "With --train-data-path: test sets, read once at the end of training; forms as of --valid-data-path.",
+        nargs="+", metavar="[NAME=]PREFIX",
+    )  # fmt: skip
     skip_samples: tuple[str, ...] = option(
         (), "Spans FIRST-END of training samples to leave out, numbered from 0 in the order in which a run reads them.",
         nargs="+", metavar="FIRST-END",

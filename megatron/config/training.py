@@ -19,7 +19,7 @@ class TrainingConfig:
     eval_interval: int = option(
         100, "Validate every this many updates of the full global batch (counted in tokens); 0 never."
     )
-    eval_iters: int = option(10, "Global batches of a validation; always the same ones.")
+    eval_iters: int = option(10, "Global batches that are read of each validation and test set; always the same ones.")
     checkpoint_activations: bool = option(False, "Recompute each layer in the backward pass to save memory.")
     compile: bool = option(True, "Do not let torch.compile fuse the layers on GPUs.", flag="--no-compile")
     cuda_graphs: bool = option(
@@ -38,3 +38,8 @@ class TrainingConfig:
     )  # fmt: skip
     seed: int = option(1234, "Seed of initial weights, data order, dropout and routing.")
     device: str | None = option(None, "cuda or cpu (default: cuda where there is a GPU).", choices=("cuda", "cpu"))
+
+    @property
+    def eval_samples(self) -> int:
+        """Sequences that are read of each validation and test set."""
+        return self.eval_iters * self.global_batch_size

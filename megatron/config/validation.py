@@ -9,6 +9,8 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 
 from megatron.config.batch_rules import batch_problems, count_replicas, rampup_problems, train_tokens_problems
+from megatron.config.checkpoint_rules import finetune_problems, save_problems
+from megatron.config.corpora import data_problems
 from megatron.config.errors import ConfigError, around, divisors, multiples, remainder
 from megatron.config.exchange_rules import exchange_problems
 from megatron.config.expert_rules import expert_layer_problems, expert_parallel_problems
@@ -61,7 +63,7 @@ def validate(config: RunConfig, world_size: int) -> None:
     Raises:
         ConfigError: at least one problem; all of them are listed, one line each.
     """
-    _raise([*_number_problems(config, world_size), *file_problems(config)])
+    _raise(dict.fromkeys([*_number_problems(config, world_size), *file_problems(config)]))
 
 
 def validate_numbers(config: RunConfig, world_size: int) -> None:
@@ -299,23 +301,9 @@ def _document_attention(config: RunConfig, world_size: int) -> Iterator[str]:
         )
 
 
-@_rule("split", "eval_interval")
-def _split(config: RunConfig, world_size: int) -> Iterator[str]:
-    split, interval = config.data.split, config.training.eval_interval
-    try:
-        shares = [float(share) for share in split.split(",")]
-    except ValueError:
-        shares = []
-    if len(shares) != 3 or not all(0 <= share < math.inf for share in shares) or shares[0] <= 0:
-        yield (
-            f"--split {split!r} must be three numbers with commas between them, for training (above 0), validation and"
-            f" test (0 or more); use 98,2,0"
-        )
-    elif shares[1] == 0 and interval > 0:
-        yield (
-            f"--split {split!r} leaves no documents for the validation every --eval-interval {interval} updates; use"
-            f" 98,2,0, or --eval-interval 0 to never validate"
-        )
+@_rule("data_path", "split", "train_data_path", "valid_data_path", "test_data_path", "eval_interval")
+def _data(config: RunConfig, world_size: int) -> Iterator[str]:
+    yield from data_problems(config.data, config.training.eval_interval)
 
 
 @_rule("spike_sigmas", "save", "save_interval", "keep_last")
@@ -330,10 +318,9 @@ def _skip_samples(config: RunConfig, world_size: int) -> Iterator[str]:
 
 @_rule("save", "async_save", "keep_last")
 def _save(config: RunConfig, world_size: int) -> Iterator[str]:
-    if config.checkpoint.save is None:
-        for flag, given in (
-            ("--async-save", config.checkpoint.async_save),
-            ("--keep-last", config.checkpoint.keep_last),
-        ):
-            if given:
-                yield f"{flag} must have a folder to save in, and --save is not given; add --save DIR or drop {flag}"
+    yield from save_problems(config)
+
+
+@_rule("finetune", "finetune_load_optim", "load", "save")
+def _finetune(config: RunConfig, world_size: int) -> Iterator[str]:
+    yield from finetune_problems(config)

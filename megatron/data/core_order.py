@@ -15,8 +15,9 @@ import torch
 from torch.utils.data import Dataset
 
 from megatron.config import RunConfig
+from megatron.config.corpora import Blend
 from megatron.data.core_datasets import BlendedDataset, BlendedMegatronDatasetBuilder, GPTDataset, GPTDatasetConfig
-from megatron.data.dataset_checks import Blend, count_tokens
+from megatron.data.dataset_checks import weights_of
 from megatron.data.errors import DataError
 from megatron.data.identity import Identity
 from megatron.data.index_cache import is_whole, publish
@@ -68,11 +69,7 @@ def build_core_datasets(
     """Train, valid and test, each None where no sample is wanted."""
     contents = [identities[prefix].content for prefix in blend.prefixes]
     identity = {"kind": tokenizer.kind, "fingerprint": tokenizer.fingerprint, "contents": contents}
-    weights = blend.weights
-    if weights is None and len(blend.prefixes) > 1:
-        weights = [float(count_tokens(prefix)) for prefix in blend.prefixes]
-    if len(blend.prefixes) == 1:
-        weights = None
+    weights = weights_of(blend) if len(blend.prefixes) > 1 else None
     core = GPTDatasetConfig(
         random_seed=seed,
         sequence_length=config.model.seq_length,

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from megatron.config import DataConfig
-from megatron.data.dataset_checks import parse_blend
+from megatron.data.dataset_checks import corpora_of
 from megatron.data.errors import DataError
 from megatron.data.tokenizer import Tokenizer
 
@@ -94,19 +94,19 @@ def check_documents(data: DataConfig, tokenizer: Tokenizer) -> None:
     if not uses_documents(data):
         return
     problems = []
-    for prefix in parse_blend(data.data_path).prefixes:
+    for prefix, flag in corpora_of(data).prefixes().items():
         ended, looked_at = _ended(prefix, tokenizer.eod)
         if looked_at and not ended:
             problems.append(
-                f"--data-path {prefix}: none of {looked_at} documents looked at ends with the end-of-document token "
+                f"{flag} {prefix}: none of {looked_at} documents looked at ends with the end-of-document token "
                 f"{tokenizer.eod}, by which {FLAGS} tell documents apart; preprocess with --append-eod, or drop these "
                 "flags"
             )
         elif ended < looked_at:
             logger.warning(
-                "--data-path %s: %d of %d documents looked at do not end with the end-of-document token %d; each "
+                "%s %s: %d of %d documents looked at do not end with the end-of-document token %d; each "
                 "counts as one document with the next",
-                *(prefix, looked_at - ended, looked_at, tokenizer.eod),
+                *(flag, prefix, looked_at - ended, looked_at, tokenizer.eod),
             )
     if problems:
         raise DataError("\n".join(problems))

@@ -1,4 +1,4 @@
-"""From --data-path and --split to the datasets of a run.
+"""From the flags that name a run's corpora to its datasets.
 
 S sequence.
 """
@@ -14,20 +14,17 @@ import torch.distributed as dist
 from torch.utils.data import Dataset
 
 from megatron.config import RunConfig
+from megatron.config.corpora import Corpora, Source
 from megatron.data.blend_order import BlendOrder
 from megatron.data.data_state import CORE, CorpusState, DataState
 from megatron.data.dataset_checks import (
-    SPLITS,
-    Blend,
     cache_problems,
-    count_tokens,
+    corpora_of,
     damage_problems,
+    document_range,
     open_problems,
-    parse_blend,
-    parse_split,
-    split_ranges,
-    split_tokens,
     tokenizer_problems,
+    weights_of,
 )
 from megatron.data.errors import DataError
 from megatron.data.files import INDEX_CACHE
@@ -104,7 +101,11 @@ class GPTSamples(Dataset[dict[str, torch.Tensor]]):
 
 @dataclasses.dataclass(frozen=True)
 class Datasets:
-    """The data of a run. ``train`` is None, and ``valid`` and ``test`` are empty, where no sample is wanted."""
+    """The data of a run. ``train`` is None, and ``valid`` and ``test`` are empty, where no sample is wanted.
+
+    Validation and test sets are in the order of the command line, by name; those of --split and blends are called
+    "valid" and "test".
+    """
 
     train: Any
     valid: dict[str, Any]
@@ -150,53 +151,82 @@ def build_datasets(
     Args:
         config: of the run; ``data``, ``model.seq_length`` and ``training.seed`` count.
         tokenizer: of the run; must be the one that the data was made with.
-        num_samples: sequences wanted of train, valid and test.
+        num_samples: sequences wanted of the training data, of each validation set and of each test set.
         resumed: where the run goes on from a checkpoint.
 
     Returns:
-        Datasets of exactly ``num_samples`` items; none where no sample is wanted or --split gives no share.
+        Datasets of exactly ``num_samples`` items; none where no sample is wanted.
 
     Raises:
         DataError: with every problem that was found; the same on all ranks.
     """
-    blend, shares = parse_blend(config.data.data_path), parse_split(config.data.split)
-    if num_samples[0] and not shares[0]:
+    corpora = corpora_of(config.data)
+    if num_samples[0] and corpora.train.first == corpora.train.last:
         raise DataError(f"--split {config.data.split!r} leaves nothing for training")
-    wanted = [n if share else 0 for n, share in zip(num_samples, shares, strict=True)]
-    cache = Path(config.data.data_cache_path or Path(blend.prefixes[0]).parent / INDEX_CACHE)
-    _check(blend, shares, wanted, cache, config, tokenizer)
-    identities = _identify(blend.prefixes, cache, tokenizer)
+    sets = _sets(corpora, num_samples)
+    cache = Path(config.data.data_cache_path or Path(corpora.train.blend.prefixes[0]).parent / INDEX_CACHE)
+    _check(corpora, sets, cache, config, tokenizer)
+    identities = _identify(corpora, cache, tokenizer)
 
     seed = config.training.seed if resumed is None or resumed.state is None else resumed.state.seed
-    states = _states(blend, shares, identities, seed)
-    notes: list[str] = []
+    state, notes = _state(corpora.train, identities, seed), []
     if resumed is not None:
-        states[0], notes = resumed.goes_on_with(states[0], config.data.change_blend)
-    if states[0].order == CORE:
-        from megatron.data.core_order import build_core_datasets
-
-        built = build_core_datasets(blend, wanted, cache, config, tokenizer, seed, identities)
+        state, notes = resumed.goes_on_with(state, config.data.change_blend)
+    if state.order == CORE:
+        built = _build_core(corpora, num_samples, cache, config, tokenizer, seed, identities)
     else:
-        built = [
-            _samples(state, n, config.model.seq_length, tokenizer.vocab_size, cache) if n else None
-            for state, n in zip(states, wanted, strict=True)
-        ]
-        _on_first_rank(lambda: [samples.prepare() for samples in built if samples is not None])
-    train, valid, test = built
-    return Datasets(
-        train,
-        {} if valid is None else {"valid": valid},
-        {} if test is None else {"test": test},
-        states[0],
-        tuple(notes),
-    )
+        built = {}
+        for kind, name, source, n in sets:
+            of_set = state if kind == "train" else _state(source, identities, seed)
+            built[kind, name] = _samples(of_set, n, config.model.seq_length, tokenizer.vocab_size, cache)
+        _on_first_rank(lambda: [samples.prepare() for samples in built.values()])
+    valid, test = ({name: built[of, name] for of, name in built if of == kind} for kind in ("valid", "test"))
+    return Datasets(built.get(("train", "train")), valid, test, state, tuple(notes))
 
 
-def _identify(prefixes: list[str], cache: Path, tokenizer: Tokenizer) -> dict[str, Identity]:
-    identities = identify(prefixes, cache)
+_Sets = list[tuple[str, str, Source, int]]  # train, valid or test; the name of the set; how many sequences of it
+
+
+def _sets(corpora: Corpora, num_samples: tuple[int, int, int]) -> _Sets:
+    """The sets of which sequences are wanted."""
+    kinds = (("train", {"train": corpora.train}), ("valid", corpora.valid), ("test", corpora.test))
+    return [
+        (kind, name, source, n)
+        for (kind, sources), n in zip(kinds, num_samples, strict=True)
+        for name, source in sources.items()
+        if n
+    ]
+
+
+def _build_core(
+    corpora: Corpora,
+    num_samples: tuple[int, int, int],
+    cache: Path,
+    config: RunConfig,
+    tokenizer: Tokenizer,
+    seed: int,
+    identities: dict[str, Identity],
+) -> dict[tuple[str, str], Any]:
+    from megatron.data.core_order import build_core_datasets
+
+    if not config.data.data_path:
+        raise DataError(
+            "the run goes on from a checkpoint of a version that had no --train-data-path, in the order of "
+            "megatron.core; give the --data-path and --split that it began with, or begin a new run with the "
+            "checkpoint's weights (--finetune)"
+        )
+    sources = (corpora.train, corpora.valid.get("valid"), corpora.test.get("test"))
+    wanted = [n if source else 0 for source, n in zip(sources, num_samples, strict=True)]
+    found = build_core_datasets(corpora.train.blend, wanted, cache, config, tokenizer, seed, identities)
+    return {(kind, kind): samples for kind, samples in zip(("train", "valid", "test"), found, strict=True) if samples}
+
+
+def _identify(corpora: Corpora, cache: Path, tokenizer: Tokenizer) -> dict[str, Identity]:
+    flags = corpora.prefixes()
+    identities = identify(flags, cache)
     problems = [
-        f"--data-path {problem}"
-        for prefix in prefixes
+        f"{flag} {problem}"
+        for prefix, flag in flags.items()
         for problem in vocabulary_problems(prefix, identities[prefix], tokenizer)
     ]
     if problems:
@@ -204,20 +234,15 @@ def _identify(prefixes: list[str], cache: Path, tokenizer: Tokenizer) -> dict[st
     return identities
 
 
-def _states(blend: Blend, shares: list[float], identities: dict[str, Identity], seed: int) -> list[DataState]:
-    """Those of a new run's training, validation and test data."""
-    weights = blend.weights or [float(count_tokens(prefix)) for prefix in blend.prefixes]
-    ranges = [split_ranges(prefix, shares) for prefix in blend.prefixes]
-    return [
-        DataState.begin(
-            seed,
-            [
-                CorpusState(prefix, identities[prefix].content, *ranges_of_corpus[split], weight)
-                for prefix, ranges_of_corpus, weight in zip(blend.prefixes, ranges, weights, strict=True)
-            ],
-        )
-        for split in range(len(SPLITS))
-    ]
+def _state(source: Source, identities: dict[str, Identity], seed: int) -> DataState:
+    """That of a new run which reads ``source``."""
+    return DataState.begin(
+        seed,
+        [
+            CorpusState(prefix, identities[prefix].content, *document_range(prefix, source.first, source.last), weight)
+            for prefix, weight in zip(source.blend.prefixes, weights_of(source.blend), strict=True)
+        ],
+    )
 
 
 def _samples(state: DataState, length: int, seq_length: int, vocab_size: int, cache: Path) -> GPTSamples:
@@ -242,19 +267,20 @@ def _samples(state: DataState, length: int, seq_length: int, vocab_size: int, ca
 # ------------------------------------------------------------------------------------------------------------ checking
 
 
-def _check(
-    blend: Blend, shares: list[float], wanted: list[int], cache: Path, config: RunConfig, tokenizer: Tokenizer
-) -> None:
+def _check(corpora: Corpora, sets: _Sets, cache: Path, config: RunConfig, tokenizer: Tokenizer) -> None:
     """Raise on every rank what any rank finds; only rank 0 looks beyond the files' heads."""
-    problems = [problem for prefix in blend.prefixes for problem in open_problems(prefix)]
+    flags = corpora.prefixes()
+    problems = [problem for prefix, flag in flags.items() for problem in open_problems(prefix, flag)]
     if not problems and (not dist.is_initialized() or dist.get_rank() == 0):
         problems += cache_problems(cache)
-        for prefix in blend.prefixes:
-            if damage := damage_problems(prefix):
-                problems += damage
-                continue
-            problems += tokenizer_problems(prefix, tokenizer, config.data.allow_tokenizer_mismatch)
-            problems += _split_problems(prefix, shares, wanted, config, alone=len(blend.prefixes) == 1)
+        damaged = {prefix: found for prefix, flag in flags.items() if (found := damage_problems(prefix, flag))}
+        for prefix, flag in flags.items():
+            allow = config.data.allow_tokenizer_mismatch
+            problems += damaged.get(prefix) or tokenizer_problems(prefix, tokenizer, allow, flag)
+        for kind, _, source, n in sets:
+            for prefix in source.blend.prefixes:
+                if prefix not in damaged:
+                    problems += _size_problems(prefix, kind, source, n, config)
     _raise_together(problems)
 
 
@@ -278,22 +304,21 @@ def _raise_together(problems: list[str]) -> None:
         raise DataError("\n".join(problems))
 
 
-def _split_problems(prefix: str, shares: list[float], wanted: list[int], config: RunConfig, alone: bool) -> list[str]:
-    problems = []
+def _size_problems(prefix: str, kind: str, source: Source, samples: int, config: RunConfig) -> list[str]:
+    """Why no sequence can be made of a corpus; warns where a set is read more than once at a time."""
     seq, split = config.model.seq_length, config.data.split
-    for name, (documents, tokens), samples in zip(SPLITS, split_tokens(prefix, shares), wanted, strict=True):
-        if not samples:
-            continue
-        place = f"--data-path {prefix}, --split {split}: the {name} split"
-        if not documents:
-            problems.append(f"{place} gets no document. Give it a larger share, or 0 to do without it")
-        elif tokens < seq + 1:
-            problems.append(
-                f"{place} has {tokens} tokens in {documents} documents, but one sample takes {seq + 1} "
-                f"(--seq-length {seq}, and one for the last label). Give it a larger share or more data"
-            )
-        elif name == "valid" and alone and samples > (tokens - 1) // seq:
-            logger.warning(
-                "%s has %d sequences, so %d samples repeat some of them", place, (tokens - 1) // seq, samples
-            )
-    return problems
+    first, last = document_range(prefix, source.first, source.last)
+    tokens = read_index(prefix).sum_lengths(first, last)
+    place, fix = f"{source.flag} {prefix}", "Give more data"
+    if source.flag == "--data-path":
+        place, fix = f"{place}, --split {split}: the {kind} split", "Give it a larger share or more data"
+    if first == last:
+        return [f"{place} gets no document. Give it a larger share, or 0 to do without it"]
+    if tokens < seq + 1:
+        return [
+            f"{place} has {tokens} tokens in {last - first} documents, but one sample takes {seq + 1} "
+            f"(--seq-length {seq}, and one for the last label). {fix}"
+        ]
+    if kind != "train" and len(source.blend.prefixes) == 1 and samples > (tokens - 1) // seq:
+        logger.warning("%s has %d sequences, so %d samples repeat some of them", place, (tokens - 1) // seq, samples)
+    return []

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from megatron.config import RunConfig
-from megatron.data.dataset_checks import open_problems, parse_blend
+from megatron.data.dataset_checks import corpora_of, open_problems
 from megatron.parallel.initialize import Topology
 from megatron.preflight.speed import Links
 
@@ -111,8 +111,8 @@ def read_data(config: RunConfig) -> tuple[dict[str, int], list[str]]:
     from megatron.data.core_datasets import IndexedDataset
 
     sizes, problems = {}, []
-    for prefix in parse_blend(config.data.data_path).prefixes:
-        found = open_problems(prefix)
+    for prefix, flag in corpora_of(config.data).prefixes().items():
+        found = open_problems(prefix, flag)
         problems += found
         if found:
             continue
@@ -122,7 +122,7 @@ def read_data(config: RunConfig) -> tuple[dict[str, int], list[str]]:
             dataset = IndexedDataset(prefix)
             _, _ = dataset[0], dataset[len(dataset) - 1]
         except Exception as error:
-            problems.append(f"--data-path {prefix}: its documents cannot be read: {type(error).__name__}: {error}")
+            problems.append(f"{flag} {prefix}: its documents cannot be read: {type(error).__name__}: {error}")
     return sizes, problems
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import socket
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from megatron.config.validation import validate
 from megatron.data.data_state import DataState
 from megatron.data.documents import check_documents
 from megatron.data.gpt_dataset import ResumedData, build_datasets
+from megatron.data.statement import statement
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.engine import deepspeed_config
 from megatron.engine.offload import threads_in_words
@@ -33,7 +35,7 @@ from megatron.training.clock import Clock, total_samples
 from megatron.training.ending import record_end
 from megatron.training.outlook import outlook
 from megatron.training.report import Report
-from megatron.training.resume import check, clock_from, padded_as_before, restore
+from megatron.training.resume import carried, check, check_base, clock_from, describe_base, padded_as_before, restore
 from megatron.training.signals import StopRequest, StopSignals
 from megatron.training.spikes import Detours
 from megatron.training.start import (
@@ -41,6 +43,7 @@ from megatron.training.start import (
     check_optimizer,
     check_outputs,
     check_precision,
+    find_base,
     find_checkpoint,
     how_to_go_on,
     log_folder,
@@ -129,28 +132,38 @@ def _looks_ready(config: RunConfig, topology: Topology, line: Line | None) -> bo
 def _run(config: RunConfig, topology: Topology, stop: StopRequest, line: Line | None) -> None:
     tokenizer = build_tokenizer(config.data)
     vocab_size = config.model.padded_vocab_size(tokenizer.vocab_size, topology.tensor_parallel_size)
-    clock, warnings, source, meta = Clock(config.model.seq_length), [], None, None
+    clock, warnings, meta = Clock(config.model.seq_length), [], None
+    kept: dict[str, Any] = {}  # of the metadata, for the next checkpoints
     found = find_checkpoint(config, topology)
+    base = find_base(config, topology) if config.checkpoint.finetune and found is None else None
     if found is not None:
-        source, meta = found
+        _, meta = found
         vocab_size = padded_as_before(meta, topology.tensor_parallel_size)
         warnings = check(meta, config, vocab_size, tokenizer)
-        clock = clock_from(meta)
+        clock, kept = clock_from(meta), carried(meta, tokenizer)
+    elif base is not None:
+        vocab_size = padded_as_before(base[1], topology.tensor_parallel_size)
+        warnings = check_base(base[1], config, vocab_size, tokenizer)
+        kept = carried(base[1], tokenizer) | {"finetuned_from": describe_base(config, *base)}
     if _stops_early(stop, config, topology, clock):
         return
     detours = Detours.of(config, meta, clock.samples)
     samples = total_samples(config.training, config.model.seq_length, clock.samples)
-    valid_samples = (
-        config.training.eval_iters * config.training.global_batch_size if config.training.eval_interval else 0
+    wanted = (
+        samples,
+        config.training.eval_samples if config.training.eval_interval else 0,
+        config.training.eval_samples,
     )
-    data = build_datasets(config, tokenizer, (samples, valid_samples, 0), _resumed_data(meta, clock, detours))
+    data = build_datasets(config, tokenizer, wanted, _resumed_data(meta, clock, detours))
     check_documents(config.data, tokenizer)
     if _stops_early(stop, config, topology, clock):
         return
 
     engine = build_engine(config, topology, vocab_size)
     if found is not None:
-        restore(engine, source, meta, topology)
+        restore(engine, *found, topology)
+    elif base is not None:
+        restore(engine, *base, topology, optimizer_state=config.checkpoint.finetune_load_optim)
 
     name = _name(config)
     report = Report(config.logging, name, config.checkpoint.save, topology.is_first)
@@ -158,22 +171,24 @@ def _run(config: RunConfig, topology: Topology, stop: StopRequest, line: Line | 
     watchdog = Watchdog(guard.watchdog_factor, guard.watchdog_min_seconds, log_folder(config), topology, line)
     try:
         train_tokens = samples * config.model.seq_length
-        _announce(report, config, topology, tokenizer, clock, vocab_size, train_tokens, name, resumed=found is not None)
+        _announce(report, config, topology, tokenizer, clock, vocab_size, train_tokens, name, found is not None, base)
         if topology.is_first:
+            print(statement(config, samples, data.state), flush=True)
             print(outlook(config, topology, vocab_size), flush=True)
             if topology.pipeline_parallel_size > 1:
                 print(place(config, vocab_size), flush=True)
             if config.optimizer.optimizer_cpu_offload:
                 print(threads_in_words(), flush=True)
-            if source is not None and standing(source) is Standing.DOUBTED:
-                print(f"warning: {source.name} is in doubt: updates that were not good have followed it", flush=True)
+            begun = found or base
+            if begun is not None and standing(begun[0]) is Standing.DOUBTED:
+                print(f"warning: {begun[0].name} is in doubt: updates that were not good have followed it", flush=True)
             for warning in warnings:
                 print(f"warning: this run differs from the checkpoint's: {warning}", flush=True)
             for note in data.notes:
                 print(f"data: {note}", flush=True)
         Trainer(
             config, topology, engine, tokenizer, data, clock, report, stop, watchdog, vocab_size, detours,
-            resumed_from=found,
+            resumed_from=found, carried=kept,
         ).run()  # fmt: skip
     finally:
         watchdog.close()
@@ -214,6 +229,7 @@ def _announce(
     train_tokens: int,
     name: str,
     resumed: bool,
+    base: tuple[Path, dict[str, Any]] | None,
 ) -> None:
     count = count_parameters(config.model, config.moe, vocab_size)
     report.write(
@@ -232,5 +248,6 @@ def _announce(
         device=torch.cuda.get_device_name(topology.device) if topology.device.type == "cuda" else "cpu",
         precision=config.optimizer.precision,
         resumed_at_tokens=clock.tokens if resumed else None,
+        started_from=None if base is None else str(base[0]),
         config=to_dict(config),
     )

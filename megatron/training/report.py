@@ -10,14 +10,14 @@ from typing import Any, Protocol
 
 from megatron.config import LoggingConfig
 
-_LOGGED = ("train", "valid")  # kinds of records that TensorBoard and Weights & Biases draw
+_LOGGED = ("train", "valid", "test")  # kinds of records that TensorBoard and Weights & Biases draw
 
 
 class Writer(Protocol):
     """Takes one record at a time."""
 
     def write(self, record: dict[str, Any]) -> None:
-        """Write a record; ``record["kind"]`` is run, train, valid, save, not_saved, spike or stop."""
+        """Write a record; ``record["kind"]`` is run, train, valid, test, save, not_saved, spike or stop."""
 
     def close(self) -> None:
         """Flush and close."""
@@ -59,6 +59,8 @@ class Console:
 
     def _run(self, record: dict[str, Any]) -> str:
         start = "starting" if record["resumed_at_tokens"] is None else f"resuming at {human(record['tokens'])} tokens"
+        if record.get("started_from"):
+            start = f"starting from the weights of {record['started_from']}"
         degrees = ", ".join(map(str, record["expert_parallel"]))
         return (
             f"{record['name']}: {human(record['parameters'])} parameters, "
@@ -89,10 +91,12 @@ class Console:
         parts.append(f"eta {duration(record['eta_seconds'])}")
         return " | ".join(parts)
 
-    def _valid(self, record: dict[str, Any]) -> str:
-        return (
-            f"{self._progress(record)} | validation loss {record['loss']:.4f} | perplexity {record['perplexity']:.2f}"
-        )
+    def _valid(self, record: dict[str, Any], what: str = "validation loss") -> str:
+        of = f" of {record['set']}" if "set" in record else ""
+        return f"{self._progress(record)} | {what}{of} {record['loss']:.4f} | perplexity {record['perplexity']:.2f}"
+
+    def _test(self, record: dict[str, Any]) -> str:
+        return self._valid(record, "test loss")
 
     def _save(self, record: dict[str, Any]) -> str:
         what = f"saved {record['folder']} in {record['seconds']:.1f} s"
@@ -147,8 +151,13 @@ def _finite(value: Any) -> Any:
     return value
 
 
+def _curve(record: dict[str, Any]) -> str:
+    """What the numbers of a record are filed under: its kind, and its set if that has a name."""
+    return f"{record['kind']}/{record['set']}" if "set" in record else record["kind"]
+
+
 def scalars(record: dict[str, Any]) -> dict[str, float]:
-    """The numbers of a train or valid record as ``train/loss``, ``train/experts/load/layer1`` and so on."""
+    """The numbers of a record of losses: ``train/loss``, ``train/experts/load/moe0``, ``valid/SET/loss`` and so on."""
     flat: dict[str, float] = {}
 
     def walk(prefix: str, value: Any) -> None:
@@ -164,7 +173,7 @@ def scalars(record: dict[str, Any]) -> dict[str, float]:
                 walk(f"{prefix}/moe{number}", item)
 
     if record["kind"] in _LOGGED:
-        walk(record["kind"], {k: v for k, v in record.items() if k not in ("kind", "tokens", "train_tokens")})
+        walk(_curve(record), {k: v for k, v in record.items() if k not in ("kind", "set", "tokens", "train_tokens")})
     return flat
 
 
@@ -218,7 +227,7 @@ class WeightsAndBiases:
         self._run = wandb.init(project=project, name=name, id=kept.get("id"), resume="allow")
         for kind in _LOGGED:
             self._run.define_metric(f"{kind}/*", step_metric="tokens")
-        self._logged: dict[str, int] = kept.get("logged", {})  # kind -> tokens of its newest point
+        self._logged: dict[str, int] = kept.get("logged", {})  # kind or kind/set -> tokens of its newest point
         self._there = dict(self._logged)  # the same, when the run last started or went back
         self._record = {"project": project, "id": self._run.id, "logged": self._logged}
 
@@ -251,9 +260,9 @@ class WeightsAndBiases:
             self._run.config.update(record["config"], allow_val_change=True)
             self._keep()
         values = scalars(record)
-        if values and tokens > self._there.get(kind, -1):
+        if values and tokens > self._there.get(_curve(record), -1):
             self._run.log(values | {"tokens": tokens})
-            self._logged[kind] = tokens
+            self._logged[_curve(record)] = tokens
             self._keep()
 
     def close(self) -> None:

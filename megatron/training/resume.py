@@ -2,6 +2,7 @@
 
 import dataclasses
 import platform
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from megatron.training.spikes import Detours, SpikeWatch
 # Options that may change at a resume without changing how the run goes on.
 _HARMLESS = {
     # the data are compared by their content, and go on in the order of the checkpoint's seed
-    *("data_path", "split", "change_blend"),
+    *("data_path", "train_data_path", "split", "change_blend"),
     *("device", "num_workers", "data_cache_path", "vocab_file", "merge_file", "tokenizer_model", "tokenizer_type"),
     *("eod_token", "allow_tokenizer_mismatch"),
     *("eval_interval", "eval_iters", "checkpoint_activations", "max_skipped_updates", "moe_eval_capacity_factor"),
@@ -29,6 +30,8 @@ _HARMLESS = {
     *("ffn_hidden_size", "max_position_embeddings", "num_experts", "expert_interval", "make_vocab_size_divisible_by"),
 }
 _COMPARED = ("model", "moe", "optimizer", "training", "data")
+# Of model and experts, what may change when a new run starts from the weights and says nothing of what they compute.
+_FREE_TO_FINETUNE = {"hidden_dropout", "attention_dropout", "init_method_std"}
 
 
 def describe(
@@ -58,10 +61,17 @@ def describe(
 
 
 def carried(meta: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
-    """What the next checkpoints keep of an earlier one's metadata: what a model brought from Hugging Face, of which
-    nothing is used in training, as long as it has the same tokenizer."""
+    """What the next checkpoints keep of an earlier one's metadata, though training does not use it: where the run's first
+    weights came from, and what a model brought from Hugging Face, as long as it has the same tokenizer."""
     same = meta["tokenizer"]["fingerprint"] == tokenizer.fingerprint
-    return {"huggingface": meta["huggingface"]} if same and "huggingface" in meta else {}
+    kept = ("finetuned_from", "huggingface") if same else ("finetuned_from",)
+    return {name: meta[name] for name in kept if name in meta}
+
+
+def describe_base(config: RunConfig, source: Path, meta: dict[str, Any]) -> dict[str, Any]:
+    """What every checkpoint of a run that ``--finetune`` started records of the one that the weights came from."""
+    load = Path(str(config.checkpoint.load)).resolve()
+    return {"load": str(load), "checkpoint": source.name, "tokens": clock_from(meta).tokens}
 
 
 def _structure(config: RunConfig) -> dict[str, Any]:
@@ -92,9 +102,39 @@ def check(meta: dict[str, Any], config: RunConfig, vocab_size: int, tokenizer: T
     Raises:
         CheckpointError: the model or the tokenizer is another one.
     """
-    saved = from_dict(meta["config"])
-    then, now = _structure(saved), _structure(config)
-    problems = _describe({flag: (then[flag], now[flag]) for flag in now if then[flag] != now[flag]})
+    changed = _check_model(meta, config, vocab_size, tokenizer)
+    return _describe(changed | _changed_options(meta, config, _COMPARED, _HARMLESS))
+
+
+def check_base(meta: dict[str, Any], config: RunConfig, vocab_size: int, tokenizer: Tokenizer) -> list[str]:
+    """Compare the metadata of a checkpoint with the run that ``--finetune`` starts from its weights.
+
+    Only what the weights depend on has to be the same: the shapes of the model and its tokenizer.
+
+    Returns:
+        Differences in what the weights compute, such as ``--topk``; worth a warning.
+
+    Raises:
+        CheckpointError: the model or the tokenizer is another one, or ``--finetune-load-optim`` finds no such state.
+    """
+    changed = _check_model(meta, config, vocab_size, tokenizer, but={"--seq-length"})
+    if config.checkpoint.finetune_load_optim and meta.get("optimizer") is None:
+        raise CheckpointError(
+            f"--finetune-load-optim: the checkpoint in --load {config.checkpoint.load} holds no optimizer state; leave "
+            "the flag out to start the optimizer anew"
+        )
+    return _describe(changed | _changed_options(meta, config, ("model", "moe"), _HARMLESS | _FREE_TO_FINETUNE))
+
+
+def _check_model(
+    meta: dict[str, Any], config: RunConfig, vocab_size: int, tokenizer: Tokenizer, but: Collection[str] = ()
+) -> dict[str, tuple[Any, Any]]:
+    """Raise unless model and tokenizer are the checkpoint's; another tokenizer that is allowed is returned.
+
+    The flags in ``but`` are not compared.
+    """
+    then, now = _structure(from_dict(meta["config"])), _structure(config)
+    problems = _describe({flag: (then[flag], now[flag]) for flag in now if flag not in but and then[flag] != now[flag]})
     if meta["vocab_size"] != vocab_size:
         problems.append(f"padded vocabulary: checkpoint {meta['vocab_size']}, this run {vocab_size}")
     changed = {}
@@ -103,7 +143,7 @@ def check(meta: dict[str, Any], config: RunConfig, vocab_size: int, tokenizer: T
         if config.data.allow_tokenizer_mismatch:
             changed["tokenizer fingerprint"] = fingerprints
         else:
-            ends = [each.data.eod_token for each in (saved, config)]
+            ends = [each.data.eod_token for each in (from_dict(meta["config"]), config)]
             named = "" if ends[0] == ends[1] else f", --eod-token {ends[0]!r} and {ends[1]!r}"
             problems.append(
                 f"tokenizer fingerprint: checkpoint {fingerprints[0]}, this run {fingerprints[1]}{named} "
@@ -114,14 +154,22 @@ def check(meta: dict[str, Any], config: RunConfig, vocab_size: int, tokenizer: T
             "the checkpoint belongs to another model; start with the flags it was trained with, "
             "or give another --load:\n  " + "\n  ".join(problems)
         )
-    for section in _COMPARED:
+    return changed
+
+
+def _changed_options(
+    meta: dict[str, Any], config: RunConfig, sections: Sequence[str], harmless: set[str]
+) -> dict[str, tuple[Any, Any]]:
+    """Options that are not as in the checkpoint, by flag; without those that :func:`_check_model` compares."""
+    saved, structure, changed = from_dict(meta["config"]), _structure(config), {}
+    for section in sections:
         before, after = vars(getattr(saved, section)), vars(getattr(config, section))
         for name, value in after.items():
             option = OPTIONS[name]
             flag = f"--{name.replace('_', '-')}" if option.opposite else option.flag
-            if name not in _HARMLESS and flag not in now and before[name] != value:
+            if name not in harmless and flag not in structure and before[name] != value:
                 changed[flag] = (before[name], value)
-    return _describe(changed)
+    return changed
 
 
 def padded_as_before(meta: dict[str, Any], tensor_parallel_size: int) -> int:
@@ -145,12 +193,15 @@ def clock_from(meta: dict[str, Any]) -> Clock:
     return Clock(**{field.name: meta["clock"][field.name] for field in dataclasses.fields(Clock)})
 
 
-def restore(engine: Engine, source: Path, meta: dict[str, Any], topology: Topology) -> None:
-    """Load a checkpoint into an engine. Where it holds no optimizer state, Adam starts anew.
+def restore(
+    engine: Engine, source: Path, meta: dict[str, Any], topology: Topology, optimizer_state: bool = True
+) -> None:
+    """Load a checkpoint into an engine. Without ``optimizer_state``, or where it holds none, Adam starts anew.
 
     Raises:
         CheckpointError: it is damaged or does not fit.
     """
-    with engine.loading(moments=meta.get("optimizer") is not None) as tensors:
-        load(source, tensors, group=topology.control_group)
-    engine.load_scalar_state(meta.get("optimizer"))
+    state = meta.get("optimizer") if optimizer_state else None
+    with engine.loading(moments=state is not None) as tensors:
+        load(source, tensors, group=topology.control_group, strict=optimizer_state)
+    engine.load_scalar_state(state)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from megatron.checkpoint import latest, read_meta
 from megatron.config import RunConfig
+from megatron.config.checkpoint_rules import saves_where_it_loads
 from megatron.config.errors import ConfigError
 from megatron.data.files import try_lock
 from megatron.parallel.initialize import Topology
@@ -78,33 +79,75 @@ def check_graphs(config: RunConfig, device: torch.device) -> None:
 
 
 def _continues(config: RunConfig) -> bool:
-    """Whether ``--load`` is the folder of ``--save``, or a checkpoint in it."""
-    save, load = config.checkpoint.save, config.checkpoint.load
-    if save is None or load is None:
-        return False
-    return Path(save).resolve() in (Path(load).resolve(), Path(load).resolve().parent)
+    """Whether the same command resumes from what it saves."""
+    return config.checkpoint.finetune or saves_where_it_loads(config)
 
 
 def find_checkpoint(config: RunConfig, topology: Topology) -> tuple[Path, dict[str, Any]] | None:
     """The checkpoint to go on from and its metadata, as the first rank sees them; None to start anew.
 
+    With ``--finetune`` it is one of ``--save``: the run has been started before.
+
     Raises:
-        ConfigError: ``--load`` holds no checkpoint, and it is not the folder where this run saves.
+        ConfigError: ``--load`` holds no checkpoint, and it is not the folder where this run saves. Or ``--save`` holds
+            those of a run that did not start from the weights of ``--load``.
         CheckpointError: it holds only damaged ones.
     """
-    load = config.checkpoint.load
-    if load is None:
+    finetune = config.checkpoint.finetune
+    folder = config.checkpoint.save if finetune else config.checkpoint.load
+    if folder is None:
         return None
 
     def find() -> tuple[Path, dict[str, Any]] | None:
-        source = latest(load)
+        source = latest(folder)
         if source is not None:
-            return source, read_meta(source)
+            meta = read_meta(source)
+            if finetune:
+                _check_same_base(config, source, meta)
+            return source, meta
         if _continues(config):
             return None
-        raise ConfigError(f"--load {load}: there is no checkpoint; give the folder of a run, or leave the flag out")
+        raise _nothing_in(folder)
 
     return _as_first_rank(find, topology)
+
+
+def find_base(config: RunConfig, topology: Topology) -> tuple[Path, dict[str, Any]]:
+    """The checkpoint whose weights ``--finetune`` starts from and its metadata, as the first rank sees them.
+
+    Raises:
+        ConfigError: ``--load`` holds no checkpoint.
+        CheckpointError: it holds only damaged ones.
+    """
+
+    def find() -> tuple[Path, dict[str, Any]]:
+        load = str(config.checkpoint.load)
+        source = latest(load)
+        if source is None:
+            raise _nothing_in(load)
+        return source, read_meta(source)
+
+    return _as_first_rank(find, topology)
+
+
+def _nothing_in(load: str) -> ConfigError:
+    return ConfigError(f"--load {load}: there is no checkpoint; give the folder of a run, or leave the flag out")
+
+
+def _check_same_base(config: RunConfig, source: Path, meta: dict[str, Any]) -> None:
+    """Raises ConfigError where ``source``, in ``--save``, is of a run that did not start from ``--load``."""
+    base, save, load = meta.get("finetuned_from"), config.checkpoint.save, config.checkpoint.load
+    if base is None:
+        raise ConfigError(
+            f"--finetune: --save {save} holds the checkpoints of another run already ({source.name}, which did not "
+            "start with --finetune); choose another folder"
+        )
+    if base["load"] != str(Path(str(load)).resolve()):
+        raise ConfigError(
+            f"--finetune: --save {save} holds the checkpoints of a run already ({source.name}) that started from "
+            f"--load {base['load']}, and this one has --load {load}; give that folder to go on, or another --save to "
+            "start a new run"
+        )
 
 
 def find_checkpoint_before(config: RunConfig, update: Update, topology: Topology) -> tuple[Path, dict[str, Any]] | None:

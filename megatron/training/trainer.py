@@ -5,7 +5,7 @@ import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from megatron.training.evaluation import evaluate
 from megatron.training.metrics import StepWindow, mean_loss
 from megatron.training.profiling import profiled
 from megatron.training.report import Report
-from megatron.training.resume import carried, clock_from, describe, restore
+from megatron.training.resume import clock_from, describe, restore
 from megatron.training.signals import StopRequest
 from megatron.training.spikes import Detours, Spike, SpikeWatch, Update
 from megatron.training.start import find_checkpoint_before, find_origin
@@ -54,20 +54,19 @@ class Trainer:
         vocab_size: int,
         detours: Detours,
         resumed_from: tuple[Path, dict[str, Any]] | None = None,
+        carried: dict[str, Any] | None = None,
     ) -> None:
         self.config, self.topology, self.engine, self.clock, self.report = config, topology, engine, clock, report
         self._stop, self._tokenizer, self._vocab_size = stop, tokenizer, vocab_size
         self._watchdog = watchdog
-        self._train_data, self._valid_data = datasets.train, datasets.valid.get("valid")
+        self._train_data, self._valid_data, self._test_data = datasets.train, datasets.valid, datasets.test
         self._data_state = datasets.state
         self._total = total_samples(config.training, config.model.seq_length, clock.samples)
         self._saver = AsyncSaver(topology.control_group) if config.checkpoint.async_save else None
         self._detours, self._spikes, self._spike = detours, SpikeWatch(config.guard), None
-        self._first_step = clock.steps
-        self._carried: dict[str, Any] = {}
+        self._first_step, self._carried = clock.steps, carried or {}
         origin = None
         if resumed_from is not None:
-            self._carried = carried(resumed_from[1], tokenizer)
             origin = find_origin(resumed_from[0], topology)
             if self._same_blend(resumed_from[1]):  # the losses of other data are no measure
                 self._spikes.load_state(resumed_from[1].get("spikes"))
@@ -132,7 +131,9 @@ class Trainer:
                 self._log("train", **self._window.take())
             if validate or now >= self._total:
                 with self._watchdog.paused():
-                    self._validate()
+                    self._evaluate("valid", self._valid_data)
+                    if now >= self._total:
+                        self._evaluate("test", self._test_data)
             reason = None if done else self._stop.agreed()
             if self._saver and not self._saver.busy:
                 self._end_of_saving()
@@ -275,13 +276,13 @@ class Trainer:
         if every and self.clock.steps % every == 0:
             self.engine.check_replicas()
 
-    def _validate(self) -> None:
-        if self._valid_data is None:
-            return
+    def _evaluate(self, kind: str, sets: Mapping[str, Any]) -> None:
+        """Log the loss of each set; that of --split or a blend, which bears the name of its kind, without a name."""
         start = time.perf_counter()
         share = self.config.training.eval_iters * self._share(self.config.training.global_batch_size)
-        record = evaluate(self.engine, itertools.islice(self._micro_batches(self._valid_data, 0, 0), share))
-        self._log("valid", **record)
+        for name, data in sets.items():
+            record = evaluate(self.engine, itertools.islice(self._micro_batches(data, 0, 0), share))
+            self._log(kind, **({} if name == kind else {"set": name}), **record)
         self._window.pause(time.perf_counter() - start)
 
     def _save_if_good(self, first_try: bool, at_the_end: bool) -> None:

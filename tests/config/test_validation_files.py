@@ -28,6 +28,8 @@ def file_problems(folder, **values) -> tuple[str, ...]:
 def test_valid_files(data):
     assert file_problems(data) == ()
     assert file_problems(data, data_path=("0.5", f"{data}/web", "2", f"{data}/code_text_document")) == ()
+    assert file_problems(data, data_path=(f"{data}/web", f"{data}/code_text_document")) == ()
+    assert file_problems(data, tokenizer_type="ByteTokenizer", vocab_file=None) == ()
     assert file_problems(data, tokenizer_type="HFTokenizer", tokenizer_model=f"{data}/t.model", vocab_file=None) == ()
     assert file_problems(data, deepspeed_config=f"{data}/ds.json") == ()
 
@@ -43,18 +45,10 @@ def test_valid_files(data):
             ("@web.idx",),
             "--data-path web.idx: no file web.idx.idx or web.idx.bin; give the prefix without its ending: web",
         ),
+        (("-1", "@web", "1", "@half"), "--data-path: the weight of web is -1, expected a number above 0"),
         (
-            ("0.7", "@web"),
-            "--data-path 0.7 web has 2 words; give one prefix alone, or a blend of at least two prefixes with a weight"
-            " before each: 0.7 PREFIX1 0.3 PREFIX2",
-        ),
-        (
-            ("-1", "@web", "1", "@web"),
-            "--data-path: the weight '-1' must be a positive number; write 0.7 PREFIX1 0.3 PREFIX2",
-        ),
-        (
-            ("x", "@web", "y"),
-            "--data-path has 3 words; a blend has a weight before each prefix, an even number of words: 0.7 x 0.3 web",
+            ("@web", "2", "@code"),
+            "--data-path web 2 code: weights and prefixes must alternate; write 0.7 PREFIX1 0.3 PREFIX2",
         ),
     ],
 )
@@ -88,3 +82,11 @@ def test_data_path_messages(words, message, data):
 )
 def test_file_messages(values, message, data):
     assert file_problems(data, **values) == (message,)
+
+
+def test_files_of_every_set_are_looked_for(data):
+    paths = {"data_path": (), "train_data_path": (f"{data}/web",), "valid_data_path": (f"books={data}/none",)}
+    assert file_problems(data, **paths, test_data_path=(f"{data}/half", f"{data}/web")) == (
+        "--valid-data-path none: no file none.idx or none.bin; write the dataset with tools/preprocess_data.py",
+        "--test-data-path half: no file half.bin; write the dataset with tools/preprocess_data.py",
+    )

@@ -241,7 +241,7 @@ def refused(config: RunConfig, *words: str, samples=(20, 5, 0), tokenizer=None) 
 @pytest.mark.parametrize(
     ("path", "words"),
     [
-        ((), ("--data-path is not given",)),
+        ((), ("--data-path is missing",)),
         (("1", "a", "b"), ("must alternate",)),
         (("1", "a", "x", "b"), ("must alternate",)),
         (("1", "a", "0", "b"), ("the weight of b is 0",)),

@@ -231,8 +231,7 @@ def test_several_nodes_without_slurm():
         ({"DATA_PATH": "x", "NNODES": 2, "NODE_RANK": 2, "MASTER_ADDR": "a"}, "a whole number from 0 to 1, one less"),
         ({"DATA_PATH": "x", "NNODES": 2, "NODE_RANK": -1, "MASTER_ADDR": "a"}, "NODE_RANK is '-1'"),
         ({"DATA_PATH": "x", "MASTER_PORT": "free"}, "MASTER_PORT is 'free'; give the number of a free port"),
-        ({"DATA_PATH": "0.7 text"}, "DATA_PATH is '0.7 text', 2 words; expected one PREFIX, or a blend"),
-        ({"DATA_PATH": "0.7 a b"}, "DATA_PATH is '0.7 a b', 3 words"),
+        ({"VALID_DATA_PATH": "x"}, "DATA_PATH is not set"),
         ({"DATA_PATH": "x", "MASTER_PORT": 65536}, "from 1 to 65535"),
         ({"DATA_PATH": "x", "PYTHON": "/none/python"}, "PYTHON is '/none/python', which is no program here"),
         ({"DATA_PATH": "x", "PYTHON": "false"}, "which has no torch; activate the environment that has it"),
@@ -245,6 +244,26 @@ def test_mistakes_are_named_before_anything_starts(variables, said):
     assert done.returncode != 0
     assert said in done.stderr
     assert done.stdout == ""
+
+
+def test_sets_of_their_own_for_training_validation_and_test():
+    _, run = parts(command(MOE, TRAIN_DATA_PATH="2 a 1 b", VALID_DATA_PATH="books=c d", TEST_DATA_PATH="e"))
+    data = run.data
+    paths = (data.data_path, data.train_data_path, data.valid_data_path, data.test_data_path)
+    assert paths == ((), ("2", "a", "1", "b"), ("books=c", "d"), ("e",))
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"DATA_PATH": "0.7 a b"}, "--data-path 0.7 a b: weights and prefixes must alternate"),
+        ({"DATA_PATH": "a", "TRAIN_DATA_PATH": "b"}, "--data-path and --train-data-path do not go together"),
+    ],
+)
+def test_a_dry_run_tells_what_is_wrong_with_the_data(variables, said):
+    done = start(MOE, DRY_RUN=1, **variables)
+    assert done.returncode == 2
+    assert said in done.stderr
 
 
 def test_a_link_to_a_script_is_the_script(tmp_path):
@@ -278,6 +297,7 @@ def test_a_dry_run_prints_the_plan_and_the_command():
     assert done.returncode == 0, done.stderr
     assert "350M_MoE128 on 64 x NVIDIA H100" in done.stdout
     assert "at 2 an hour" in done.stdout
+    assert "data: not looked at, since there is no DATA_PATH.idx, DATA_PATH.bin\n" in done.stdout
     starter, _ = parts(shlex.split(done.stdout.split("The command:\n")[1]))
     assert starter[0] == "srun"
 

@@ -30,6 +30,27 @@ def test_a_run_that_fits(capsys):
     assert "13.1B, 357M active" in printed
 
 
+def test_a_plan_says_what_the_data_are(capsys, tmp_path):
+    import tiny_run
+
+    prefix, words = tiny_run.make_dataset(tmp_path), ["--world-size", "8", "--model", "125M", "--seq-length", "32"]
+    assert plan_run.main([*words, "--train-data-path", str(prefix), "--valid-data-path", f"books={prefix}"]) == 0
+    printed = capsys.readouterr().out
+    assert f"\n  {prefix}" in printed
+    assert f"\n  books: {prefix}" in printed
+    assert plan_run.main([*words, "--data-path", str(prefix), "absent"]) == 0
+    assert "data: not looked at, since there is no absent.idx, absent.bin\n" in capsys.readouterr().out
+    assert plan_run.main([*words, "--data-path", str(prefix), "--valid-data-path", str(prefix)]) == 2
+
+
+def test_the_vocabulary_of_bytes_is_their_own(capsys):
+    def parameters(*words: str) -> str:
+        assert plan_run.main(["--world-size", "8", "--model", "125M", *words]) == 0
+        return next(line for line in capsys.readouterr().out.splitlines() if line.startswith("  parameters"))
+
+    assert parameters("--tokenizer-type", "ByteTokenizer") == parameters("--vocab-size", "257") != parameters()
+
+
 def test_documents_kept_apart_need_attention_without_dropout(capsys):
     words = ["--world-size", "64", "--model", "350M+MoE-128", "--reset-attention-mask", "--reset-position-ids"]
     assert plan_run.main(words) == 2

@@ -40,9 +40,9 @@ def write(folder: Path, lines: list[dict]) -> Path:
 def test_a_plain_run(tmp_path):
     run = plot_runs.read_run(write(tmp_path / "a", [header("dense"), *lines_of(0, 20)]))
     assert (run.name, run.tokens, run.resumed_at) == ("dense", 20_000, [])
-    assert run.validation_loss == 4.2
+    assert run.last_loss("valid") == 4.2
     assert run.tokens_per_second == 101.0
-    assert [line["tokens"] for line in run.valid] == [5000, 10_000, 15_000, 20_000]
+    assert [line["tokens"] for line in run.valid[""]] == [5000, 10_000, 15_000, 20_000]
 
 
 def test_lines_beyond_the_resume_point_are_superseded(tmp_path):
@@ -50,7 +50,7 @@ def test_lines_beyond_the_resume_point_are_superseded(tmp_path):
     run = plot_runs.read_run(write(tmp_path / "a", lines))
     assert [line["tokens"] for line in run.train] == [1000 * n for n in range(1, 16)]
     assert [line["loss"] > 9 for line in run.train] == [True] * 8 + [False] * 7
-    assert [line["loss"] > 9 for line in run.valid] == [True, False, False]
+    assert [line["loss"] > 9 for line in run.valid[""]] == [True, False, False]
     assert run.resumed_at == [8000]
 
 
@@ -62,7 +62,7 @@ def test_resumed_from_before_an_earlier_resume(tmp_path):
 
 def test_a_run_started_anew_in_the_same_folder_replaces_the_old_one(tmp_path):
     run = plot_runs.read_run(write(tmp_path / "a", [header("old"), *lines_of(0, 20), header("new"), *lines_of(0, 3)]))
-    assert (run.name, run.tokens, run.valid) == ("new", 3000, [])
+    assert (run.name, run.tokens, run.valid) == ("new", 3000, {"": []})
 
 
 def test_half_a_line_of_a_killed_run_is_left_out(tmp_path, capsys):
@@ -145,14 +145,17 @@ def test_event_files_say_what_the_log_says(tmp_path, capsys):
         for line in lines_of(start, end, offset=0.5 * part):
             more = {"grad_norm": 1.0, "lr": 1.0, "tflops_per_device": 1.0, "mfu": None, "memory_gb": 1.0, "skipped": 0}
             report.write(train_tokens=15_000, **line, **(more if line["kind"] == "train" else {}))
+            if line["kind"] == "valid":
+                report.write(train_tokens=15_000, **(line | {"set": "books", "loss": line["loss"] + 1}))
         report.close()
     logged = plot_runs.read_run(tmp_path / "log")
     for place in (tmp_path / "board", next((tmp_path / "board").glob("events*"))):
         run = plot_runs.read_run(place)
         assert run.name == "board"
     run = plot_runs.read_run(tmp_path / "board")
-    for kind in ("train", "valid"):
-        ours, theirs = getattr(run, kind), getattr(logged, kind)
+    for kind, name in (("train", ""), ("valid", ""), ("valid", "books")):
+        ours, theirs = run.lines(kind, name), logged.lines(kind, name)
+        assert len(ours) >= 3
         assert [line["tokens"] for line in ours] == [line["tokens"] for line in theirs]
         assert [line["step"] for line in ours] == [line["step"] for line in theirs]
         assert [line["loss"] for line in ours] == pytest.approx([line["loss"] for line in theirs])
@@ -228,3 +231,33 @@ def test_picture_is_written_with_the_names_of_the_runs(tmp_path, suffix):
         else:
             text = picture.read_text()
             assert all(f"<!-- {name}" in text for name in ("dense  (", "moe-8  (", "Two runs")), "texts of the picture"
+
+
+def test_named_sets_have_columns_sentences_and_curves(tmp_path, capsys):
+    def with_sets(offset: float) -> list[dict]:
+        lines = []
+        for line in lines_of(0, 10):
+            lines += [line] if line["kind"] == "train" else []
+            for number, name in enumerate(("books", "code")) if line["kind"] == "valid" else ():
+                lines.append(line | {"set": name, "loss": line["loss"] + offset + number})
+        return [*lines, {"kind": "test", "set": "late", "step": 10, "tokens": 10_000, "loss": 3.5 + offset}]
+
+    a = write(tmp_path / "a", [header("dense"), *with_sets(0.0)])
+    b = write(tmp_path / "b", [header("moe"), *with_sets(0.25)])
+    old = write(tmp_path / "old", [header("old"), *lines_of(0, 10)])
+    assert plot_runs.main([str(a), str(b), "--table"]) == 0
+    header_row, _, first, second, *sentences = capsys.readouterr().out.splitlines()
+    titles = [cell.strip() for cell in header_row.strip("|").split("|")]
+    assert titles[4:7] == ["validation loss of books", "validation loss of code", "test loss of late"]
+    assert [cell.strip() for cell in first.strip("|").split("|")][4:7] == ["4.4000", "5.4000", "3.5000"]
+    assert [cell.strip() for cell in second.strip("|").split("|")][4:7] == ["4.6500", "5.6500", "3.7500"]
+    assert sentences[0] == (
+        "The validation loss of moe on books is 0.2500 higher than that of dense, after the same 10.0K tokens."
+    )
+    assert "on code is 0.2500 higher" in sentences[1]
+    assert plot_runs.main([str(old), str(a), "--table", "--output", str(tmp_path / "a.svg")]) == 0
+    assert "dense and old cannot be compared on books" in capsys.readouterr().out
+    picture = (tmp_path / "a.svg").read_text()
+    assert all(
+        f"<!-- {label} -->" in picture for label in ("dense, books  (4.400)", "dense, code  (5.400)", "old  (4.400)")
+    )

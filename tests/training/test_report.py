@@ -69,6 +69,23 @@ def test_one_line_says_all_that_matters(capsys):
         assert figure in lines[1]
 
 
+def test_losses_of_sets_are_told_apart(capsys):
+    report = Report(LoggingConfig(), "moe", None, is_first=True)
+    at = {"step": 4, "tokens": 400, "train_tokens": 1000}
+    for kind, more in (("valid", {}), ("valid", {"set": "books"}), ("test", {"set": "books"}), ("test", {})):
+        report.write(kind, **at, **more, loss=2.5, perplexity=12.18)
+    lines = [line.split(" | ")[2] for line in capsys.readouterr().out.splitlines()]
+    assert lines == [
+        "validation loss 2.5000", "validation loss of books 2.5000", "test loss of books 2.5000", "test loss 2.5000",
+    ]  # fmt: skip
+
+
+def test_a_run_from_old_weights_names_them(capsys):
+    report = Report(LoggingConfig(), "moe", None, is_first=True)
+    report.write("run", step=0, tokens=0, train_tokens=1000, **RUN, started_from="old/step_00000008")
+    assert capsys.readouterr().out.endswith("; starting from the weights of old/step_00000008\n")
+
+
 def test_only_the_first_rank_writes(capsys, tmp_path):
     report = Report(LoggingConfig(), "moe", str(tmp_path), is_first=False)
     report.write("run", step=0, tokens=0, train_tokens=1000, **RUN)
@@ -106,6 +123,9 @@ def test_tensorboard_names(tmp_path):
     found = scalars({"kind": "train", "step": 1, "tokens": 5, "train_tokens": 9, **TRAIN})
     assert found["train/loss"] == 5.0
     assert found["train/experts/load/moe1"] == 2.0
+    books = {"kind": "valid", "set": "books", "step": 1, "tokens": 5, "train_tokens": 9, "loss": 4.0}
+    assert scalars(books) == {"valid/books/step": 1.0, "valid/books/loss": 4.0}
+    assert scalars(books | {"kind": "test"})["test/books/loss"] == 4.0
     assert scalars({"kind": "save", "step": 1, "tokens": 5, "seconds": 1.0}) == {}
 
 
@@ -159,7 +179,7 @@ def test_curves_of_a_run_that_went_on_from_an_earlier_point_do_not_go_back(tmp_p
     for logged in (tmp_path, tmp_path / "events"):
         run = read_run(logged)
         assert [(line["tokens"], line["loss"]) for line in run.train] == AFTER_ALL
-        assert [line["tokens"] for line in run.valid] == [200, 400]
+        assert [line["tokens"] for line in run.lines("valid")] == [200, 400]
 
 
 class StandIn:
@@ -196,12 +216,27 @@ def test_all_starts_of_a_run_are_one_on_weights_and_biases(tmp_path, monkeypatch
     (rows,) = wandb.runs.values()
     assert [(row["tokens"], row["train/loss"]) for row in rows if "train/loss" in row] == ON_WANDB
     assert [(row["tokens"], row["valid/loss"]) for row in rows if "valid/loss" in row] == [(200, 8.1), (400, 98.0)]
-    assert wandb.metrics == {("train/*", "tokens"), ("valid/*", "tokens")}
+    assert wandb.metrics == {("train/*", "tokens"), ("valid/*", "tokens"), ("test/*", "tokens")}
     assert "keeps what it has of this run, up to 400 tokens" in capsys.readouterr().out
     for other in (report(save=tmp_path / "fork"), report(project="q")):
         other.write("run", step=200, tokens=200, train_tokens=1000, **RUN | {"resumed_at_tokens": 200})
         other.write("train", step=300, tokens=300, train_tokens=1000, **TRAIN)
     assert [[row["tokens"] for row in rows] for rows in wandb.runs.values()][1:] == [[300], [300]]
+
+
+def test_a_crash_between_two_sets_loses_neither_on_weights_and_biases(tmp_path, monkeypatch):
+    wandb = StandIn()
+    monkeypatch.setitem(__import__("sys").modules, "wandb", wandb)
+    for sets in (("books",), ("books", "code")):  # killed after the first, then the same validation once more
+        report = Report(LoggingConfig(wandb_project="p"), "moe", str(tmp_path), is_first=True)
+        report.write("run", step=0, tokens=0, train_tokens=1000, **RUN)
+        for name in sets:
+            report.write("valid", step=4, tokens=400, train_tokens=1000, set=name, loss=2.5, perplexity=12.18)
+    (rows,) = wandb.runs.values()
+    assert [[key for key in row if key.endswith("/loss")] for row in rows] == [
+        ["valid/books/loss"],
+        ["valid/code/loss"],
+    ]
 
 
 def leveldb_records(log: bytes) -> Iterator[bytes]:

@@ -9,7 +9,7 @@ from megatron.checkpoint import CheckpointError
 from megatron.config import RunConfig
 from megatron.config.flags import to_dict
 from megatron.data.tokenizer import build_tokenizer
-from megatron.training.resume import carried, check
+from megatron.training.resume import carried, check, check_base
 
 
 def test_another_tokenizer_is_refused_unless_allowed(tmp_path):
@@ -27,6 +27,24 @@ def test_another_tokenizer_is_refused_unless_allowed(tmp_path):
     (warning,) = check(meta, config, 1024, other)
     assert mine.fingerprint[:12] in warning
     assert other.fingerprint[:12] in warning
+
+
+def test_a_new_run_from_old_weights_may_differ_in_all_that_weights_do_not_depend_on(tmp_path):
+    old, tokenizer = RunConfig(), build_tokenizer(gpt2(tmp_path))
+    identity = {"vocab_size": tokenizer.vocab_size, "fingerprint": tokenizer.fingerprint}
+    meta = {"config": to_dict(old), "vocab_size": 1024, "tokenizer": identity, "optimizer": None}
+    new = RunConfig()
+    new.model.seq_length, new.model.max_position_embeddings, new.model.hidden_dropout = 1024, 2048, 0.0
+    new.optimizer.lr, new.training.seed, new.data.split = 1e-5, 7, "90,10,0"
+    assert check_base(meta, new, 1024, tokenizer) == []
+    new.moe.topk = 2
+    assert check_base(meta, new, 1024, tokenizer) == ["--topk: checkpoint 1, this run 2"]
+    new.checkpoint.finetune_load_optim = True
+    with pytest.raises(CheckpointError, match=r"--finetune-load-optim: .* holds no optimizer state"):
+        check_base(meta, new, 1024, tokenizer)
+    new.model.max_position_embeddings = None
+    with pytest.raises(CheckpointError, match="--max-position-embeddings: checkpoint 2048, this run 1024"):
+        check_base(meta, new, 1024, tokenizer)
 
 
 def test_documents_kept_apart_from_here_on_are_told(tmp_path):

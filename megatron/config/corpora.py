@@ -1,0 +1,184 @@
+"""Which corpora a run reads and what for, from the words of ``--data-path``, ``--train-data-path`` and their like.
+
+Nothing here looks at files.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import PurePath
+
+from megatron.config.data import DataConfig
+from megatron.config.errors import ConfigError
+
+_PATHS = ("train_data_path", "valid_data_path", "test_data_path")
+
+
+@dataclasses.dataclass(frozen=True)
+class Blend:
+    """Corpora and how much of each; without ``weights`` in proportion to their tokens."""
+
+    prefixes: list[str]
+    weights: list[float] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A set of data: a blend, and from where to where the documents of each of its corpora are read."""
+
+    flag: str
+    blend: Blend
+    first: float = 0.0
+    """As a fraction of all documents, like ``last``."""
+    last: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpora:
+    """What a run reads. Sets for validation and test are named; those of ``--split`` and blends "valid" and "test"."""
+
+    train: Source
+    valid: Mapping[str, Source]
+    test: Mapping[str, Source]
+
+    def sources(self) -> Iterator[Source]:
+        """All sets."""
+        yield self.train
+        yield from self.valid.values()
+        yield from self.test.values()
+
+    def prefixes(self) -> dict[str, str]:
+        """Every corpus, with the flag that names it first."""
+        found: dict[str, str] = {}
+        for source in self.sources():
+            for prefix in source.blend.prefixes:
+                found.setdefault(prefix, source.flag)
+        return found
+
+
+def find_corpora(data: DataConfig) -> Corpora:
+    """The corpora that a configuration names.
+
+    Raises:
+        ConfigError: with everything that is wrong with them.
+    """
+    given = [name for name in _PATHS if getattr(data, name)]
+    if data.data_path and given:
+        raise ConfigError(
+            f"--data-path and {_flag(given[0])} do not go together: give --data-path, which --split cuts into training,"
+            " validation and test, or --train-data-path, --valid-data-path and --test-data-path"
+        )
+    if not data.data_path and not given:
+        raise ConfigError(
+            "--data-path is missing; give a PREFIX of tools/preprocess_data.py, or a blend 0.7 PREFIX1 0.3 PREFIX2"
+        )
+    if data.data_path:
+        blend, shares = parse_blend(data.data_path), parse_split(data.split)
+        train, valid, test = (
+            Source("--data-path", blend, sum(shares[:place]), sum(shares[: place + 1])) for place in range(3)
+        )
+        return Corpora(train, {"valid": valid} if shares[1] else {}, {"test": test} if shares[2] else {})
+    if not data.train_data_path:
+        raise ConfigError(f"{_flag(given[0])} must have --train-data-path, and it is not given; add it")
+    if data.split != DataConfig.split:
+        raise ConfigError(
+            f"--split {data.split} cuts --data-path, and would do nothing to --train-data-path; drop it, or give"
+            " --data-path"
+        )
+    train = Source("--train-data-path", parse_blend(data.train_data_path, "--train-data-path"))
+    return Corpora(train, _named(data.valid_data_path, "valid"), _named(data.test_data_path, "test"))
+
+
+def parse_blend(words: tuple[str, ...], flag: str = "--data-path") -> Blend:
+    """Read PREFIX..., or WEIGHT PREFIX WEIGHT PREFIX ...
+
+    Raises:
+        ConfigError: neither form, a weight that is not positive, or a corpus that stands there twice.
+    """
+    given = f"{flag} {' '.join(words)}"
+    if not _has_weights(words):
+        blend = Blend(list(words), None)
+    elif len(words) % 2 or any(_number(word) is None for word in words[::2]):
+        raise ConfigError(f"{given}: weights and prefixes must alternate; write 0.7 PREFIX1 0.3 PREFIX2")
+    else:
+        blend = Blend(list(words[1::2]), [float(word) for word in words[::2]])
+    for weight, prefix in zip(blend.weights or [], blend.prefixes, strict=False):
+        if not (weight > 0 and math.isfinite(weight)):
+            raise ConfigError(f"{flag}: the weight of {prefix} is {weight:g}, expected a number above 0")
+    if len(set(blend.prefixes)) < len(blend.prefixes):
+        raise ConfigError(f"{given}: a dataset stands there more than once; add its weights up")
+    return blend
+
+
+def parse_split(split: str) -> list[float]:
+    """Read ``--split``, such as ``98,2,0``, into the shares of train, valid and test, with sum 1.
+
+    Raises:
+        ConfigError: not one to three plain numbers, or all 0.
+    """
+    words = [word.strip() for word in split.split(",")]
+    plain = all(re.fullmatch(r"\d*\.?\d+|\d+\.", word) for word in words)
+    if len(words) > 3 or not plain or not any(map(float, words)):
+        raise ConfigError(
+            f"--split {split!r} must be up to three numbers with commas between them, for training (above 0),"
+            " validation and test (0 or more); use 98,2,0"
+        )
+    shares = [float(word) for word in words] + [0.0] * (3 - len(words))
+    return [share / sum(shares) for share in shares]
+
+
+def _named(words: tuple[str, ...], kind: str) -> dict[str, Source]:
+    """The sets of ``--valid-data-path`` or ``--test-data-path``: PREFIX or NAME=PREFIX each, or one blend."""
+    flag = f"--{kind}-data-path"
+    if not words:
+        return {}
+    if _has_weights(words):
+        return {kind: Source(flag, parse_blend(words, flag))}
+    sets: dict[str, Source] = {}
+    for word in words:
+        name, equals, prefix = word.partition("=")
+        if not equals or "/" in name:  # the = is one of the path
+            prefix = word
+            name = PurePath(word).name.removesuffix("_text_document") or word
+        if not name or not prefix:
+            raise ConfigError(f"{flag} {word}: a name and a prefix must stand around =; write NAME=PREFIX")
+        if name in sets:
+            raise ConfigError(f"{flag}: two sets are called {name!r}; name them, NAME1=PREFIX1 NAME2=PREFIX2")
+        sets[name] = Source(flag, Blend([prefix], None))
+    return sets
+
+
+def _has_weights(words: tuple[str, ...]) -> bool:
+    return len(words) > 1 and any(_number(word) is not None for word in words)
+
+
+def _number(word: str) -> float | None:
+    try:
+        return float(word)
+    except ValueError:
+        return None
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def data_problems(data: DataConfig, eval_interval: int) -> Iterator[str]:
+    """What is wrong with the words that name a run's data, as far as they are given, and options without effect."""
+    if not data.data_path and not any(getattr(data, name) for name in _PATHS):
+        data = dataclasses.replace(data, data_path=("PREFIX",))  # which is for those to tell who look at files
+    try:
+        corpora = find_corpora(data)
+    except ConfigError as error:
+        yield from error.problems
+        return
+    if corpora.train.first == corpora.train.last:
+        yield f"--split {data.split!r} leaves nothing for training; use 98,2,0"
+    if data.data_path and not corpora.valid and eval_interval > 0:
+        yield (
+            f"--split {data.split!r} leaves no documents for the validation every --eval-interval {eval_interval}"
+            " updates; use 98,2,0, or --eval-interval 0 to never validate"
+        )
+    if data.valid_data_path and eval_interval == 0:
+        yield "--valid-data-path is never read with --eval-interval 0; use 1 or more updates, or drop it"
