@@ -61,8 +61,8 @@ def describe(
 
 
 def carried(meta: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
-    """What the next checkpoints keep of an earlier one's metadata, though training does not use it: where the run's first
-    weights came from, and what a model brought from Hugging Face, as long as it has the same tokenizer."""
+    """What the next checkpoints keep of an earlier one's metadata, though training does not use it: where the run's
+    first weights came from, and what a model brought from Hugging Face, as long as it has the same tokenizer."""
     same = meta["tokenizer"]["fingerprint"] == tokenizer.fingerprint
     kept = ("finetuned_from", "huggingface") if same else ("finetuned_from",)
     return {name: meta[name] for name in kept if name in meta}
