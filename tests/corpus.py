@@ -2,6 +2,7 @@
 
 import functools
 import gzip
+import itertools
 import json
 import os
 import random
@@ -11,6 +12,8 @@ import pytest
 import zstandard
 
 from megatron.config import DataConfig
+from megatron.data.dataset_checks import document_range, parse_split
+from megatron.data.index_file import read_index
 
 ROOT = Path(__file__).parents[1]
 
@@ -55,6 +58,14 @@ def english(documents: int, seed: int = 0, words: int = 80) -> list[str]:
         " ".join(draw.choice(vocabulary) for _ in range(draw.randrange(1, 2 * words))).capitalize() + ".\n"
         for _ in range(documents)
     ]
+
+
+def split_sizes(prefix: str, shares: str) -> list[tuple[int, int]]:
+    """Documents and tokens of a dataset in training, validation and test, where ``--split`` of training cuts."""
+    index = read_index(prefix)
+    bounds = itertools.pairwise([0.0, *itertools.accumulate(parse_split(shares))])
+    ranges = [document_range(prefix, *pair) for pair in bounds]
+    return [(last - first, index.sum_lengths(first, last)) for first, last in ranges]
 
 
 def write_jsonl(path: Path, texts: list[str]) -> Path:

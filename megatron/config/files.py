@@ -27,8 +27,13 @@ def _data_problems(data: DataConfig) -> Iterator[str]:
         yield from error.problems
         return
     for prefix, flag in prefixes.items():
-        if missing := [prefix + suffix for suffix in (".idx", ".bin") if not Path(prefix + suffix).is_file()]:
+        if missing := missing_files(prefix):
             yield f"{flag} {prefix}: no file {' or '.join(missing)}; {_prefix_fix(prefix)}"
+
+
+def missing_files(prefix: str) -> list[str]:
+    """Those of PREFIX.idx and PREFIX.bin that do not exist."""
+    return [prefix + suffix for suffix in (".idx", ".bin") if not Path(prefix + suffix).is_file()]
 
 
 def _prefix_fix(prefix: str) -> str:

@@ -7,10 +7,12 @@ never by its path.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from megatron.config.corpora import Source
 from megatron.data.blend_order import BlendOrder
+from megatron.data.dataset_checks import document_range, weights_of
 from megatron.data.errors import DataError
 
 EPOCHS = "epochs"
@@ -39,6 +41,21 @@ class CorpusState:
 
     def __str__(self) -> str:
         return f"{self.prefix} (documents {self.first} to {self.last}, content {self.content[:12]})"
+
+
+def corpus_states(source: Source, contents: Mapping[str, str] | None = None) -> list[CorpusState]:
+    """The corpora of a set as a new run reads them.
+
+    Args:
+        source: the set; its corpora can be opened.
+        contents: their digests, by prefix; left empty by default, for who only counts documents and tokens.
+    """
+    return [
+        CorpusState(
+            prefix, contents[prefix] if contents else "", *document_range(prefix, source.first, source.last), weight
+        )
+        for prefix, weight in zip(source.blend.prefixes, weights_of(source.blend), strict=True)
+    ]
 
 
 @dataclasses.dataclass(frozen=True)

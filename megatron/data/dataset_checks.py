@@ -1,6 +1,5 @@
 """What can be wrong with datasets is found here, before the first step and with all problems in one message."""
 
-import itertools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +9,7 @@ from megatron.config import corpora
 from megatron.config.corpora import Blend, Corpora
 from megatron.config.data import DataConfig
 from megatron.config.errors import ConfigError
+from megatron.config.files import missing_files
 from megatron.data import manifest
 from megatron.data.errors import DataError
 from megatron.data.index_file import ANEW, index_problems, read_index
@@ -46,8 +46,7 @@ def _as_data_error(function: Callable[[], T]) -> T:
 
 def open_problems(prefix: str, flag: str = "--data-path") -> list[str]:
     """Why the dataset ``prefix`` cannot be opened; empty where it can."""
-    missing = [f"{prefix}{suffix}" for suffix in (".bin", ".idx") if not os.path.isfile(f"{prefix}{suffix}")]
-    if missing:
+    if missing := missing_files(prefix):
         return [f"{flag} {prefix}: there is no {' and no '.join(missing)}{_hint(prefix)}"]
     try:
         if not len(read_index(prefix).lengths):
@@ -106,14 +105,6 @@ def document_range(prefix: str, first: float, last: float) -> tuple[int, int]:
     """
     count = float(len(read_index(prefix).lengths))
     return round(first * count), round(last * count)
-
-
-def split_tokens(prefix: str, shares: list[float]) -> list[tuple[int, int]]:
-    """Documents and tokens of ``prefix`` in train, valid and test."""
-    index = read_index(prefix)
-    bounds = [sum(shares[:number]) for number in range(len(shares) + 1)]
-    ranges = [document_range(prefix, *pair) for pair in itertools.pairwise(bounds)]
-    return [(last - first, index.sum_lengths(first, last)) for first, last in ranges]
 
 
 def cache_problems(folder: Path) -> list[str]:

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from megatron.config import RunConfig
 from megatron.config.corpora import Corpora, Source
 from megatron.data.blend_order import BlendOrder
-from megatron.data.data_state import CORE, CorpusState, DataState
+from megatron.data.data_state import CORE, DataState, corpus_states
 from megatron.data.dataset_checks import (
     cache_problems,
     corpora_of,
@@ -24,7 +24,6 @@ from megatron.data.dataset_checks import (
     document_range,
     open_problems,
     tokenizer_problems,
-    weights_of,
 )
 from megatron.data.errors import DataError
 from megatron.data.files import INDEX_CACHE
@@ -236,13 +235,8 @@ def _identify(corpora: Corpora, cache: Path, tokenizer: Tokenizer) -> dict[str, 
 
 def _state(source: Source, identities: dict[str, Identity], seed: int) -> DataState:
     """That of a new run which reads ``source``."""
-    return DataState.begin(
-        seed,
-        [
-            CorpusState(prefix, identities[prefix].content, *document_range(prefix, source.first, source.last), weight)
-            for prefix, weight in zip(source.blend.prefixes, weights_of(source.blend), strict=True)
-        ],
-    )
+    contents = {prefix: identity.content for prefix, identity in identities.items()}
+    return DataState.begin(seed, corpus_states(source, contents))
 
 
 def _samples(state: DataState, length: int, seq_length: int, vocab_size: int, cache: Path) -> GPTSamples:

@@ -4,12 +4,11 @@ Only the .idx files are read: 100 million documents take a second.
 """
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 from megatron.config import RunConfig
-from megatron.config.corpora import Source
-from megatron.data.data_state import CorpusState, DataState
-from megatron.data.dataset_checks import corpora_of, document_range, weights_of
+from megatron.config.files import missing_files
+from megatron.data.data_state import CorpusState, DataState, corpus_states
+from megatron.data.dataset_checks import corpora_of
 from megatron.data.index_file import read_index
 
 _Row = tuple[str, ...]
@@ -31,37 +30,26 @@ def statement(config: RunConfig, samples: int, state: DataState | None = None) -
         DataError: a dataset cannot be read.
     """
     corpora, seq_length = corpora_of(config.data), config.model.seq_length
-    training = _corpora_of(corpora.train) if state is None else state.corpora
+    training = corpus_states(corpora.train) if state is None else state.corpora
     rows: list[_Row] = [_HEADER, ("training",)]
     rows += _rows(training, samples - (0 if state is None else state.position), seq_length)
     held_out = config.training.eval_samples
     validated = corpora.valid if config.training.eval_interval else {}
     rows.append((f"validation, every {config.training.eval_interval} updates" if validated else "no validation",))
     for name, source in validated.items():
-        rows += _rows(_corpora_of(source), held_out, seq_length, "" if name == "valid" else f"{name}: ")
+        rows += _rows(corpus_states(source), held_out, seq_length, "" if name == "valid" else f"{name}: ")
     if corpora.test:
         rows.append(("test, at the end of training",))
     for name, source in corpora.test.items():
-        rows += _rows(_corpora_of(source), held_out, seq_length, "" if name == "test" else f"{name}: ")
+        rows += _rows(corpus_states(source), held_out, seq_length, "" if name == "test" else f"{name}: ")
     return _aligned(rows)
 
 
 def plan_statement(config: RunConfig, samples: int) -> str:
     """:func:`statement` of a run that may be planned where its data are not; which files are missing, if they are."""
-    prefixes = corpora_of(config.data).prefixes()
-    files = [f"{prefix}{suffix}" for prefix in prefixes for suffix in (".idx", ".bin")]
-    missing = [file for file in files if not Path(file).is_file()]
-    if missing:
+    if missing := [file for prefix in corpora_of(config.data).prefixes() for file in missing_files(prefix)]:
         return f"data: not looked at, since there is no {', '.join(missing)}"
     return statement(config, samples)
-
-
-def _corpora_of(source: Source) -> list[CorpusState]:
-    """The corpora of a set as a new run reads them; their content is not looked at."""
-    return [
-        CorpusState(prefix, "", *document_range(prefix, source.first, source.last), weight)
-        for prefix, weight in zip(source.blend.prefixes, weights_of(source.blend), strict=True)
-    ]
 
 
 def _rows(corpora: Iterable[CorpusState], samples: int, seq_length: int, name: str = "") -> list[_Row]:

@@ -75,8 +75,7 @@ def test_one_epoch_reads_every_document_of_the_split_once(config):
     from megatron.data.core_datasets import IndexedDataset
 
     source = IndexedDataset(config.data.data_path[0])
-    shares = dataset_checks.parse_split(config.data.split)
-    documents, tokens = dataset_checks.split_tokens(config.data.data_path[0], shares)[0]
+    documents, tokens = corpus.split_sizes(config.data.data_path[0], config.data.split)[0]
     assert documents == 48
     count = (tokens - 1) // SEQ
     train, _, _ = build(config, count, 0, 0)
@@ -268,7 +267,7 @@ def test_no_share_for_training(config):
 def test_missing_files_are_all_named_with_a_hint(config):
     good = config.data.data_path[0]
     config.data.data_path = (good.removesuffix("_text_document"), "/no/such", f"{good}.bin")
-    refused(config, f"Is it {good}?", "/no/such.bin and no /no/such.idx", "Give the prefix without .bin")
+    refused(config, f"Is it {good}?", "/no/such.idx and no /no/such.bin", "Give the prefix without .bin")
 
 
 def test_splits_without_documents_or_too_short(config):

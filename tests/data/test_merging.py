@@ -58,12 +58,10 @@ def test_datasets_of_other_tools_keep_their_sequences(tmp_path):
 
 
 def test_splits_are_those_of_training(tmp_path):
-    from megatron.data.dataset_checks import parse_split, split_tokens
-
     prefix = make(tmp_path, "whole", corpus.english(101))
     written = split(prefix, str(tmp_path / "cut"), "90,7,3")
     assert [Path(writer.prefix).name for writer in written] == ["cut_train", "cut_valid", "cut_test"]
-    assert [(w.documents, w.tokens) for w in written] == split_tokens(prefix, parse_split("90,7,3"))
+    assert [(w.documents, w.tokens) for w in written] == corpus.split_sizes(prefix, "90,7,3")
     merge([writer.prefix for writer in written], str(tmp_path / "back"))
     assert content(str(tmp_path / "back")) == content(prefix)
     assert len(split(prefix, str(tmp_path / "two"), "9,0,1")) == 2
@@ -74,12 +72,10 @@ def test_splits_are_those_of_training(tmp_path):
 
 def test_empty_documents_are_cut_as_training_cuts(tmp_path):
     """Which counts sequences, and empty documents have none."""
-    from megatron.data.dataset_checks import parse_split, split_tokens
-
     texts = [*[""] * 30, *corpus.english(40), *[""] * 9]
     prefix = make(tmp_path, "whole", texts)
     written = split(prefix, str(tmp_path / "cut"), "50,30,20")
-    assert [w.tokens for w in written] == [tokens for _, tokens in split_tokens(prefix, parse_split("50,30,20"))]
+    assert [w.tokens for w in written] == [tokens for _, tokens in corpus.split_sizes(prefix, "50,30,20")]
     assert [w.documents for w in written] == [30 + 20, 12, 8 + 9]
     merge([w.prefix for w in written], str(tmp_path / "back"))
     assert content(str(tmp_path / "back")) == content(prefix)

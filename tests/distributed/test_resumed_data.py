@@ -5,8 +5,7 @@ import shutil
 
 import pytest
 import tiny_run
-
-from megatron.data.dataset_checks import parse_split, split_tokens
+from corpus import split_sizes
 
 pytestmark = pytest.mark.distributed
 BATCH_TOKENS = 16 * tiny_run.SEQ
@@ -41,8 +40,7 @@ def test_longer_and_with_other_batches_a_run_reads_each_sequence_once(server, co
     output = train(server, corpus, tmp_path, train_tokens=24 * BATCH_TOKENS, lr_decay_tokens=9999)
     read += sequences_read(output)
     assert len(read) == 392
-    shares = parse_split("90,10,0")
-    epoch = (split_tokens(str(corpus / "text"), shares)[0][1] - 1) // tiny_run.SEQ
+    epoch = (split_sizes(str(corpus / "text"), "90,10,0")[0][1] - 1) // tiny_run.SEQ
     assert 200 < epoch < 392
     assert max(collections.Counter(read[:epoch]).values()) == 1
 
