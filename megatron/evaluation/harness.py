@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import math
 import os
 import sys
 import time
@@ -16,7 +15,6 @@ from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 
 from megatron.checkpoint.folder import MANIFEST, hash_file
-from megatron.checkpoint.formats.contents import parameter_shapes
 from megatron.data.tokenizer import Tokenizer
 from megatron.evaluation.lm import LONGEST_TEXT, MegatronLM
 from megatron.evaluation.output import check_output
@@ -24,8 +22,9 @@ from megatron.evaluation.processes import join, load_share
 from megatron.evaluation.report import write
 from megatron.evaluation.request_log import RequestLog
 from megatron.evaluation.tasks import build_tasks
-from megatron.inference.load import DTYPES, Source, choose_dtype, find_checkpoint, load_tokenizer
+from megatron.inference.load import DTYPES, choose_dtype, find_checkpoint, load_tokenizer
 from megatron.inference.special_tokens import SpecialTokens, special_tokens
+from megatron.planning.parameters import count_parameters
 
 REQUESTS, SAMPLES = 32 << 20, 256 << 20  # bytes of the six tasks' results, without and with samples, and more
 
@@ -84,7 +83,9 @@ def evaluate(wanted: Evaluation) -> str | None:
         if results is None:
             return None
         results["config"] |= {
-            "model_num_parameters": _parameters(source),
+            "model_num_parameters": count_parameters(
+                source.config.model, source.config.moe, source.meta["vocab_size"]
+            ).total,
             "model_revision": source.path.name,
             "model_sha": about["contents"],
             "checkpoint": str(source.path),
@@ -93,11 +94,6 @@ def evaluate(wanted: Evaluation) -> str | None:
         }
         results |= _about_tokens(tokenizer, special, lm.max_length)
         return write(path.parent, wanted.name or source.path.parent.name, results, begun)
-
-
-def _parameters(source: Source) -> int:
-    shapes = parameter_shapes(source.config.model, source.config.moe, source.meta["vocab_size"])
-    return sum(math.prod(shape) for shape in shapes.values())
 
 
 def _about_tokens(tokenizer: Tokenizer, special: SpecialTokens, longest: int) -> dict[str, Any]:
