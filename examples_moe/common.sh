@@ -152,7 +152,7 @@ find_data() { # sets the array data
                 "  DATA_PATH=corpus_text_document bash $script" \
                 "Or look at the plan first: DRY_RUN=1 bash $script"
         fi
-        data+=(--data-path DATA_PATH)
+        [[ ${#data[@]} -gt 0 ]] || data=(--data-path DATA_PATH)
     fi
     : "${TOKENIZER_TYPE:=GPT2BPETokenizer}"
     data+=(--tokenizer-type "$TOKENIZER_TYPE")

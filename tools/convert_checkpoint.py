@@ -65,7 +65,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     experts.add_argument("--upcycle-seed", type=int, metavar="N", help="Of the noise and the router (default: 0).")
     files = add_tokenizer_files(parser, "Where its files are, if they moved since training or are not in --load.")
     files.add_argument("--tokenizer-type", choices=TOKENIZERS)
-    files.add_argument("--eod-token", metavar="TOKEN", help="Ends a document (default: the model's eos_token_id).")
+    files.add_argument("--eod-token", metavar="TOKEN", help="That ends a document (default: the model's eos_token_id).")
     return parser.parse_args(argv)
 
 

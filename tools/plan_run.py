@@ -76,7 +76,7 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, R
         "--storage-gb-per-second", type=number, default=5.0, metavar="X", help="of all processes together (default: 5)"
     )
     parser.add_argument(
-        "--vocab-size", type=whole, metavar="N", help="before padding (default: 50257, GPT-2's; of bytes 257)"
+        "--vocab-size", type=whole, metavar="N", help="before padding (default: 50257, GPT-2's; with ByteTokenizer 257)"
     )
     parser.add_argument("--search", action="store_true", help="rank the layouts that fit")
     parser.add_argument("--top", type=whole, default=10, metavar="N", help="layouts that --search shows (default: 10)")

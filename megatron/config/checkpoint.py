@@ -15,12 +15,12 @@ class CheckpointConfig:
         metavar="DIR",
     )  # fmt: skip
     finetune: bool = option(
-        False, "Start a new run from the weights of --load: clock, schedule and data begin at 0, and so does the "
-        "optimizer. --save is another folder; once it holds a checkpoint, the same command resumes from there.",
+        False, "Start a new run from the weights of --load: clock, schedule, data and optimizer start over. --save is "
+        "another folder; once it holds a checkpoint, the same command resumes the new run.",
     )  # fmt: skip
     finetune_load_optim: bool = option(
-        False, "With --finetune, start with the optimizer state of --load (Adam's moments and step count, fp16's loss "
-        "scale) too. Off by default, as in Megatron: old moments fit neither new data nor a schedule that warms up.",
+        False, "With --finetune, load the optimizer state too (Adam's moments and step count, fp16's loss scale). Off "
+        "by default, as in Megatron: old moments fit neither new data nor a schedule that warms up.",
     )  # fmt: skip
     save_interval: int = option(
         1000, "Save every this many updates of the full global batch (counted in tokens); 0 only at the end."

@@ -1,4 +1,4 @@
-"""What saving, and starting from the weights of another run, need of the rest of a configuration."""
+"""What saving, resuming and starting from the weights of another run require of the rest of a configuration."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,21 +16,27 @@ def save_problems(config: RunConfig) -> Iterator[str]:
 
 
 def finetune_problems(config: RunConfig) -> Iterator[str]:
-    """``--finetune`` needs weights to start from, and a folder of its own: a restart resumes what it finds there."""
+    """``--finetune`` requires weights to start from and a folder of its own, where a restart finds the new run."""
     checkpoint = config.checkpoint
     if not checkpoint.finetune:
         if checkpoint.finetune_load_optim:
             yield (
-                "--finetune-load-optim must have --finetune: a run that is resumed always goes on with its optimizer"
-                " state; add --finetune, or drop it"
+                "--finetune-load-optim requires --finetune; a resumed run always loads its optimizer state. Add"
+                " --finetune, or drop --finetune-load-optim"
             )
     elif checkpoint.load is None:
-        yield "--finetune must have weights to start from, and --load is not given; add --load DIR or drop --finetune"
+        yield "--finetune requires --load, the weights to start from; add --load DIR, or drop --finetune"
     elif saves_where_it_loads(config):
         yield (
-            f"--finetune starts a new run from the weights of --load {checkpoint.load}, and --save {checkpoint.save} is"
-            " the folder of the old one; give another --save, or drop --finetune to resume the old run"
+            f"--finetune starts a new run from the weights of --load {checkpoint.load}, but --save {checkpoint.save} is"
+            " the folder of the old run; give another --save, or drop --finetune to resume the old run"
         )
+
+
+def change_blend_problems(config: RunConfig) -> Iterator[str]:
+    """``--change-blend`` would have no effect where nothing is resumed."""
+    if config.data.change_blend and config.checkpoint.load is None:
+        yield "--change-blend requires --load, the run to resume; add --load DIR, or drop --change-blend"
 
 
 def saves_where_it_loads(config: RunConfig) -> bool:

@@ -66,8 +66,8 @@ def find_corpora(data: DataConfig) -> Corpora:
     given = [name for name in _PATHS if getattr(data, name)]
     if data.data_path and given:
         raise ConfigError(
-            f"--data-path and {_flag(given[0])} do not go together: give --data-path, which --split cuts into training,"
-            " validation and test, or --train-data-path, --valid-data-path and --test-data-path"
+            f"--data-path and {_flag(given[0])} exclude each other: give --data-path, which --split divides into"
+            " training, validation and test, or --train-data-path, --valid-data-path and --test-data-path"
         )
     if not data.data_path and not given:
         raise ConfigError(
@@ -80,10 +80,10 @@ def find_corpora(data: DataConfig) -> Corpora:
         )
         return Corpora(train, {"valid": valid} if shares[1] else {}, {"test": test} if shares[2] else {})
     if not data.train_data_path:
-        raise ConfigError(f"{_flag(given[0])} must have --train-data-path, and it is not given; add it")
+        raise ConfigError(f"{_flag(given[0])} requires --train-data-path; add it")
     if data.split != DataConfig.split:
         raise ConfigError(
-            f"--split {data.split} cuts --data-path, and would do nothing to --train-data-path; drop it, or give"
+            f"--split {data.split} divides --data-path and has no effect on --train-data-path; drop it, or give"
             " --data-path"
         )
     train = Source("--train-data-path", parse_blend(data.train_data_path, "--train-data-path"))
@@ -94,7 +94,7 @@ def parse_blend(words: tuple[str, ...], flag: str = "--data-path") -> Blend:
     """Read PREFIX..., or WEIGHT PREFIX WEIGHT PREFIX ...
 
     Raises:
-        ConfigError: neither form, a weight that is not positive, or a corpus that stands there twice.
+        ConfigError: neither form, a weight that is not positive, or a corpus that is given twice.
     """
     given = f"{flag} {' '.join(words)}"
     if not _has_weights(words):
@@ -107,7 +107,7 @@ def parse_blend(words: tuple[str, ...], flag: str = "--data-path") -> Blend:
         if not (weight > 0 and math.isfinite(weight)):
             raise ConfigError(f"{flag}: the weight of {prefix} is {weight:g}, expected a number above 0")
     if len(set(blend.prefixes)) < len(blend.prefixes):
-        raise ConfigError(f"{given}: a dataset stands there more than once; add its weights up")
+        raise ConfigError(f"{given}: a dataset is given more than once; give it once, with the sum of its weights")
     return blend
 
 
@@ -121,8 +121,8 @@ def parse_split(split: str) -> list[float]:
     plain = all(re.fullmatch(r"\d*\.?\d+|\d+\.", word) for word in words)
     if len(words) > 3 or not plain or not any(map(float, words)):
         raise ConfigError(
-            f"--split {split!r} must be up to three numbers with commas between them, for training (above 0),"
-            " validation and test (0 or more); use 98,2,0"
+            f"--split {split!r} must be up to three numbers, separated by commas, for training (above 0), validation"
+            " and test (0 or more); use 98,2,0"
         )
     shares = [float(word) for word in words] + [0.0] * (3 - len(words))
     return [share / sum(shares) for share in shares]
@@ -138,13 +138,13 @@ def _named(words: tuple[str, ...], kind: str) -> dict[str, Source]:
     sets: dict[str, Source] = {}
     for word in words:
         name, equals, prefix = word.partition("=")
-        if not equals or "/" in name:  # the = is one of the path
+        if not equals or "/" in name:  # the = belongs to the path
             prefix = word
             name = PurePath(word).name.removesuffix("_text_document") or word
         if not name or not prefix:
-            raise ConfigError(f"{flag} {word}: a name and a prefix must stand around =; write NAME=PREFIX")
+            raise ConfigError(f"{flag} {word}: expected a name and a prefix around =; write NAME=PREFIX")
         if name in sets:
-            raise ConfigError(f"{flag}: two sets are called {name!r}; name them, NAME1=PREFIX1 NAME2=PREFIX2")
+            raise ConfigError(f"{flag}: two sets have the name {name!r}; name them, NAME1=PREFIX1 NAME2=PREFIX2")
         sets[name] = Source(flag, Blend([prefix], None))
     return sets
 
@@ -167,7 +167,7 @@ def _flag(name: str) -> str:
 def data_problems(data: DataConfig, eval_interval: int) -> Iterator[str]:
     """What is wrong with the words that name a run's data, as far as they are given, and options without effect."""
     if not data.data_path and not any(getattr(data, name) for name in _PATHS):
-        data = dataclasses.replace(data, data_path=("PREFIX",))  # which is for those to tell who look at files
+        data = dataclasses.replace(data, data_path=("PREFIX",))  # a missing path is for config/files.py to report
     try:
         corpora = find_corpora(data)
     except ConfigError as error:
@@ -181,4 +181,4 @@ def data_problems(data: DataConfig, eval_interval: int) -> Iterator[str]:
             " updates; use 98,2,0, or --eval-interval 0 to never validate"
         )
     if data.valid_data_path and eval_interval == 0:
-        yield "--valid-data-path is never read with --eval-interval 0; use 1 or more updates, or drop it"
+        yield "--valid-data-path is never read with --eval-interval 0; use 1 or more, or drop --valid-data-path"

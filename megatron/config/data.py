@@ -12,21 +12,21 @@ class DataConfig:
     """Preprocessed .bin/.idx datasets and the tokenizer that made them."""
 
     data_path: tuple[str, ...] = option(
-        (), "Dataset prefix (PREFIX.bin, PREFIX.idx), or a blend: WEIGHT PREFIX WEIGHT PREFIX ...; without weights in "
-        "proportion to their tokens. --split cuts it into training, validation and test.", nargs="+", metavar="PREFIX",
+        (), "Dataset prefix (of PREFIX.bin and PREFIX.idx), or a blend: WEIGHT PREFIX WEIGHT PREFIX ..., or PREFIX "
+        "PREFIX ... in proportion to their tokens. --split divides it into training, validation and test data.",
+        nargs="+", metavar="PREFIX",
     )  # fmt: skip
     split: str = option("98,2,0", "Shares of the documents of --data-path for training, validation and test.")
     train_data_path: tuple[str, ...] = option(
-        (), "In place of --data-path: training data, all of it, in the same forms. Without --valid-data-path there is "
-        "no validation.", nargs="+", metavar="PREFIX",
+        (), "Training data in place of --data-path, in the same forms; all of it is trained on. Without "
+        "--valid-data-path there is no validation.", nargs="+", metavar="PREFIX",
     )  # fmt: skip
     valid_data_path: tuple[str, ...] = option(
-        (), "With --train-data-path: validation sets, each with a loss of its own; called by the names of their files "
-        "without _text_document, or NAME. WEIGHT PREFIX WEIGHT PREFIX ... is one set.", nargs="+",
-        metavar="[NAME=]PREFIX",
+        (), "With --train-data-path: validation sets, each with its own loss. A set is called NAME, or like its file "
+        "without _text_document. WEIGHT PREFIX WEIGHT PREFIX ... is one set.", nargs="+", metavar="[NAME=]PREFIX",
     )  # fmt: skip
     test_data_path: tuple[str, ...] = option(
-        (), "With --train-data-path: test sets, read once at the end of training; forms as of --valid-data-path.",
+        (), "With --train-data-path: test sets, evaluated once at the end of training; forms as for --valid-data-path.",
         nargs="+", metavar="[NAME=]PREFIX",
     )  # fmt: skip
     skip_samples: tuple[str, ...] = option(
@@ -34,14 +34,14 @@ class DataConfig:
         nargs="+", metavar="FIRST-END",
     )  # fmt: skip
     change_blend: bool = option(
-        False, "On a resume: go on with --data-path where it is not the checkpoint's, each corpus from where the run "
-        "stands in it.",
+        False, "Resume with training data that differ from the checkpoint's; each corpus continues where the run left "
+        "it.",
     )  # fmt: skip
-    reset_position_ids: bool = option(False, "Restart positions after each end-of-document token.")
+    reset_position_ids: bool = option(False, "Restart position ids after each end-of-document token.")
     reset_attention_mask: bool = option(
-        False, "Let a token attend only to its own document. On GPUs in bf16 and fp16 this needs --attention-dropout 0."
+        False, "Let tokens attend only to their own document. On GPUs in bf16 and fp16, requires --attention-dropout 0."
     )
-    eod_mask_loss: bool = option(False, "Leave out of the loss what is predicted after end-of-document tokens.")
+    eod_mask_loss: bool = option(False, "Leave out the loss of predicting what follows an end-of-document token.")
     data_cache_path: str | None = option(
         None, "Folder of the sample-index cache (default: a folder beside the dataset).", metavar="DIR"
     )
@@ -53,8 +53,8 @@ class DataConfig:
         "file of ranks under its name, such as cl100k_base.tiktoken.", metavar="FILE",
     )  # fmt: skip
     eod_token: str | None = option(
-        None, "The token that ends a document (default: the first there is of <|endoftext|>, </s>, <|end_of_text|>, "
-        "<eos>, or a SentencePiece model's own).", metavar="TOKEN",
+        None, "Token that ends a document (default: the first of <|endoftext|>, </s>, <|end_of_text|>, <eos> in the "
+        "vocabulary; of a SentencePiece model, its own).", metavar="TOKEN",
     )  # fmt: skip
     allow_tokenizer_mismatch: bool = option(
         False, "Read data, and go on from a checkpoint, of another tokenizer by its fingerprint; tokens must still fit "

@@ -19,7 +19,7 @@ class TrainingConfig:
     eval_interval: int = option(
         100, "Validate every this many updates of the full global batch (counted in tokens); 0 never."
     )
-    eval_iters: int = option(10, "Global batches that are read of each validation and test set; always the same ones.")
+    eval_iters: int = option(10, "Global batches to read of each validation and test set; always the same ones.")
     checkpoint_activations: bool = option(False, "Recompute each layer in the backward pass to save memory.")
     compile: bool = option(True, "Do not let torch.compile fuse the layers on GPUs.", flag="--no-compile")
     cuda_graphs: bool = option(

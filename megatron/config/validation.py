@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 
 from megatron.config.batch_rules import batch_problems, count_replicas, rampup_problems, train_tokens_problems
-from megatron.config.checkpoint_rules import finetune_problems, save_problems
+from megatron.config.checkpoint_rules import change_blend_problems, finetune_problems, save_problems
 from megatron.config.corpora import data_problems
 from megatron.config.errors import ConfigError, around, divisors, multiples, remainder
 from megatron.config.exchange_rules import exchange_problems
@@ -63,6 +63,7 @@ def validate(config: RunConfig, world_size: int) -> None:
     Raises:
         ConfigError: at least one problem; all of them are listed, one line each.
     """
+    # a --data-path that cannot be parsed is a problem of both
     _raise(dict.fromkeys([*_number_problems(config, world_size), *file_problems(config)]))
 
 
@@ -324,3 +325,8 @@ def _save(config: RunConfig, world_size: int) -> Iterator[str]:
 @_rule("finetune", "finetune_load_optim", "load", "save")
 def _finetune(config: RunConfig, world_size: int) -> Iterator[str]:
     yield from finetune_problems(config)
+
+
+@_rule("change_blend", "load")
+def _change_blend(config: RunConfig, world_size: int) -> Iterator[str]:
+    yield from change_blend_problems(config)

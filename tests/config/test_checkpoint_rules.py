@@ -11,17 +11,21 @@ from config.problems import problems
     [
         (
             {"finetune": True, "save": "new"},
-            "--finetune must have weights to start from, and --load is not given; add --load DIR or drop --finetune",
+            "--finetune requires --load, the weights to start from; add --load DIR, or drop --finetune",
         ),
         (
             {"finetune_load_optim": True, "load": "old", "save": "new"},
-            "--finetune-load-optim must have --finetune: a run that is resumed always goes on with its optimizer state;"
-            " add --finetune, or drop it",
+            "--finetune-load-optim requires --finetune; a resumed run always loads its optimizer state. Add --finetune,"
+            " or drop --finetune-load-optim",
         ),
         (
             {"finetune": True, "load": "old/step_00000008", "save": "old"},
-            "--finetune starts a new run from the weights of --load old/step_00000008, and --save old is the folder of"
-            " the old one; give another --save, or drop --finetune to resume the old run",
+            "--finetune starts a new run from the weights of --load old/step_00000008, but --save old is the folder of"
+            " the old run; give another --save, or drop --finetune to resume the old run",
+        ),
+        (
+            {"change_blend": True, "save": "new"},
+            "--change-blend requires --load, the run to resume; add --load DIR, or drop --change-blend",
         ),
     ],
 )

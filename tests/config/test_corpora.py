@@ -56,24 +56,24 @@ def test_names_of_validation_sets(words, expected):
     [
         (
             {"data_path": ("a",), "valid_data_path": ("b",)},
-            "--data-path and --valid-data-path do not go together: give --data-path, which --split cuts into training,"
-            " validation and test, or --train-data-path, --valid-data-path and --test-data-path",
+            "--data-path and --valid-data-path exclude each other: give --data-path, which --split divides into"
+            " training, validation and test, or --train-data-path, --valid-data-path and --test-data-path",
         ),
         (
             {"test_data_path": ("b",)},
-            "--test-data-path must have --train-data-path, and it is not given; add it",
+            "--test-data-path requires --train-data-path; add it",
         ),
         (
             {"train_data_path": ("a",), "split": "90,10,0"},
-            "--split 90,10,0 cuts --data-path, and would do nothing to --train-data-path; drop it, or give --data-path",
+            "--split 90,10,0 divides --data-path and has no effect on --train-data-path; drop it, or give --data-path",
         ),
         (
             {"train_data_path": ("a",), "valid_data_path": ("x/b_text_document", "y/b")},
-            "--valid-data-path: two sets are called 'b'; name them, NAME1=PREFIX1 NAME2=PREFIX2",
+            "--valid-data-path: two sets have the name 'b'; name them, NAME1=PREFIX1 NAME2=PREFIX2",
         ),
         (
             {"train_data_path": ("a",), "valid_data_path": ("=b",)},
-            "--valid-data-path =b: a name and a prefix must stand around =; write NAME=PREFIX",
+            "--valid-data-path =b: expected a name and a prefix around =; write NAME=PREFIX",
         ),
         (
             {"train_data_path": ("a",), "valid_data_path": ("b", "0.5", "c")},
@@ -85,7 +85,7 @@ def test_names_of_validation_sets(words, expected):
         ),
         (
             {"train_data_path": ("a",), "valid_data_path": ("b",), "eval_interval": 0},
-            "--valid-data-path is never read with --eval-interval 0; use 1 or more updates, or drop it",
+            "--valid-data-path is never read with --eval-interval 0; use 1 or more, or drop --valid-data-path",
         ),
         ({"data_path": ("a",), "split": "0,50,50"}, "--split '0,50,50' leaves nothing for training; use 98,2,0"),
     ],

@@ -257,7 +257,8 @@ def test_sets_of_their_own_for_training_validation_and_test():
     ("variables", "said"),
     [
         ({"DATA_PATH": "0.7 a b"}, "--data-path 0.7 a b: weights and prefixes must alternate"),
-        ({"DATA_PATH": "a", "TRAIN_DATA_PATH": "b"}, "--data-path and --train-data-path do not go together"),
+        ({"VALID_DATA_PATH": "a"}, "--valid-data-path requires --train-data-path; add it"),
+        ({"DATA_PATH": "a", "TRAIN_DATA_PATH": "b"}, "--data-path and --train-data-path exclude each other"),
     ],
 )
 def test_a_dry_run_tells_what_is_wrong_with_the_data(variables, said):
