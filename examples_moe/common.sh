@@ -20,15 +20,15 @@ Everything can be changed from the environment:
   variable         what it is                                                     default
   DATA_PATH        PREFIX of a dataset, or a blend: "0.7 PREFIX1 0.3 PREFIX2"     none: it has to be given
   TRAIN_DATA_PATH, VALID_DATA_PATH, TEST_DATA_PATH
-                   in place of DATA_PATH: sets of their own, in the same forms;   none
-                   of the last two "NAME1=PREFIX1 PREFIX2" have a loss each
+                   in place of DATA_PATH: a path for each set, in the same forms; none
+                   VALID and TEST also "NAME1=PREFIX1 PREFIX2", with a loss each
   TOKENIZER_TYPE   of pretrain_gpt_moe.py --tokenizer-type                        GPT2BPETokenizer
   VOCAB_FILE       GPT2BPETokenizer: vocab.json                                   gpt2-vocab.json
   MERGE_FILE       GPT2BPETokenizer: merges.txt                                   gpt2-merges.txt
   TOKENIZER_MODEL  the others, but for ByteTokenizer: their file                  none
   SAVE             folder of the checkpoints and of metrics.jsonl                 checkpoints/RUN_NAME
-  LOAD             folder to go on from; with the flag --finetune, whose          SAVE
-                   weights to start from
+  LOAD             folder to resume from; with the flag --finetune, folder of     SAVE
+                   the weights to start from
   RUN_NAME         name in logs and plots                                         the script's, 350M_MoE128
   TRAIN_TOKENS     length of the run; the learning rate's decay stays             300B
   NNODES           nodes                                                          the SLURM job's, else 1
