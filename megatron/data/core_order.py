@@ -39,8 +39,11 @@ class CoreSamples(Dataset[dict[str, torch.Tensor]]):
         if not 0 <= index < self._length:
             raise IndexError(f"sample {index} of a dataset of {self._length}")
         item = self._source[index]
-        if int(item["labels"].max()) >= self._vocab_size:
-            raise DataError(f"sample {index} holds token {int(item['labels'].max())}, beyond the vocabulary")
+        if (highest := int(item["labels"].max())) >= self._vocab_size:
+            raise DataError(
+                f"sample {index} holds token {highest}, expected 0 to {self._vocab_size - 1}; the .bin has changed "
+                "since the run began"
+            )
         return {name: item[name] for name in FIELDS}
 
     def extended(self, length: int) -> "CoreSamples":

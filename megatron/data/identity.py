@@ -17,8 +17,8 @@ import numpy as np
 import torch.distributed as dist
 from tqdm import tqdm
 
-from megatron.data.errors import DataError
 from megatron.data.files import sha256, write_whole
+from megatron.data.index_cache import writing_to
 from megatron.data.index_file import read_index
 from megatron.data.tokenizer import Tokenizer
 
@@ -43,7 +43,7 @@ def identify(prefixes: Iterable[str], cache: Path) -> dict[str, Identity]:
     """Identities of datasets that can be opened. With torch.distributed initialised every rank must call it.
 
     Raises:
-        DataError: a file cannot be read; on the rank that cannot.
+        DataError: an .idx cannot be read, or the cache cannot be written; on the rank that finds it.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     prefixes = list(dict.fromkeys(prefixes))
@@ -103,12 +103,8 @@ def _remembered(path: Path) -> Identity | None:
 
 
 def _remember(path: Path, identity: Identity) -> None:
-    try:
+    with writing_to(path.parent):
         write_whole({path: json.dumps(dataclasses.asdict(identity)).encode()})
-    except OSError as error:
-        raise DataError(
-            f"cannot write the sample index to {path.parent}: {error}. Make room or choose another --data-cache-path"
-        ) from error
 
 
 def _read_shared(prefix: str, rank: int, world: int) -> list[_Chunk]:

@@ -4,13 +4,14 @@ Files are written aside and renamed, so a process that is killed leaves no half-
 ones, which are computed anew.
 """
 
+import contextlib
 import json
 import logging
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +52,7 @@ def publish(folder: Path, base: str, write: Callable[[Path], Sequence[Path]]) ->
     Raises:
         DataError: they cannot be written.
     """
-    try:
+    with writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=f".{base}.", dir=folder))  # no other run's, on whatever node
         try:
@@ -64,6 +65,13 @@ def publish(folder: Path, base: str, write: Callable[[Path], Sequence[Path]]) ->
                 os.replace(path, folder / path.name)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def writing_to(folder: Path) -> Iterator[None]:
+    """Raises DataError where the cache in ``folder`` cannot be written."""
+    try:
+        yield
     except OSError as error:
         raise DataError(
             f"cannot write the sample index to {folder}: {error}. Make room or choose another --data-cache-path"

@@ -288,7 +288,9 @@ def build_tokenizer(data: DataConfig, *, split_special_tokens: bool = True) -> T
 
     kind, eod_token = data.tokenizer_type, data.eod_token
     if eod_token is not None and kind in (ByteTokenizer.kind, TiktokenTokenizer.kind):
-        raise DataError(f"--eod-token has no meaning for --tokenizer-type {kind}, whose end of a document is fixed")
+        raise DataError(
+            f"--eod-token has no meaning for --tokenizer-type {kind}, whose end of a document is fixed; drop it"
+        )
     if kind == GPT2BPETokenizer.kind:
         return GPT2BPETokenizer(file("vocab_file"), file("merge_file"), eod_token, split_special_tokens)
     if kind == ByteTokenizer.kind:
@@ -327,7 +329,7 @@ def _end_of_document(
     """Its id; and, for the fingerprint, the name that was wanted if that is not the default's."""
     default = next((name for name in names if name in vocab), None)
     if wanted is not None and wanted not in vocab:
-        raise DataError(f"--eod-token {wanted} is no token of {where}")
+        raise DataError(f"--eod-token {wanted} is no token of {where}; give one of its vocabulary")
     if wanted is None and default is None:
         raise DataError(
             f"{where} has no end-of-document token: looked for {', '.join(names)}. Name its own by --eod-token, or add "

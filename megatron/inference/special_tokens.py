@@ -4,17 +4,18 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from megatron.checkpoint.formats.hf_extras import KEY as HUGGINGFACE
 from megatron.data.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
 class SpecialTokens:
-    """Of a model that was trained here, both are the end-of-document token."""
+    """Token ids; for a model that was trained here, both are the end-of-document token."""
 
     begin: int
-    """What a text begins with that continues nothing."""
+    """The first token of a text without a prompt."""
     ends: frozenset[int]
-    """Any of them ends a text."""
+    """Each of these ends a text."""
 
 
 def special_tokens(meta: Mapping[str, Any], tokenizer: Tokenizer) -> SpecialTokens:
@@ -24,7 +25,7 @@ def special_tokens(meta: Mapping[str, Any], tokenizer: Tokenizer) -> SpecialToke
         meta: the checkpoint's metadata.
         tokenizer: the checkpoint's.
     """
-    carried = meta.get("huggingface") or {}
+    carried = meta.get(HUGGINGFACE) or {}
     parts = [carried.get(name) or {} for name in ("generation_config", "config")]
 
     def first(key: str) -> Any:
@@ -35,6 +36,6 @@ def special_tokens(meta: Mapping[str, Any], tokenizer: Tokenizer) -> SpecialToke
 
 
 def splits_special_tokens(meta: Mapping[str, Any]) -> bool:
-    """Whether the name of a special token in a text is text: in training always, and so here; a model that came from
-    Hugging Face is prompted as there, where by default it is the token."""
-    return (meta.get("huggingface") or {}).get("split_special_tokens", True)
+    """Whether a special token's name in a prompt is text, as it is in training. For a model that came from Hugging Face
+    its tokenizer's setting decides, and by default the name is the token."""
+    return (meta.get(HUGGINGFACE) or {}).get("split_special_tokens", True)

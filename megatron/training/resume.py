@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from megatron.checkpoint import CheckpointError, load
+from megatron.checkpoint.formats.hf_extras import KEY as HUGGINGFACE
 from megatron.config import RunConfig
 from megatron.config.flags import from_dict, to_dict
 from megatron.config.options import OPTIONS
@@ -61,15 +62,15 @@ def describe(
 
 
 def carried(meta: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
-    """What the next checkpoints keep of an earlier one's metadata, though training does not use it: where the run's
-    first weights came from, and what a model brought from Hugging Face, as long as it has the same tokenizer."""
+    """What later checkpoints keep of an earlier one's metadata, though training does not use it: where the run's first
+    weights came from and, if the tokenizer is the same, what a Hugging Face folder held beside its weights."""
     same = meta["tokenizer"]["fingerprint"] == tokenizer.fingerprint
-    kept = ("finetuned_from", "huggingface") if same else ("finetuned_from",)
+    kept = ("finetuned_from", HUGGINGFACE) if same else ("finetuned_from",)
     return {name: meta[name] for name in kept if name in meta}
 
 
 def describe_base(config: RunConfig, source: Path, meta: dict[str, Any]) -> dict[str, Any]:
-    """What every checkpoint of a run that ``--finetune`` started records of the one that the weights came from."""
+    """What the checkpoints of a run with ``--finetune`` record of the checkpoint that its weights came from."""
     load = Path(str(config.checkpoint.load)).resolve()
     return {"load": str(load), "checkpoint": source.name, "tokens": clock_from(meta).tokens}
 

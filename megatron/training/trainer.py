@@ -86,7 +86,7 @@ class Trainer:
     def run(self) -> None:
         """Train. Returns after the last update, or after a checkpoint when asked to stop early.
 
-        A save that fails, say for a full disk, is told, and training goes on to the next.
+        A failed save, for instance on a full disk, is logged, and training continues.
 
         Raises:
             CheckpointError: the last save failed, or there was nothing good to save.
