@@ -224,9 +224,9 @@ def _identify(corpora: Corpora, cache: Path, tokenizer: Tokenizer) -> dict[str, 
     flags = corpora.prefixes()
     identities = identify(flags, cache)
     problems = [
-        f"{flag} {problem}"
+        problem
         for prefix, flag in flags.items()
-        for problem in vocabulary_problems(prefix, identities[prefix], tokenizer)
+        for problem in vocabulary_problems(prefix, identities[prefix], tokenizer, flag)
     ]
     if problems:
         raise DataError("\n".join(problems))

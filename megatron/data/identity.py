@@ -73,13 +73,13 @@ def identify_alone(prefix: str) -> Identity:
     return _combine(sha256(f"{prefix}.idx"), _read(prefix, 0, 1))
 
 
-def vocabulary_problems(prefix: str, identity: Identity, tokenizer: Tokenizer) -> list[str]:
+def vocabulary_problems(prefix: str, identity: Identity, tokenizer: Tokenizer, flag: str = "--data-path") -> list[str]:
     """Why tokens of ``prefix`` are not in the vocabulary; rows that only pad it are not part of it."""
     if not (identity.highest >= tokenizer.vocab_size or identity.lowest < 0):
         return []
     wrong = identity.highest if identity.highest >= tokenizer.vocab_size else identity.lowest
     return [
-        f"{prefix}: holds token {wrong}, but the vocabulary of this run's {tokenizer.kind} ends at "
+        f"{flag} {prefix}: holds token {wrong}, but the vocabulary of this run's {tokenizer.kind} ends at "
         f"{tokenizer.vocab_size - 1}. Give the tokenizer that the data was made with"
     ]
 

@@ -133,9 +133,8 @@ def measure(
     nll, rounds = 0.0, iter(cut())
     with tqdm(desc="perplexity", unit=" tokens", unit_scale=True, disable=processes.rank > 0) as bar:
         while turn := list(itertools.islice(rounds, batch_size * processes.size)):
-            mine = turn[processes.rank :: processes.size] or [
-                ([begin, begin], 0)
-            ]  # keeps peers with other experts company
+            idle = [([begin, begin], 0)]  # peers with other experts need this process in each forward pass
+            mine = turn[processes.rank :: processes.size] or idle
             failure, found = None, []
             try:
                 found = score(model, *zip(*mine, strict=True))
