@@ -73,7 +73,7 @@ class Trainer:
         saving = config.checkpoint
         self._checkpoints = Confirmation(saving.save, saving.keep_last, topology.is_first, origin)
         self._save_due = False
-        self._saving: Path | None = None  # in the background
+        self._saving: Path | None = None  # what is being saved
         self._not_saved: CheckpointError | None = None  # why the last save failed
         self._skipped_in_a_row = 0
         self._unwatched: tuple[StepResult, Update, LateNumber] | None = None  # with its loss
