@@ -48,7 +48,7 @@ def corpus_states(source: Source, contents: Mapping[str, str] | None = None) -> 
 
     Args:
         source: the set; its corpora can be opened.
-        contents: their digests, by prefix; left empty by default, for who only counts documents and tokens.
+        contents: their digests, by prefix; empty by default, as counting documents and tokens needs none.
     """
     return [
         CorpusState(
@@ -99,7 +99,7 @@ class DataState:
         """The state of a run that goes on from ``position`` of this one's list with the blend of ``now``.
 
         Returns:
-            The state, and what there is to say of it.
+            The state, and what to tell the user.
 
         Raises:
             DataError: the blend is another one, and ``change`` is not set.

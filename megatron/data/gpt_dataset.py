@@ -125,7 +125,7 @@ class ResumedData:
     """Of the list, from which the run goes on."""
 
     def goes_on_with(self, now: DataState, change: bool) -> tuple[DataState, list[str]]:
-        """The state of the run that goes on with the training data ``now``, and what there is to say of it.
+        """The state of the run that goes on with the training data ``now``, and what to tell the user.
 
         Raises:
             DataError: they are other data than the checkpoint's, and ``change`` is not set.

@@ -1,9 +1,9 @@
 """Which checkpoints of a run are good, and what follows: ``latest``, and what ``--keep-last`` may delete.
 
 **The rule.** An update is good if its loss and gradient are finite and its loss is no outlier
-(:meth:`megatron.training.spikes.SpikeWatch.is_outlier`). The loss of an update tells of the weights before it: a
+(:meth:`megatron.training.spikes.SpikeWatch.is_outlier`). An update's loss is that of the weights before it, so a
 checkpoint is confirmed by the first good update after it. Until then it is pending or, once an update that is not good
-has followed, in doubt. An fp16 overflow that only lowers the loss scale, at a usual loss, says nothing.
+has followed, in doubt. An fp16 overflow that only lowers the loss scale, at a usual loss, does not count.
 
 **What is saved.** At an interval, a checkpoint is saved right after a good update only; else it waits for the next one.
 At the end of a run, or when it is asked to stop, what follows a good update counts as good (a run that goes on from it

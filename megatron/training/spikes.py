@@ -5,8 +5,8 @@ not high; d is 1.4826 times the median distance from m, which is the standard de
 and at least 0.001 m. A loss is high if it is above m + ``--spike-sigmas`` d or not finite. ``--spike-updates`` high
 losses in a row are a spike. Fewer are none, and then count like others. Until the window is full nothing is judged.
 
-**Outliers.** Whether a run goes back for spikes or not, a loss above m + 10 d is an outlier, where m and d are of as
-many losses as there are so far. Of fewer than 8, d is at least 0.05 m; of none, no finite loss is an outlier.
+**Outliers.** With or without ``--spike-sigmas``, a loss above m + 10 d is an outlier, where the window need not be full.
+With fewer than 8 losses in it d is at least 0.05 m; with none, no finite loss is an outlier.
 
 **What is left out.** The data of the high updates, and of as many updates before the first of them: their losses were
 still as usual, but it may have been they that did the harm.
