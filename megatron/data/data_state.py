@@ -48,7 +48,7 @@ def corpus_states(source: Source, contents: Mapping[str, str] | None = None) -> 
 
     Args:
         source: the set; its corpora can be opened.
-        contents: their digests, by prefix; empty by default, as counting documents and tokens needs none.
+        contents: their digests, by prefix; empty by default, as counts of documents and tokens need none.
     """
     return [
         CorpusState(

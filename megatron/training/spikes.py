@@ -5,7 +5,7 @@ not high; d is 1.4826 times the median distance from m, which is the standard de
 and at least 0.001 m. A loss is high if it is above m + ``--spike-sigmas`` d or not finite. ``--spike-updates`` high
 losses in a row are a spike. Fewer are none, and then count like others. Until the window is full nothing is judged.
 
-**Outliers.** With or without ``--spike-sigmas``, a loss above m + 10 d is an outlier, where the window need not be full.
+**Outliers.** With or without ``--spike-sigmas``, a loss above m + 10 d is an outlier; the window need not be full.
 With fewer than 8 losses in it d is at least 0.05 m; with none, no finite loss is an outlier.
 
 **What is left out.** The data of the high updates, and of as many updates before the first of them: their losses were
