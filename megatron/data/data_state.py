@@ -18,6 +18,10 @@ EPOCHS = "epochs"
 CORE = "megatron-core"
 """The order of megatron.core, which depends on the length of the run; only runs that began with it go on with it."""
 _SAME_SHARE = 1e-9
+NO_CHANGE_IN_CORE_ORDER = (
+    "--change-blend: the run goes on in the order of megatron.core, in which a corpus has no place of its own to go on "
+    "from; drop the flag and give the data of the checkpoint, or begin a new run with its weights (--finetune)"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,10 +101,7 @@ class DataState:
                 "run stands in it; or --finetune, to begin a new run with the checkpoint's weights"
             )
         if self.order == CORE:
-            raise DataError(
-                "--change-blend: the run goes on in the order of megatron.core, in which a corpus has no place of its "
-                "own to go on from; begin a new run with the checkpoint's weights (--finetune)"
-            )
+            raise DataError(NO_CHANGE_IN_CORE_ORDER)
         read = dict(self.left)
         counts = BlendOrder([corpus.weight for corpus in self.corpora]).counts(position - self.position)
         for corpus, count in zip(self.corpora, counts, strict=True):
