@@ -31,7 +31,7 @@ def statement(config: RunConfig, samples: int, state: DataState | None = None) -
         DataError: a dataset cannot be read.
     """
     corpora, seq_length = corpora_of(config.data), config.model.seq_length
-    training = _corpora_of(corpora.train) if state is None else state.corpora
+    training = _corpora_of(corpora.train) if state is None else _as_given(state.corpora, corpora.train)
     rows: list[_Row] = [_HEADER, ("training",)]
     rows += _rows(training, samples - (0 if state is None else state.position), seq_length)
     held_out = config.training.eval_samples
@@ -62,6 +62,11 @@ def _corpora_of(source: Source) -> list[CorpusState]:
         CorpusState(prefix, "", *document_range(prefix, source.first, source.last), weight)
         for prefix, weight in zip(source.blend.prefixes, weights_of(source.blend), strict=True)
     ]
+
+
+def _as_given(corpora: Iterable[CorpusState], source: Source) -> list[CorpusState]:
+    """Corpora in the order of the command line."""
+    return sorted(corpora, key=lambda corpus: source.blend.prefixes.index(corpus.prefix))
 
 
 def _rows(corpora: Iterable[CorpusState], samples: int, seq_length: int, name: str = "") -> list[_Row]:
