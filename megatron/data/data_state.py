@@ -94,21 +94,31 @@ class DataState:
         differences = self._differences(now)
         if not differences:
             return self._moved(now), []
+        if self.order == CORE and change:
+            raise DataError(NO_CHANGE_IN_CORE_ORDER)
         if not change:
+            change_it = "or --change-blend, to go on with these, each corpus from where the run stands in it; "
             raise DataError(
                 "the training data are not those of the checkpoint:\n  " + "\n  ".join(differences) + "\n"
-                "Give the data of the checkpoint; or --change-blend, to go on with these, each corpus from where the "
-                "run stands in it; or --finetune, to begin a new run with the checkpoint's weights"
+                f"Give the data of the checkpoint; {'' if self.order == CORE else change_it}"
+                "or --finetune, to begin a new run with the checkpoint's weights"
             )
-        if self.order == CORE:
-            raise DataError(NO_CHANGE_IN_CORE_ORDER)
         read = dict(self.left)
         counts = BlendOrder([corpus.weight for corpus in self.corpora]).counts(position - self.position)
         for corpus, count in zip(self.corpora, counts, strict=True):
             read[corpus.key] = corpus.start + count
         corpora = tuple(dataclasses.replace(corpus, start=read.pop(corpus.key, 0)) for corpus in now.corpora)
         notes = [f"--change-blend, from sequence {position} of the run on: {line}" for line in differences]
-        notes += [f"{corpus.prefix} goes on with its sequence {corpus.start}" for corpus in corpora]
+        for corpus in corpora:
+            if corpus.start:
+                notes.append(f"{corpus.prefix} goes on with its sequence {corpus.start}")
+            elif any(key.startswith(f"{corpus.content}:") for key in read):
+                notes.append(
+                    f"{corpus.prefix} begins with its first sequence: the run read other documents of it (--split), "
+                    "and those that are among these as well may be read twice"
+                )
+            else:
+                notes.append(f"{corpus.prefix} begins with its first sequence")
         return DataState(self.seed, corpora, position, read), notes
 
     def _moved(self, now: "DataState") -> "DataState":
