@@ -20,6 +20,10 @@ EPOCHS = "epochs"
 CORE = "megatron-core"
 """The order of megatron.core, which depends on the length of the run; only runs that began with it go on with it."""
 _SAME_SHARE = 1e-9
+NO_CHANGE_IN_CORE_ORDER = (
+    "--change-blend: the run goes on in the order of megatron.core, in which a corpus has no place of its own to go on "
+    "from; drop the flag and give the data of the checkpoint, or begin a new run with its weights (--finetune)"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,16 +111,14 @@ class DataState:
         differences = self._differences(now)
         if not differences:
             return self._moved(now), []
+        if self.order == CORE and change:
+            raise DataError(NO_CHANGE_IN_CORE_ORDER)
         if not change:
+            change_it = "or --change-blend, to go on with these, each corpus from where the run stands in it; "
             raise DataError(
                 "the training data are not those of the checkpoint:\n  " + "\n  ".join(differences) + "\n"
-                "Give the data of the checkpoint; or --change-blend, to go on with these, each corpus from where the "
-                "run stands in it; or --finetune, to begin a new run with the checkpoint's weights"
-            )
-        if self.order == CORE:
-            raise DataError(
-                "--change-blend: the run goes on in the order of megatron.core, in which a corpus has no place of its "
-                "own to go on from; begin a new run with the checkpoint's weights (--finetune)"
+                f"Give the data of the checkpoint; {'' if self.order == CORE else change_it}"
+                "or --finetune, to begin a new run with the checkpoint's weights"
             )
         read = dict(self.left)
         counts = BlendOrder([corpus.weight for corpus in self.corpora]).counts(position - self.position)
@@ -124,7 +126,16 @@ class DataState:
             read[corpus.key] = corpus.start + count
         corpora = tuple(dataclasses.replace(corpus, start=read.pop(corpus.key, 0)) for corpus in now.corpora)
         notes = [f"--change-blend, from sequence {position} of the run on: {line}" for line in differences]
-        notes += [f"{corpus.prefix} goes on with its sequence {corpus.start}" for corpus in corpora]
+        for corpus in corpora:
+            if corpus.start:
+                notes.append(f"{corpus.prefix} goes on with its sequence {corpus.start}")
+            elif any(key.startswith(f"{corpus.content}:") for key in read):
+                notes.append(
+                    f"{corpus.prefix} begins with its first sequence: the run read other documents of it (--split), "
+                    "and those that are among these as well may be read twice"
+                )
+            else:
+                notes.append(f"{corpus.prefix} begins with its first sequence")
         return DataState(self.seed, corpora, position, read), notes
 
     def _moved(self, now: "DataState") -> "DataState":

@@ -107,6 +107,42 @@ def document_range(prefix: str, first: float, last: float) -> tuple[int, int]:
     return round(first * count), round(last * count)
 
 
+def flag_differences(then: DataConfig, now: DataConfig) -> list[str]:
+    """What to tell of a run that goes on with the options ``now``, where of its data nothing but ``then`` is known.
+
+    Files may have moved; another ``--split`` or other weights are other data.
+
+    Raises:
+        DataError: they are other data.
+    """
+    if not now.data_path:
+        return []  # nothing else goes on in megatron.core's order, which is told elsewhere
+    before, after = corpora_of(then).train.blend, corpora_of(now).train.blend
+    found = []
+    if parse_split(then.split) != parse_split(now.split):
+        found.append(f"--split {now.split}, in the checkpoint {then.split}")
+    if _shares(before) != _shares(after):
+        found.append(f"--data-path {' '.join(now.data_path)}, in the checkpoint {' '.join(then.data_path)}")
+    if found:
+        raise DataError(
+            "the training data are not those of the checkpoint:\n  " + "\n  ".join(found) + "\n"
+            "Give the data of the checkpoint; or --finetune, to begin a new run with the checkpoint's weights"
+        )
+    if before.prefixes == after.prefixes:
+        return []
+    return [
+        f"--data-path has {' '.join(after.prefixes)}, in the checkpoint {' '.join(before.prefixes)}; these must be the "
+        "same files in the same order, moved or renamed"
+    ]
+
+
+def _shares(blend: Blend) -> list[float] | int:
+    """Of the corpora of ``blend``, or how many there are of one without weights."""
+    if blend.weights is None or len(blend.weights) == 1:
+        return len(blend.prefixes)
+    return [round(weight / sum(blend.weights), 9) for weight in blend.weights]
+
+
 def cache_problems(folder: Path) -> list[str]:
     """Why no sample index can be kept in ``folder``; creates the folder."""
     try:

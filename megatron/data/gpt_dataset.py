@@ -13,15 +13,16 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import Dataset
 
-from megatron.config import RunConfig
+from megatron.config import DataConfig, RunConfig
 from megatron.config.corpora import Corpora, Source
 from megatron.data.blend_order import BlendOrder
-from megatron.data.data_state import CORE, DataState, corpus_states
+from megatron.data.data_state import CORE, NO_CHANGE_IN_CORE_ORDER, DataState, corpus_states
 from megatron.data.dataset_checks import (
     cache_problems,
     corpora_of,
     damage_problems,
     document_range,
+    flag_differences,
     open_problems,
     tokenizer_problems,
 )
@@ -123,20 +124,34 @@ class ResumedData:
     """None in checkpoints of earlier versions, which read their data in megatron.core's order."""
     position: int
     """Of the list, from which the run goes on."""
+    flags: DataConfig | None = None
+    """The options of the checkpoint's run. Without ``state``, they are all that is known of its data."""
 
-    def goes_on_with(self, now: DataState, change: bool) -> tuple[DataState, list[str]]:
-        """The state of the run that goes on with the training data ``now``, and what to tell the user.
+    def goes_on_with(self, now: DataState, flags: DataConfig) -> tuple[DataState, list[str]]:
+        """The state of the run that goes on with the training data ``now`` and its options, and what to tell the user.
 
         Raises:
-            DataError: they are other data than the checkpoint's, and ``change`` is not set.
+            DataError: they are other data than the checkpoint's, and ``--change-blend`` is not set or cannot be done.
         """
-        if self.state is None:
-            return dataclasses.replace(now, order=CORE), [
-                "the checkpoint does not say what data it was trained on, and is of a version that read data in "
-                "megatron.core's order. The run goes on in that order, which depends on --train-tokens and "
-                "--global-batch-size: change neither, or some sequences are read twice and others not at all"
+        if self.state is not None:
+            state, notes = self.state.resumed(now, self.position, flags.change_blend)
+        elif flags.change_blend:
+            raise DataError(NO_CHANGE_IN_CORE_ORDER)
+        else:
+            state = dataclasses.replace(now, order=CORE)
+            notes = [
+                "the checkpoint is of a version that did not record the content of its data. They must be those that "
+                "it was trained on; from now on this is checked"
             ]
-        return self.state.resumed(now, self.position, change)
+            if self.flags is not None:
+                notes += flag_differences(self.flags, flags)
+        if state.order == CORE:
+            notes.append(
+                "the run began with a version that read data in megatron.core's order, and goes on in it. That order "
+                "depends on --train-tokens and --global-batch-size: change neither, or some sequences are read twice "
+                "and others not at all"
+            )
+        return state, notes
 
 
 def build_datasets(
@@ -170,7 +185,7 @@ def build_datasets(
     seed = config.training.seed if resumed is None or resumed.state is None else resumed.state.seed
     state, notes = _state(corpora.train, identities, seed), []
     if resumed is not None:
-        state, notes = resumed.goes_on_with(state, config.data.change_blend)
+        state, notes = resumed.goes_on_with(state, config.data)
     if state.order == CORE:
         built = _build_core(corpora, num_samples, cache, config, tokenizer, seed, identities)
     else:

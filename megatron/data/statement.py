@@ -6,6 +6,7 @@ Only the .idx files are read: 100 million documents take a second.
 from collections.abc import Iterable, Sequence
 
 from megatron.config import RunConfig
+from megatron.config.corpora import Source
 from megatron.config.files import missing_files
 from megatron.data.data_state import CorpusState, DataState, corpus_states
 from megatron.data.dataset_checks import corpora_of
@@ -30,7 +31,7 @@ def statement(config: RunConfig, samples: int, state: DataState | None = None) -
         DataError: a dataset cannot be read.
     """
     corpora, seq_length = corpora_of(config.data), config.model.seq_length
-    training = corpus_states(corpora.train) if state is None else state.corpora
+    training = corpus_states(corpora.train) if state is None else _as_given(state.corpora, corpora.train)
     rows: list[_Row] = [_HEADER, ("training",)]
     rows += _rows(training, samples - (0 if state is None else state.position), seq_length)
     held_out = config.training.eval_samples
@@ -50,6 +51,11 @@ def plan_statement(config: RunConfig, samples: int) -> str:
     if missing := [file for prefix in corpora_of(config.data).prefixes() for file in missing_files(prefix)]:
         return f"data: not looked at, since there is no {', '.join(missing)}"
     return statement(config, samples)
+
+
+def _as_given(corpora: Iterable[CorpusState], source: Source) -> list[CorpusState]:
+    """Corpora in the order of the command line."""
+    return sorted(corpora, key=lambda corpus: source.blend.prefixes.index(corpus.prefix))
 
 
 def _rows(corpora: Iterable[CorpusState], samples: int, seq_length: int, name: str = "") -> list[_Row]:

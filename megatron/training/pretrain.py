@@ -11,7 +11,7 @@ import torch
 from megatron.checkpoint import CheckpointError, Standing
 from megatron.checkpoint.folder import standing
 from megatron.config import RunConfig
-from megatron.config.flags import to_dict
+from megatron.config.flags import from_dict, to_dict
 from megatron.config.spans import nth_outside
 from megatron.config.validation import validate
 from megatron.data.data_state import DataState
@@ -200,7 +200,7 @@ def _resumed_data(meta: dict[str, Any] | None, clock: Clock, detours: Detours) -
     if meta is None or clock.samples == 0:
         return None
     state = DataState.load(meta["data"]) if "data" in meta else None
-    return ResumedData(state, nth_outside(detours.skipped, clock.samples))
+    return ResumedData(state, nth_outside(detours.skipped, clock.samples), from_dict(meta["config"]).data)
 
 
 def _name(config: RunConfig) -> str:

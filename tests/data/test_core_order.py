@@ -63,7 +63,7 @@ def test_a_run_of_before_goes_on_in_the_order_of_megatron_core(blended, data, tm
     old = ResumedData(None, 40)
     found = build_datasets(config, build_tokenizer(config.data), SAMPLES, old)
     assert found.state.order == CORE
-    assert "--train-tokens" in found.notes[0]
+    assert "--train-tokens" in found.notes[-1]
     train, valid = of_megatron_core(config, tmp_path)
     for index in range(SAMPLES[0]):
         assert torch.equal(found.train[index]["tokens"], train[index])
@@ -71,10 +71,48 @@ def test_a_run_of_before_goes_on_in_the_order_of_megatron_core(blended, data, tm
         assert torch.equal(found.valid["valid"][index]["tokens"], valid[index])
     # what it saves says so, and knows its data from then on
     again = build_datasets(config, build_tokenizer(config.data), SAMPLES, ResumedData(found.state, 60))
-    assert (again.state, again.notes) == (found.state, ())
+    assert (again.state, again.notes) == (found.state, found.notes[-1:])  # each time, what must not change
     config.data.data_path = data.data_path[3:4]
     with pytest.raises(DataError, match="are not those of the checkpoint"):
         build_datasets(config, build_tokenizer(config.data), SAMPLES, ResumedData(found.state, 60))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"split": "50,50,0"}, "--split 50,50,0, in the checkpoint 80,15,5"),
+        ({"data_path": ("1", "A", "1", "B")}, "--data-path 1 A 1 B, in the checkpoint 3 A 1 B"),
+        ({"data_path": ("B",)}, "--data-path B, in the checkpoint 3 A 1 B"),
+        ({"change_blend": True}, "--change-blend: the run goes on in the order of megatron.core"),
+    ],
+)
+def test_a_run_of_before_does_not_go_on_with_other_data(changes, words, data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for source, name in zip(data.data_path[1::2], "AB", strict=True):
+        for suffix in (".bin", ".idx", ".json"):
+            Path(f"{name}{suffix}").write_bytes(Path(f"{source}{suffix}").read_bytes())
+    begun = dataclasses.replace(data, data_path=("3", "A", "1", "B"))
+    config = make_config(dataclasses.replace(begun, **changes), tmp_path / "cache", blended=True)
+    with pytest.raises(DataError, match=words):
+        build_datasets(config, build_tokenizer(config.data), SAMPLES, ResumedData(None, 40, begun))
+
+
+def test_moved_files_of_a_run_of_before_are_told(data, tmp_path):
+    config = make_config(data, tmp_path / "cache", blended=True)
+    old = ResumedData(None, 40, dataclasses.replace(config.data))
+    weights, prefixes = config.data.data_path[::2], config.data.data_path[1::2]
+    tokenizer = build_tokenizer(config.data)
+    expected = build_datasets(config, tokenizer, SAMPLES, old)
+    assert not any("in the checkpoint" in note for note in expected.notes)
+    moved = [str(tmp_path / f"{number}") for number in range(len(prefixes))]
+    for source, to in zip(prefixes, moved, strict=True):
+        for suffix in (".bin", ".idx", ".json"):
+            Path(f"{to}{suffix}").write_bytes(Path(f"{source}{suffix}").read_bytes())
+    scaled = [str(2 * float(weight)) for weight in weights]  # only ratios count
+    config.data.data_path = tuple(word for pair in zip(scaled, moved, strict=True) for word in pair)
+    found = build_datasets(config, tokenizer, SAMPLES, old)
+    assert any(" ".join(moved) in note and " ".join(prefixes) in note for note in found.notes)
+    assert all(torch.equal(found.train[i]["tokens"], expected.train[i]["tokens"]) for i in range(SAMPLES[0]))
 
 
 def test_another_corpus_under_the_same_name_has_an_index_of_its_own(data, tmp_path):

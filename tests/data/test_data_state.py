@@ -66,6 +66,7 @@ def test_a_changed_blend_goes_on_where_each_corpus_stands():
     assert (second.position, second.left) == (101, {first.corpora[0].key: read["a"]})
     assert any("only in the checkpoint: data/a" in note for note in notes)
     assert f"data/b goes on with its sequence {read['b']}" in notes
+    assert "data/c begins with its first sequence" in notes
     # a comes back, 51 sequences on, where it was left
     third, _ = second.resumed(begin(corpus("a")), 152, change=True)
     assert [(c.prefix, c.start) for c in third.corpora] == [("data/a", read["a"])]
@@ -75,6 +76,17 @@ def test_a_changed_blend_goes_on_where_each_corpus_stands():
     assert second.resumed(begin(corpus("b"), corpus("c")), 120, change=True) == (second, [])
 
 
+def test_another_split_of_a_corpus_that_was_read_is_told():
+    first = begin(corpus("a"), corpus("b"))
+    _, notes = first.resumed(begin(corpus("a", documents=9), corpus("b")), 10, change=True)
+    assert any(note.startswith("data/a begins with its first sequence") and "--split" in note for note in notes)
+    assert not any("data/b" in note and "--split" in note for note in notes)
+
+
 def test_a_blend_cannot_change_in_the_order_of_megatron_core():
+    state = begin(corpus("a"), order=CORE)
     with pytest.raises(DataError, match="in the order of megatron"):
-        begin(corpus("a"), order=CORE).resumed(begin(corpus("b")), 10, change=True)
+        state.resumed(begin(corpus("b")), 10, change=True)
+    with pytest.raises(DataError, match="not in the checkpoint: data/b") as error:
+        state.resumed(begin(corpus("b")), 10, change=False)
+    assert "--change-blend" not in str(error.value)  # which would be refused as well

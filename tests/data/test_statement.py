@@ -84,3 +84,13 @@ def test_a_plan_where_the_data_are_not(corpora, tmp_path):
     assert plan_statement(config, 10) == "data: not looked at, since there is no elsewhere.idx, elsewhere.bin"
     config.data.data_path = (corpora[0],)
     assert plan_statement(config, 10) == statement(config, 10)
+
+
+def test_corpora_stand_in_the_order_of_the_command_line(corpora, tmp_path):
+    """Checkpoints have them in an order of their own."""
+    for given in (corpora, corpora[::-1]):
+        config = run_of(corpora, tmp_path, train_data_path=tuple(given))
+        state = build_datasets(config, build_tokenizer(config.data), (100, 0, 0)).state
+        text = statement(config, 100, state)
+        assert [row[0] for row in rows(text) if row[0] in corpora] == given
+        assert text == statement(config, 100)

@@ -55,7 +55,7 @@ def test_a_corpus_that_grew_is_refused_and_read_on_purpose(server, corpus, grown
     output = train(
         server, grown, tmp_path, train_tokens=16 * BATCH_TOKENS, exit_tokens=8 * BATCH_TOKENS, change_blend=True
     )
-    assert f"data: {grown / 'text'} goes on with its sequence 0" in output
+    assert f"data: {grown / 'text'} begins with its first sequence" in output
     # at the next restart it is what the checkpoint has
     assert "data:" not in train(server, grown, tmp_path, train_tokens=16 * BATCH_TOKENS)
 
