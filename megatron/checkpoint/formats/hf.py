@@ -216,7 +216,7 @@ def _ours(theirs: dict[str, Lazy], config: RunConfig, vocab_size: int, folder: P
     }
     if len(theirs) < count:
         raise CheckpointError(
-            f"{folder} has tensors under two names, with and without 'transformer.': keep one of each, that of this model"
+            f"{folder} has tensors under two names, with and without 'transformer.'; keep one of each"
         )
     layers = {int(found[1]) for name in theirs if (found := _LAYER.match(name))}
     if layers and max(layers) + 1 != config.model.num_layers:  # first: a model of what a damaged file says may be huge
