@@ -38,6 +38,7 @@ CODE = ("attention_gpt_moe.py", "configuration_gpt_moe.py", "modeling_gpt_moe.py
 SHARD = 5_000_000_000
 _HEAD, _TABLE = "lm_head.weight", "transformer.wte.weight"
 _ONE_EXPERT = re.compile(r"\.mlp\.experts\.\d+\.")  # of exports of earlier versions
+_LAYER = re.compile(r"transformer\.h\.(\d+)\.")
 _MASKS = (".attn.bias", ".attn.masked_bias")  # constants that old versions of transformers saved with the weights
 
 
@@ -209,9 +210,20 @@ def _read_sidecar(folder: Path) -> dict[str, Any] | None:
 
 def _ours(theirs: dict[str, Lazy], config: RunConfig, vocab_size: int, folder: Path) -> dict[str, Lazy]:
     """Our tensors, made of theirs, of which each must be used."""
+    count = len(theirs)
     theirs = {
         name if name.startswith(("transformer.", _HEAD)) else "transformer." + name: t for name, t in theirs.items()
     }
+    if len(theirs) < count:
+        raise CheckpointError(
+            f"{folder} has tensors under two names, with and without 'transformer.'; keep one of each"
+        )
+    layers = {int(found[1]) for name in theirs if (found := _LAYER.match(name))}
+    if layers and max(layers) + 1 != config.model.num_layers:  # first: a model of what a damaged file says may be huge
+        raise CheckpointError(
+            f"{folder} cannot be converted: its tensors are of {max(layers) + 1} layers, and its configuration "
+            f"describes {config.model.num_layers}. Nothing was written; restore the file that was changed"
+        )
     left = set(theirs)
     problems: list[str] = []
     parts: dict[str, list[Piece]] = {}

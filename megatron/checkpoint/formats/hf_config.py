@@ -89,7 +89,7 @@ def from_hf(content: dict[str, Any], where: str) -> tuple[ModelConfig, MoEConfig
         CheckpointError: it describes a model that this code does not have, or contradicts itself; it is named how.
     """
     kind = content.get("model_type")
-    if kind is None and "GPT2LMHeadModel" in (content.get("architectures") or ()):
+    if kind is None and content.get("architectures") == ["GPT2LMHeadModel"]:
         kind = "gpt2"
     if kind not in ("gpt2", "gpt_moe"):
         raise CheckpointError(

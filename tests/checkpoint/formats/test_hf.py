@@ -188,7 +188,7 @@ def test_plain_transformers_generates_our_text(exported, tmp_path):
     environment = {k: v for k, v in environment.items() if k != "PYTHONPATH"} | {"HF_MODULES_CACHE": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-I", "-c", PLAIN, str(folder), *prompts],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120,
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     out, ours = map(json.loads, done.stdout.splitlines()[-2:])
@@ -273,6 +273,17 @@ def test_every_tensor_is_accounted_for(tmp_path):
     fails({k: t for k, t in good.items() if "h.1.ln_2.bias" not in k}, r"transformer\.h\.1\.ln_2\.bias is missing")
     fails(good | {"transformer.ln_f.bias": torch.ones(5)}, r"transformer\.ln_f\.bias is \[5\], expected \[32\]")
     fails(good | {"lm_head.weight": model.lm_head.weight.detach() + 1}, "lm_head.weight differs from transformer.wte")
+    fails(good | {"wte.weight": good["transformer.wte.weight"] + 1}, "has tensors under two names")
+
+
+def test_a_wrong_number_of_layers_is_told_before_they_are_made(tmp_path):
+    """A billion of them would take all memory and hours."""
+    random_gpt2(tmp_path / "hf")
+    config = tmp_path / "hf" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"n_layer": 10**9}))
+    with pytest.raises(CheckpointError, match="are of 2 layers, and its configuration describes 1000000000"):
+        list(run(tmp_path / "hf", tmp_path / "native", "native"))
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
 def test_model_files_of_another_model_are_refused(tmp_path):

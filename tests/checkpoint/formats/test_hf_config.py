@@ -41,6 +41,8 @@ def test_the_kind_may_stand_in_the_architecture_alone():
     assert from_hf({"architectures": ["GPT2LMHeadModel"], "n_layer": 2}, "config.json")[0].num_layers == 2
     with pytest.raises(CheckpointError, match="describes a None model; expected 'gpt2'"):
         from_hf({"architectures": ["LlamaForCausalLM"], "n_layer": 2}, "config.json")
+    with pytest.raises(CheckpointError, match="describes a None model; expected 'gpt2'"):
+        from_hf({"architectures": 5, "n_layer": 2}, "config.json")
 
 
 @pytest.mark.parametrize(
