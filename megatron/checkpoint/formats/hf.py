@@ -147,6 +147,7 @@ def read_hf(folder: str | os.PathLike, tokenizer_options: Mapping[str, str]) -> 
     about = read_json(folder / "config.json")
     model, moe, vocab_size = from_hf(about, str(folder / "config.json"))
     sidecar = _read_sidecar(folder)
+    theirs = _their_tensors(folder, model.num_layers)
     step, notes = 0, []
     if sidecar is None:
         try:
@@ -177,7 +178,7 @@ def read_hf(folder: str | os.PathLike, tokenizer_options: Mapping[str, str]) -> 
             "the model's own tokenizer by --tokenizer-type and its files"
         )
     files = {field: options[field] for field in FILES if field in options}
-    tensors = _ours(read_shards(folder), config, vocab_size, folder)
+    tensors = _ours(theirs, config, vocab_size, folder)
     return Contents(str(folder), meta, tensors, step, files, notes).check()
 
 
@@ -208,22 +209,28 @@ def _read_sidecar(folder: Path) -> dict[str, Any] | None:
     return content
 
 
-def _ours(theirs: dict[str, Lazy], config: RunConfig, vocab_size: int, folder: Path) -> dict[str, Lazy]:
-    """Our tensors, made of theirs, of which each must be used."""
-    count = len(theirs)
+def _their_tensors(folder: Path, layers: int) -> dict[str, Lazy]:
+    """Each tensor of the folder by its full name; checked before a model of as many ``layers`` is made, for a damaged
+    configuration may name any number."""
+    found = read_shards(folder)
     theirs = {
-        name if name.startswith(("transformer.", _HEAD)) else "transformer." + name: t for name, t in theirs.items()
+        name if name.startswith(("transformer.", _HEAD)) else "transformer." + name: t for name, t in found.items()
     }
-    if len(theirs) < count:
+    if len(theirs) < len(found):
         raise CheckpointError(
             f"{folder} has tensors under two names, with and without 'transformer.'; keep one of each"
         )
-    layers = {int(found[1]) for name in theirs if (found := _LAYER.match(name))}
-    if layers and max(layers) + 1 != config.model.num_layers:  # first: a model of what a damaged file says may be huge
+    there = max((int(match[1]) + 1 for name in theirs if (match := _LAYER.match(name))), default=0)
+    if there != layers:
         raise CheckpointError(
-            f"{folder} cannot be converted: its tensors are of {max(layers) + 1} layers, and its configuration "
-            f"describes {config.model.num_layers}. Nothing was written; restore the file that was changed"
+            f"{folder} cannot be converted: its tensors are of {there} layers, and its configuration describes "
+            f"{layers}. Nothing was written; restore the file that was changed"
         )
+    return theirs
+
+
+def _ours(theirs: dict[str, Lazy], config: RunConfig, vocab_size: int, folder: Path) -> dict[str, Lazy]:
+    """Our tensors, made of theirs, of which each must be used."""
     left = set(theirs)
     problems: list[str] = []
     parts: dict[str, list[Piece]] = {}
