@@ -181,7 +181,8 @@ def test_what_is_missing_or_hostile_is_named(written, tmp_path):
     content = torch.load(tag / first, weights_only=False)
     fails("saved without Megatron's arguments", first, {"module": content["module"]})
     content["args"].hidden_size = 16
-    fails(r"word_embeddings.weight has a piece of \[64, 32\], expected \[64, 16\]", first, content)
+    fails("mp_rank_01_model_states.pt says hidden_size 32, mp_rank_00_model_states.pt says 16", first, content)
+    content["args"].hidden_size = 32
     content["args"].swiglu = True
     fails("holds a model that is not known here: swiglu True", first, content)
     copy.mkdir()
@@ -303,6 +304,19 @@ def test_files_that_are_missing_or_of_another_checkpoint_are_named(of_two_ranks,
     content = torch.load(first, weights_only=False)
     torch.save(content | {"module": deep}, first)
     fails("nested more than 50 deep")
+    torch.save(content | {"checkpoint_version": 9.0}, first)
+    fails("has checkpoint_version 9, expected one of 0, 1, 2, 3")
     torch.save(content, first)
-    (tag / "mp_rank_01_model_states.pt").unlink()
+    second = tag / "mp_rank_01_model_states.pt"
+    whole = second.read_bytes()
+    other = torch.load(second, weights_only=False)
+    other["args"].num_attention_heads = 2
+    torch.save(other, second)
+    fails("mp_rank_01_model_states.pt says num_attention_heads 2, mp_rank_00_model_states.pt says 4")
+    second.write_bytes(first.read_bytes())
+    fails("ranks 0 and 1 hold the same rows of the token table, so one file is a copy of the other")
+    second.write_bytes(whole)
+    run(saved, tag, tmp_path / "native")
+    shutil.rmtree(tmp_path / "native")
+    second.unlink()
     fails("holds files of 1 tensor-parallel ranks, and was saved by 2; copy the files of all ranks")

@@ -12,7 +12,7 @@ no files of modules, and each stage has its modules in mp_rank files of its own.
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ Pieces = list[Lazy]  # of one tensor, by tensor-parallel rank
 _RANK = re.compile(r"mp_rank_(\d+)_model_states\.pt")
 _MODULE = re.compile(r"layer_(\d+)(?:-model_(\d+))?-model_states\.pt")
 _EXPERT = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_(\d+)_model_states\.pt")
+_VERSIONS = (0.0, 1.0, 2.0, 3.0)
+_SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "max_position_embeddings", "iteration")
 _DEEPEST = 50  # dictionaries in each other
 
 
@@ -66,8 +68,36 @@ def find(folder: Path) -> Found:
     tag = _tag(folder)
     ranks = [load_pickle(tag / name) for name in _files(tag)]
     args = ranks[0].get("args")
+    check_same_run({name: rank for name, rank in zip(_files(tag), ranks, strict=True)}, tag)
     pieces = _gather(tag, ranks, args)
     return Found(tag, args, float(ranks[0].get("checkpoint_version") or 0), pieces)
+
+
+def check_same_run(contents: Mapping[str, dict[str, Any]], where: Path) -> None:
+    """Raise CheckpointError where files of ranks are not of one run: by the version and the sizes that they record."""
+    facts = {
+        name: {
+            "checkpoint_version": float(content.get("checkpoint_version") or 0),
+            **{size: getattr(content.get("args"), size, None) for size in _SIZES},
+        }
+        for name, content in contents.items()
+        if content.get("args") is not None  # else there is another error to come
+    }
+    if not facts:
+        return
+    first, expected = next(iter(facts.items()))
+    if expected["checkpoint_version"] not in _VERSIONS:
+        raise CheckpointError(
+            f"{where}: {first} has checkpoint_version {expected['checkpoint_version']:g}, expected one of "
+            f"{', '.join(f'{version:g}' for version in _VERSIONS)}: the order of Q, K and V is not known of others"
+        )
+    for name, found in facts.items():
+        for fact, value in found.items():
+            if value != expected[fact]:
+                raise CheckpointError(
+                    f"{where}: {name} says {fact} {value}, {first} says {expected[fact]}; copy the files of one "
+                    "checkpoint"
+                )
 
 
 def _files(tag: Path) -> list[str]:

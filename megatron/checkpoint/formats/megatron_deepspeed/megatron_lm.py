@@ -19,7 +19,14 @@ from typing import Any
 from megatron.checkpoint.errors import CheckpointError
 from megatron.checkpoint.formats.contents import Lazy, some
 from megatron.checkpoint.formats.megatron_deepspeed.core_names import from_core
-from megatron.checkpoint.formats.megatron_deepspeed.layouts import Found, flat, lazy_of, named, tensor_ranks
+from megatron.checkpoint.formats.megatron_deepspeed.layouts import (
+    Found,
+    check_same_run,
+    flat,
+    lazy_of,
+    named,
+    tensor_ranks,
+)
 from megatron.checkpoint.formats.megatron_deepspeed.names import EXPERTS
 from megatron.checkpoint.formats.megatron_deepspeed.torch_dist import METADATA, find_distributed
 from megatron.checkpoint.formats.pickles import load_pickle
@@ -89,6 +96,7 @@ def _find_ranks(where: Path) -> Found:
             f"{files[0]} is of none of the {tensor} tensor-parallel ranks, {stages} stages and {shares} "
             "expert-parallel ranks that saved this checkpoint; remove files of another one"
         )
+    check_same_run({f"rank {rank}": content for rank, content in contents.items()}, where)
     found: dict[str, dict[int, Lazy]] = {}
     core, layers = False, 0
     for number, stage in itertools.product(range(len(_chunks(first, where))), range(stages)):

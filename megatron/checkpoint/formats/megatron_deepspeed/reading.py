@@ -58,6 +58,13 @@ def _contents(found: Found, name: str, tokenizer_options: Mapping[str, str], tan
     if not table:
         raise CheckpointError(f"{found.where} has no {TABLE}; it is no GPT of Megatron's")
     vocab_size = sum(piece.shape[0] for piece in table)
+    for rank in range(1, len(table)):
+        one, other = table[rank - 1], table[rank]
+        if (one.shape, one.dtype) == (other.shape, other.dtype) and torch.equal(one.read(None), other.read(None)):
+            raise CheckpointError(
+                f"{found.where}: tensor-parallel ranks {rank - 1} and {rank} hold the same rows of the token table, so "
+                "one file is a copy of the other; copy the files of all ranks from where they were saved"
+            )
     residual = any(".mlp.coefficient." in name for name in found.pieces)
     config = from_arguments(
         found.args, _expert_counts(found), residual, found.where, core=found.core, tanh_gelu=tanh_gelu
