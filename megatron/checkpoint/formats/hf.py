@@ -147,7 +147,7 @@ def read_hf(folder: str | os.PathLike, tokenizer_options: Mapping[str, str]) -> 
     about = read_json(folder / "config.json")
     model, moe, vocab_size = from_hf(about, str(folder / "config.json"))
     sidecar = _read_sidecar(folder)
-    theirs = _their_tensors(folder, model.num_layers)
+    theirs = _their_tensors(folder, model.num_layers, (vocab_size, model.hidden_size))
     step, notes = 0, []
     if sidecar is None:
         try:
@@ -209,9 +209,12 @@ def _read_sidecar(folder: Path) -> dict[str, Any] | None:
     return content
 
 
-def _their_tensors(folder: Path, layers: int) -> dict[str, Lazy]:
-    """Each tensor of the folder by its full name; checked before a model of as many ``layers`` is made, for a damaged
-    configuration may name any number."""
+def _their_tensors(folder: Path, layers: int, table: tuple[int, int]) -> dict[str, Lazy]:
+    """Each tensor of the folder by its full name.
+
+    Compared with the configuration's number of layers and shape of the token table before a model of these sizes is
+    made: a damaged configuration may name any.
+    """
     found = read_shards(folder)
     theirs = {
         name if name.startswith(("transformer.", _HEAD)) else "transformer." + name: t for name, t in found.items()
@@ -225,6 +228,11 @@ def _their_tensors(folder: Path, layers: int) -> dict[str, Lazy]:
         raise CheckpointError(
             f"{folder} cannot be converted: its tensors are of {there} layers, and its configuration describes "
             f"{layers}. Nothing was written; restore the file that was changed"
+        )
+    if _TABLE in theirs and theirs[_TABLE].shape != table:
+        raise CheckpointError(
+            f"{folder} cannot be converted: {_TABLE} is {list(theirs[_TABLE].shape)}, and its configuration describes "
+            f"{list(table)}. Nothing was written; restore the file that was changed"
         )
     return theirs
 

@@ -276,12 +276,23 @@ def test_every_tensor_is_accounted_for(tmp_path):
     fails(good | {"wte.weight": good["transformer.wte.weight"] + 1}, "has tensors under two names")
 
 
-def test_a_wrong_number_of_layers_is_told_before_they_are_made(tmp_path):
-    """A billion of them would take all memory and hours."""
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        ({"n_layer": 10**9}, "are of 2 layers, and its configuration describes 1000000000"),
+        (
+            {"vocab_size": 10**18},
+            r"wte.weight is \[\d+, 32\], and its configuration describes \[10{18}, 32",
+        ),
+    ],
+    ids=str,
+)
+def test_wrong_sizes_are_told_before_a_model_of_them_is_made(size, message, tmp_path):
+    """A billion layers would take all memory and hours."""
     random_gpt2(tmp_path / "hf")
     config = tmp_path / "hf" / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"n_layer": 10**9}))
-    with pytest.raises(CheckpointError, match="are of 2 layers, and its configuration describes 1000000000"):
+    config.write_text(json.dumps(json.loads(config.read_text()) | size))
+    with pytest.raises(CheckpointError, match=message):
         list(run(tmp_path / "hf", tmp_path / "native", "native"))
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
