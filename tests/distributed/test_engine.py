@@ -35,7 +35,7 @@ def not_finite(run: RunConfig) -> tuple:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("layout", [{EP: (2,)}, {PP: 2}, {TP: 2, SP: True}], ids=str)
 def test_a_gradient_that_is_not_finite_on_one_process_skips_the_update_on_all(precision: str, layout: dict):
     for result in run_distributed(not_finite, 2, run_config(TOP1, precision, **layout)):

@@ -45,7 +45,7 @@ def meta_of(folder) -> dict:
     ("processes", "layout"),
     [
         (1, {"moe_expert_parallel_size": 1}),
-        (2, {"tensor_model_parallel_size": 2, "moe_expert_parallel_size": 1}),
+        pytest.param(2, {"tensor_model_parallel_size": 2, "moe_expert_parallel_size": 1}, marks=pytest.mark.exhaustive),
         (2, {"pipeline_model_parallel_size": 2, "moe_expert_parallel_size": 1}),
     ],
     ids=["1", "TP2", "PP2"],
@@ -61,7 +61,7 @@ def test_weights_are_the_old_ones_in_any_layout(server, corpus, old, tmp_path, p
     assert [record["step"] for record in tiny_run.records(tmp_path, "train")] == list(range(1, 9))
 
 
-@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("keep", [pytest.param(False, marks=pytest.mark.exhaustive), True])
 def test_killed_and_started_again_it_goes_on_with_itself(server, other_corpus, old, tmp_path, keep):
     """The new run is one run however often it is interrupted, also before its first checkpoint."""
     options = MOE | {"lr": 1e-3, "train_tokens": 6 * BATCH_TOKENS, "finetune": True, "finetune_load_optim": keep}

@@ -133,6 +133,7 @@ def children(pid: int) -> list[int]:
     return [int(word) for word in found.stdout.split()]
 
 
+@pytest.mark.exhaustive
 def test_torchrun_starts_the_run_again(corpus, tmp_path):
     arguments = tiny_run.flags(corpus, save=tmp_path, load=tmp_path, **EXPERTS | {"train_tokens": 30 * BATCH_TOKENS})
     starter, script = tiny_run.command(2, arguments), str(tiny_run.ROOT / "pretrain_gpt_moe.py")

@@ -92,14 +92,22 @@ def test_experts_offloaded_in_bf16_stay_as_close_to_fp32_as_they_are_on_the_devi
     assert strayed(found, TOP1) <= 1.1 * strayed(expected, TOP1)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("change", [offloaded, eight_bit])
 def test_a_gradient_that_is_not_finite_on_one_process_skips_the_update_on_all(precision: str, change):
     for result in run_distributed(not_finite, 2, change(run_config(TOP1, precision, **{EP: (2,)}))):
         assert result == (True, [], False, True, 2)
 
 
-@pytest.mark.parametrize(("size", "layout"), [(1, {}), (2, {EP: (2,)}), (4, {PP: 2, EP: (2,)})], ids=str)
+@pytest.mark.parametrize(
+    ("size", "layout"),
+    [
+        (2, {EP: (2,)}),
+        pytest.param(1, {}, marks=pytest.mark.exhaustive),
+        pytest.param(4, {PP: 2, EP: (2,)}, marks=pytest.mark.exhaustive),
+    ],
+    ids=str,
+)
 def test_with_8_bit_moments_a_training_stays_close_to_the_exact_one(size: int, layout: dict):
     run = run_config(TOP1, **layout)
     found, _, name = run_distributed(train, size, eight_bit(run))[0]
@@ -117,7 +125,9 @@ def test_8_bit_moments_in_bf16_stray_no_further_than_bf16_does():
     assert strayed(found, TOP1) <= 1.1 * strayed(expected, TOP1)
 
 
-@pytest.mark.parametrize(("saves", "resumes"), [(False, True), (True, False), (True, True)])
+@pytest.mark.parametrize(
+    ("saves", "resumes"), [(False, True), (True, False), pytest.param(True, True, marks=pytest.mark.exhaustive)]
+)
 def test_a_checkpoint_goes_from_gpu_to_cpu_memory_and_back(tmp_path: Path, saves: bool, resumes: bool):
     run = run_config(TOP1, **{EP: (2,)})
     expected = run_distributed(save_then_go_on, 2, str(tmp_path / "plain"), run, True)[0]
@@ -150,7 +160,9 @@ def replicas(run: RunConfig) -> bool:
     return True
 
 
-@pytest.mark.parametrize("layout", [{PP: 2, TP: 2}, {EP: (2,), TP: 2, SP: True}], ids=str)
+@pytest.mark.parametrize(
+    "layout", [{PP: 2, TP: 2}, pytest.param({EP: (2,), TP: 2, SP: True}, marks=pytest.mark.exhaustive)], ids=str
+)
 def test_copies_of_a_weight_round_bf16_moments_alike(layout: dict):
     """The token table is on the first and the last stage, norms and routers are on all tensor-parallel processes."""
     assert all(run_distributed(replicas, 4, bf16_moments(run_config(TOP1, "bf16", **layout))))
