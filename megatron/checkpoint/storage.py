@@ -245,6 +245,7 @@ def write_safetensors(
                     raise CheckpointError(_not_as_announced(key, tensor, _kind(part.shape, part.dtype)))
                 written += part.numel()
                 put(memoryview(part.contiguous().cpu().view(-1).view(torch.uint8).numpy()))
+                del part  # before the next one is made
             if written != math.prod(tensor.shape):  # else the header is wrong about what follows
                 raise CheckpointError(_not_as_announced(key, tensor, f"{written} numbers"))
         file.flush()
