@@ -15,6 +15,7 @@ import torch
 from megatron.config import DataConfig
 from megatron.data.dataset_checks import corpora_of
 from megatron.data.errors import DataError
+from megatron.data.index_file import read_index
 from megatron.data.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -114,14 +115,12 @@ def check_documents(data: DataConfig, tokenizer: Tokenizer) -> None:
 
 def _ended(prefix: str, eod: int) -> tuple[int, int]:
     """Of some documents of a corpus, how many end with ``eod``; and how many were looked at."""
-    from megatron.data.core_datasets import IndexedDataset
-
-    dataset = IndexedDataset(prefix)
-    bounds, lengths = dataset.document_indices, dataset.sequence_lengths
+    index = read_index(prefix)
+    tokens = np.memmap(f"{prefix}.bin", dtype=index.dtype, mode="r")
     ended = looked_at = 0
-    for document in np.unique(np.linspace(0, len(bounds) - 2, _SAMPLED_DOCUMENTS, dtype=np.int64)):
-        last = int(bounds[document + 1]) - 1  # sequence of the document
-        if last >= bounds[document] and lengths[last]:
+    for document in np.unique(np.linspace(0, index.documents - 1, _SAMPLED_DOCUMENTS, dtype=np.int64)):
+        last = int(index.ends[document + 1]) - 1  # sequence of the document
+        if last >= index.ends[document] and index.lengths[last]:
             looked_at += 1
-            ended += int(dataset.get(last, offset=int(lengths[last]) - 1, length=1)[0]) == eod
+            ended += int(tokens[int(index.places[last]) // index.dtype.itemsize + int(index.lengths[last]) - 1]) == eod
     return ended, looked_at
