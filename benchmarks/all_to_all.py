@@ -10,7 +10,7 @@ machine into pretended nodes.
 "exchange" is the all-to-all of the layer's buffers alone, in one piece; its rate counts the bytes that a process sends
 to others.
 
-Letters: T tokens of a process, H hidden.
+Shapes: T tokens of a process, H hidden.
 """
 
 import argparse

@@ -4,7 +4,7 @@ Random tokens and a random router are neither balanced nor as unbalanced as trai
 gives another load. Here the router stays as it is and the tokens are moved: along the columns of the pseudo-inverse of
 its weights, so that a chosen logit changes and the others do not.
 
-Letters: T tokens, H hidden, E experts, K experts of a token.
+Shapes: T tokens, H hidden, E experts, K experts of a token.
 """
 
 import torch

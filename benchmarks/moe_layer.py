@@ -13,7 +13,7 @@ Before anything is timed, answers and gradients are compared with float64. The o
 where they can be imported: DeepSpeed's, Megatron-core's, ScatterMoE's, and a sort before torch's grouped product.
 "peer / ours" is the ratio of their milliseconds, even and skewed.
 
-Letters: T tokens, H hidden, F FFN hidden, E experts, K experts of each token.
+Shapes: T tokens, H hidden, F FFN hidden, E experts, K experts of each token.
 """
 
 import argparse

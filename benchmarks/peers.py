@@ -10,7 +10,7 @@ A peer that cannot be built, is wrong or fails costs one printed line. All are t
 
 Dropless layers without biases do less work than ours does on balanced tokens, and more on skewed ones.
 
-Letters: T tokens, H hidden, F FFN hidden, E experts.
+Shapes: T tokens, H hidden, F FFN hidden, E experts.
 """
 
 import dataclasses

@@ -10,7 +10,7 @@ Without a GPU the kernels run in Triton's interpreter, to try them and not to ti
 
     TRITON_INTERPRET=1 python -m benchmarks.router --device cpu --dtype fp32 --tokens 64 --hidden-size 32 --experts 8
 
-Letters: T tokens, H hidden, E experts.
+Shapes: T tokens, H hidden, E experts.
 """
 
 import argparse

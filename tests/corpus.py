@@ -1,4 +1,4 @@
-"""Text, files and tokenizers for the tests of the data room and its tools."""
+"""Text, files and tokenizers for the tests of megatron/data and its tools."""
 
 import functools
 import gzip

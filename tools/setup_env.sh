@@ -11,7 +11,7 @@
 #   2. .venv in this checkout, where it is there already;
 #   3. python3 as it is, when it has every requirement already (a container image, say);
 #   4. a new .venv in this checkout, with the versions of constraints.txt.
-# Nothing is installed when setup.py, constraints.txt and the rooms of megatron/ are as they were last time.
+# Nothing is installed when setup.py, constraints.txt and the packages of megatron/ are as they were last time.
 
 REPOSITORY="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
@@ -44,8 +44,8 @@ _fingerprint() { # PYTHON: what an installation depends on
     (cd "$REPOSITORY" && "$1" -c '
 import hashlib, pathlib
 files = [pathlib.Path("setup.py"), pathlib.Path("constraints.txt")]
-rooms = sorted(str(path) for path in pathlib.Path("megatron").glob("*/__init__.py"))
-print(hashlib.sha256(b"".join(path.read_bytes() for path in files) + repr(rooms).encode()).hexdigest())')
+packages = sorted(str(path) for path in pathlib.Path("megatron").glob("*/__init__.py"))
+print(hashlib.sha256(b"".join(path.read_bytes() for path in files) + repr(packages).encode()).hexdigest())')
 }
 
 _run_pip() { # LOG ARGUMENTS...: pip with its output in LOG; on a terminal, one line that says what it is at

@@ -1,4 +1,4 @@
-"""The exceptions of this room."""
+"""The exceptions of this package."""
 
 
 class CheckpointError(RuntimeError):

@@ -15,7 +15,7 @@ from megatron.config.training import TrainingConfig
 
 @dataclasses.dataclass
 class RunConfig:
-    """One section a room of the code base; field names are unique over all sections."""
+    """One section for each package; field names are unique over all sections."""
 
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     moe: MoEConfig = dataclasses.field(default_factory=MoEConfig)

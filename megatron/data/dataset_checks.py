@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 def corpora_of(data: DataConfig) -> Corpora:
-    """:func:`megatron.config.corpora.find_corpora`, with this room's error.
+    """:func:`megatron.config.corpora.find_corpora`, with this package's error.
 
     Raises:
         DataError: with everything that is wrong with the words.
@@ -29,7 +29,7 @@ def corpora_of(data: DataConfig) -> Corpora:
 
 
 def parse_split(split: str) -> list[float]:
-    """:func:`megatron.config.corpora.parse_split`, with this room's error.
+    """:func:`megatron.config.corpora.parse_split`, with this package's error.
 
     Raises:
         DataError: it is no split.

@@ -1,1 +1,1 @@
-"""The only room that imports DeepSpeed: ZeRO-1, precision, optimizer, learning-rate schedule."""
+"""The only package that imports DeepSpeed: ZeRO-1, precision, optimizer, learning-rate schedule."""

@@ -1,6 +1,6 @@
 """Log-likelihoods of tokens, in batches.
 
-Letters: B batch, S sequence, H hidden, T scored tokens, V vocabulary (padded).
+Shapes: B batch, S sequence, H hidden, T scored tokens, V vocabulary (padded).
 """
 
 from collections.abc import Sequence

@@ -1,6 +1,6 @@
 """Continue prompts, one token at a time, with cached keys and values.
 
-Letters: B batch, S sequence, H hidden, V vocabulary.
+Shapes: B batch, S sequence, H hidden, V vocabulary.
 """
 
 from collections.abc import Collection, Iterator, Sequence

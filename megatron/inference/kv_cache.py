@@ -1,6 +1,6 @@
 """Keys and values of the tokens a model has already seen, so that a new token costs one token's work.
 
-Letters: B batch, S new tokens, M slots in use, N heads, D head size.
+Shapes: B batch, S new tokens, M slots in use, N heads, D head size.
 """
 
 from collections.abc import Sequence

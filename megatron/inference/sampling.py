@@ -1,6 +1,6 @@
 """From logits to the next token: temperature, top-k, top-p, and a draw that is the same on every device.
 
-Letters: B batch, V vocabulary.
+Shapes: B batch, V vocabulary.
 """
 
 import dataclasses

@@ -1,6 +1,6 @@
 """Causal self-attention with many heads.
 
-Letters: B batch, S sequence (of new tokens), M keys (cached and new), N heads (of this process), D head size,
+Shapes: B batch, S sequence (of new tokens), M keys (cached and new), N heads (of this process), D head size,
 H hidden = D * heads of all processes.
 """
 

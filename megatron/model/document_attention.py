@@ -1,6 +1,6 @@
 """Causal attention in which a token attends only to tokens of its own document.
 
-Letters: B batch, S sequence, N heads (of this process), D head size.
+Shapes: B batch, S sequence, N heads (of this process), D head size.
 """
 
 import torch

@@ -1,6 +1,6 @@
 """What enters the first layer: a vector per token plus a learned vector per position.
 
-Letters: B batch, S sequence, H hidden, V vocabulary.
+Shapes: B batch, S sequence, H hidden, V vocabulary.
 """
 
 import torch

@@ -1,6 +1,6 @@
 """GPT as published: learned positions, pre-LayerNorm, GELU, biases, tied embeddings; dense or with experts.
 
-Letters: B batch, S sequence, H hidden, V vocabulary (padded), E experts.
+Shapes: B batch, S sequence, H hidden, V vocabulary (padded), E experts.
 """
 
 import functools

@@ -1,6 +1,6 @@
 """One transformer layer, dense or mixture of experts.
 
-Letters: B batch, S sequence, H hidden, E experts.
+Shapes: B batch, S sequence, H hidden, E experts.
 """
 
 from collections.abc import Iterable

@@ -1,6 +1,6 @@
 """Cross-entropy over a large vocabulary, in fp32 without an fp32 copy of all logits.
 
-Letters: B batch, S sequence, T = B * S tokens, V vocabulary; with tensor parallelism the columns of this process.
+Shapes: B batch, S sequence, T = B * S tokens, V vocabulary; with tensor parallelism the columns of this process.
 """
 
 import torch

@@ -1,6 +1,6 @@
 """One stage of a pipeline: some of a GPT's layers under the names that they have in the whole model.
 
-Letters: B batch, S sequence, H hidden, V vocabulary (padded).
+Shapes: B batch, S sequence, H hidden, V vocabulary (padded).
 """
 
 import functools

@@ -17,7 +17,7 @@ forms with the same four steps:
 With ``in_kernels`` rows are gathered and combined by :mod:`megatron.moe.kernels.rows`, else by :class:`IndexMoves`.
 Either writes each row that counts exactly once, forward and backward, so the results are deterministic.
 
-Letters: T tokens on this rank, H hidden, K experts of each token, E experts, L experts on this rank, C capacity,
+Shapes: T tokens on this rank, H hidden, K experts of each token, E experts, L experts on this rank, C capacity,
 c slots of a chunk, G processes of the group, R rows on this rank after the exchange, N = T * K assignments.
 """
 

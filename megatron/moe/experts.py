@@ -1,6 +1,6 @@
 """The experts of one layer that live on this rank: stacked feed-forwards.
 
-Letters: E experts, L experts on this rank, H hidden, F FFN hidden (of this rank), C rows of each expert, R rows of all.
+Shapes: E experts, L experts on this rank, H hidden, F FFN hidden (of this rank), C rows of each expert, R rows of all.
 """
 
 from collections.abc import Sequence

@@ -1,6 +1,6 @@
 """The mixture-of-experts layer: router -> dispatch -> experts -> combine.
 
-Letters: T tokens on this rank, H hidden, E experts, L experts on this rank.
+Shapes: T tokens on this rank, H hidden, E experts, L experts on this rank.
 """
 
 import math

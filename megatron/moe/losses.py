@@ -1,6 +1,6 @@
 """Losses that keep a router healthy. Both come unscaled; the trainer multiplies them by its coefficients.
 
-Letters: T tokens on this rank, E experts, K choices of each token that count.
+Shapes: T tokens on this rank, E experts, K choices of each token that count.
 """
 
 import torch

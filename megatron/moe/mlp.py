@@ -1,6 +1,6 @@
 """The dense feed-forward of a transformer layer.
 
-Letters: H hidden, F FFN hidden.
+Shapes: H hidden, F FFN hidden.
 """
 
 import torch

@@ -1,6 +1,6 @@
 """The routing plan: all that router, dispatch and combine tell each other.
 
-Letters: T tokens on this rank, K experts of each token, E experts, N = T * K assignments.
+Shapes: T tokens on this rank, K experts of each token, E experts, N = T * K assignments.
 """
 
 import dataclasses

@@ -1,6 +1,6 @@
 """The router: which experts process a token, with what weight, and who is left out of a full expert.
 
-Letters: T tokens on this rank, H hidden, E experts, K experts of each token.
+Shapes: T tokens on this rank, H hidden, E experts, K experts of each token.
 """
 
 from typing import NamedTuple

@@ -4,7 +4,7 @@ All of them make the same plan, over all tokens. Where experts are replicated, e
 mode a range of every expert's slots, so that each has the same static work; in dropless mode a range of the tokens.
 Where experts are sharded, each carries out the whole plan with its part of every expert.
 
-Letters: T tokens of the micro-batch, K experts of each token, H hidden.
+Shapes: T tokens of the micro-batch, K experts of each token, H hidden.
 """
 
 import dataclasses

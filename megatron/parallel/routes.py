@@ -10,7 +10,7 @@ first goes to member m of its own node, which then sends everything that its nod
 process sends one message to each other node, and not one to each of its M members: M times fewer and larger ones. What
 arrives, and in which order, is the same.
 
-Letters: G processes of the group = N nodes x M members, L experts on a process.
+Shapes: G processes of the group = N nodes x M members, L experts on a process.
 """
 
 import dataclasses

@@ -1,6 +1,6 @@
 """Layers whose matrices several processes share. For one process each is the plain layer of torch.
 
-Letters: B batch, S sequence (of all tokens), H hidden, I inputs and O outputs of a matrix, V vocabulary.
+Shapes: B batch, S sequence (of all tokens), H hidden, I inputs and O outputs of a matrix, V vocabulary.
 """
 
 import torch

@@ -10,7 +10,7 @@ That is a top-1 layer with a capacity on one process, one function of kernels. O
 answers, H for each row; kernels then do not keep the F after GELU, and plain torch keeps above top-1 the tokens as they
 were sent, K H. A router in plain torch keeps the tokens in fp32 and a few tensors of [T, E].
 
-Letters: T tokens of a micro-batch, H hidden, F inner size, E experts, K top-k.
+Shapes: T tokens of a micro-batch, H hidden, F inner size, E experts, K top-k.
 """
 
 from megatron.config import RunConfig

@@ -10,7 +10,7 @@ Gradients are summed once an update, in fp32 unless ``--grad-reduce-in-bf16`` sa
 reduce-scatter (:mod:`megatron.engine.update`), with others by DeepSpeed's all-reduce. ZeRO-1 spreads the optimizer's
 state and work, and then the weights are gathered.
 
-Letters: T tokens of a micro-batch, H hidden, E experts, K top-k, n ranks of a group.
+Shapes: T tokens of a micro-batch, H hidden, E experts, K top-k, n ranks of a group.
 """
 
 import dataclasses

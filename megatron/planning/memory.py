@@ -19,7 +19,7 @@ Not in it: the CUDA context, NCCL's buffers and what the allocator cannot use (:
 leaves room for them). For fp16, gradients are counted until they are reduced and as fp32 sums besides. Of fp16, fp32
 and CPU offload nothing was measured.
 
-Letters: T tokens of a micro-batch, H hidden, F inner size, E experts, V padded vocabulary, N heads.
+Shapes: T tokens of a micro-batch, H hidden, F inner size, E experts, V padded vocabulary, N heads.
 """
 
 import dataclasses

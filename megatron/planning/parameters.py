@@ -1,6 +1,6 @@
 """How many parameters a model has, in closed form: nothing is allocated, so any size can be counted anywhere.
 
-Letters: H hidden size, F inner size of a feed-forward, E experts of a layer, K top-k, V padded vocabulary, S positions.
+Shapes: H hidden size, F inner size of a feed-forward, E experts of a layer, K top-k, V padded vocabulary, S positions.
 """
 
 import dataclasses

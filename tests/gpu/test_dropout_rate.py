@@ -4,7 +4,7 @@ With queries and keys of 0 every probability of row i is 1 / (i + 1). If dimensi
 elsewhere, that of the output is the key's probability after dropout: 0 where it was dropped. If the gradient of the
 output is 1 at one row in each dimension, that of the values has the probabilities after the backward pass's dropout.
 
-Letters: B batch, S sequence, N heads, D head size, H hidden.
+Shapes: B batch, S sequence, N heads, D head size, H hidden.
 """
 
 from collections.abc import Callable

@@ -17,8 +17,8 @@ def checkout(tmp_path) -> Path:
     """What the set-up reads, in a folder of its own."""
     folder = tmp_path / "checkout"
     (folder / "tools").mkdir(parents=True)
-    (folder / "megatron" / "room").mkdir(parents=True)
-    (folder / "megatron" / "room" / "__init__.py").touch()
+    (folder / "megatron" / "package").mkdir(parents=True)
+    (folder / "megatron" / "package" / "__init__.py").touch()
     for name in ("setup_env.sh", "check_requirements.py"):
         shutil.copy(ROOT / "tools" / name, folder / "tools" / name)
     (folder / "constraints.txt").write_text("torch==9.9\n")

@@ -1,6 +1,6 @@
 """What a checkpoint holds, whatever its format: a run's metadata, and global tensors under our names, read when wanted.
 
-Letters: E experts, H hidden, F FFN hidden.
+Shapes: E experts, H hidden, F FFN hidden.
 """
 
 import dataclasses

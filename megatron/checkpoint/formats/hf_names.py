@@ -4,7 +4,7 @@ Dense models are stock GPT-2, whose matrices are stored input-first (Conv1D), th
 are :mod:`megatron.checkpoint.formats.hf_moe`, whose matrices are output-first (Linear) except for the experts', which
 are stacked and input-first, as ours. Exports of earlier versions have one module for each expert.
 
-Letters: H hidden, F FFN hidden.
+Shapes: H hidden, F FFN hidden.
 """
 
 import dataclasses

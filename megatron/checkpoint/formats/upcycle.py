@@ -16,7 +16,7 @@ c, the gradient is that of the dense weight times c, for W2 and b2 of experts c_
 and exp_avg_sq by its square. (That an expert sees a part of the tokens only is not in it.) New parameters have moments
 of 0.
 
-Letters: E experts, H hidden, F FFN hidden.
+Shapes: E experts, H hidden, F FFN hidden.
 """
 
 import dataclasses

@@ -3,7 +3,7 @@
 The gradient is written over the logits, which nothing else needs. At T tokens and V columns of b bytes, forward moves
 T V b bytes and backward twice as many; no fp32 copy of them exists.
 
-Letters: T tokens, V vocabulary.
+Shapes: T tokens, V vocabulary.
 """
 
 import torch

@@ -10,7 +10,7 @@ Rows are equally many for each expert, then products are batches of cuBLAS; or s
 grouped products, which learn on the device where an expert's rows end. Neither waits for the host. Sums over rows are
 sums over tiles (:mod:`megatron.moe.kernels.tiles`), so nothing is added atomically.
 
-Letters: L experts, G processes that sent rows, c rows from each of them for an expert, R rows (of each expert, or of
+Shapes: L experts, G processes that sent rows, c rows from each of them for an expert, R rows (of each expert, or of
 all), H hidden, F FFN hidden.
 """
 

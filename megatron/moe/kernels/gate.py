@@ -8,7 +8,7 @@
 No [T, E] tensor is in memory forward; backward has the gradient of the logits, for the matrix product. Nothing is added
 atomically, so results are deterministic, and the host waits for nothing.
 
-Letters: T tokens, H hidden, E experts, C capacity, R rows of all buffers, B tokens of a block.
+Shapes: T tokens, H hidden, E experts, C capacity, R rows of all buffers, B tokens of a block.
 """
 
 import functools

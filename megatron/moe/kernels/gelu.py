@@ -5,7 +5,7 @@ gets two more things for nothing: the gradient of each row's gate, which is dh .
 Without one only the product is kept, and the way back also writes the activation again, which the second weight's
 gradient needs.
 
-Letters: L experts, C rows of each expert's buffer, R rows of all (sorted by expert), F FFN hidden.
+Shapes: L experts, C rows of each expert's buffer, R rows of all (sorted by expert), F FFN hidden.
 """
 
 import torch

@@ -11,7 +11,7 @@ The gate's gradient is dy . (gelu @ w2 + b2) = (dy @ w2^T) . gelu + dy . b2, and
 answers are not kept, and the gate, applied to the activations, costs nothing. The products are cuBLAS's: batches of
 equal sizes come within a few percent of one large product.
 
-Letters: T tokens, H hidden, F FFN hidden, E experts, C rows of each expert's buffer, R = E * C.
+Shapes: T tokens, H hidden, F FFN hidden, E experts, C rows of each expert's buffer, R = E * C.
 """
 
 import torch

@@ -3,7 +3,7 @@
 Two kernels over blocks of the order: one counts the tokens of each expert in a block, the other adds up the counts of
 the blocks before and numbers a block's own tokens. A random order is a keyed bijection of the tokens' numbers.
 
-Letters: T tokens, E experts, C capacity, R rows of all buffers, B tokens of a block.
+Shapes: T tokens, E experts, C capacity, R rows of all buffers, B tokens of a block.
 """
 
 import triton

@@ -10,7 +10,7 @@ any origin, and autograd knows their ways back:
     to_rows      x_R = x[token of r]                    dx_t = sum over the rows of t of dx_r
     from_rows    y_t = sum over k of gate_tk * y_row    dy_r = gate of r * dy[token of r], d_gate of r = dy[token] . y_r
 
-Letters: T tokens, K experts of each token, N = T * K assignments, H hidden, R rows of all buffers, L experts.
+Shapes: T tokens, K experts of each token, N = T * K assignments, H hidden, R rows of all buffers, L experts.
 """
 
 from typing import NamedTuple

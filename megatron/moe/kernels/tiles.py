@@ -6,7 +6,7 @@
 The host knows no expert's number of rows, only that T rows in tiles of B take at most T / B + L tiles: those too many
 have no rows. A sum over an expert's rows is a sum over its tiles, which another kernel adds up in order.
 
-Letters: L experts, R rows (of each expert, or of all), F columns.
+Shapes: L experts, R rows (of each expert, or of all), F columns.
 """
 
 from typing import NamedTuple

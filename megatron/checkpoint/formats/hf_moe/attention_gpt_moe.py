@@ -1,6 +1,6 @@
 """Attention of :mod:`modeling_gpt_moe` through transformers' attention interface, and what it may be given.
 
-Letters: B batch, S new tokens, M cached and new tokens, N heads, D head size, H hidden, T = B * S tokens, E experts.
+Shapes: B batch, S new tokens, M cached and new tokens, N heads, D head size, H hidden, T = B * S tokens, E experts.
 """
 
 import inspect

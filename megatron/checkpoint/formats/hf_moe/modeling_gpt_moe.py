@@ -2,7 +2,7 @@
 
 No token is dropped: an expert takes all tokens that are routed to it.
 
-Letters: B batch, S new tokens, H hidden, T = B * S tokens, E experts, K experts of each token.
+Shapes: B batch, S new tokens, H hidden, T = B * S tokens, E experts, K experts of each token.
 """
 
 import inspect

@@ -1,6 +1,6 @@
 """megatron.core's names, put into the spelling of :mod:`megatron.checkpoint.formats.megatron_deepspeed.names`.
 
-Letters: E experts (of one file), H hidden, F FFN hidden (of one rank).
+Shapes: E experts (of one file), H hidden, F FFN hidden (of one rank).
 """
 
 import re

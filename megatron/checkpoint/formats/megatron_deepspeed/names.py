@@ -1,6 +1,6 @@
 """Names of our parameters and of Megatron's, and how tensor-parallel ranks share them: one table for both directions.
 
-Letters: E experts, H hidden, N heads, D head size, F FFN hidden.
+Shapes: E experts, H hidden, N heads, D head size, F FFN hidden.
 """
 
 import dataclasses

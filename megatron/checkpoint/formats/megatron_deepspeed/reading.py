@@ -1,6 +1,6 @@
 """From Megatron's tensors to ours.
 
-Letters: H hidden, N heads, D head size, F FFN hidden.
+Shapes: H hidden, N heads, D head size, F FFN hidden.
 """
 
 import dataclasses
