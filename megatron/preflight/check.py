@@ -9,8 +9,8 @@ import torch.distributed as dist
 from megatron.checkpoint.folder import complete_checkpoints
 from megatron.config import RunConfig
 from megatron.data.tokenizer import build_tokenizer
+from megatron.parallel.failure_monitor import FailureMonitor
 from megatron.parallel.initialize import Topology
-from megatron.parallel.lifeline import Line
 from megatron.parallel.watchdog import Watchdog
 from megatron.planning.plan import Machine, make_plan
 from megatron.preflight.facts import Facts, check_shared, compare_clocks, look
@@ -20,15 +20,15 @@ from megatron.preflight.verdict import Need, Outcome, judge
 LIMIT = 60.0  # s for each check; then the ranks that are behind are named, and the run ends
 
 
-def preflight(config: RunConfig, topology: Topology, line: Line | None) -> Outcome:
+def preflight(config: RunConfig, topology: Topology, monitor: FailureMonitor | None) -> Outcome:
     """Check all nodes of a run. All ranks call it together; the outcome is the same on all.
 
     Args:
         config: of the run, its numbers valid.
         topology: of this rank.
-        line: its lifeline, through which a rank that hangs in a check is found.
+        monitor: this rank's failure monitor, which finds a rank that hangs in a check.
     """
-    watchdog = Watchdog(None, LIMIT, None, topology, line, always=True)
+    watchdog = Watchdog(None, LIMIT, None, topology, monitor, always=True)
     try:
         nodes = _nodes(topology)
         first_of_node = topology.launch.rank == nodes[topology.launch.node][0]

@@ -23,9 +23,9 @@ from megatron.engine import deepspeed_config
 from megatron.engine.offload import threads_in_words
 from megatron.engine.pipeline import build_engine
 from megatron.parallel.determinism import make_deterministic
+from megatron.parallel.failure_monitor import FailureMonitor, monitor_failures
 from megatron.parallel.initialize import NoDevice, Topology, choose_device, initialize, meet, shut_down
 from megatron.parallel.launch import Launch
-from megatron.parallel.lifeline import Line, lifeline
 from megatron.parallel.replicas import ReplicasDiffer
 from megatron.parallel.watchdog import Watchdog
 from megatron.planning.parameters import count_parameters
@@ -57,7 +57,7 @@ def pretrain(config: RunConfig, signals: StopSignals) -> int:
 
     A signal stops the run wherever it stands: before the first update, or after a save.
 
-    In a run of several processes an error is the end of this one: see :mod:`megatron.parallel.lifeline`.
+    In a run of several processes an error is the end of this one: see :mod:`megatron.parallel.failure_monitor`.
     """
     local_rank, problem = 0, None
     looks_first = config.guard.preflight or config.guard.preflight_only
@@ -83,18 +83,20 @@ def pretrain(config: RunConfig, signals: StopSignals) -> int:
     try:
         launch, store = meet(launch, parallel.timeout)
         seconds = parallel.timeout.total_seconds()
-        with lifeline(launch, store, seconds, lambda: how_to_go_on(config), lambda: signals.ends_start) as line:
+        with monitor_failures(
+            launch, store, seconds, lambda: how_to_go_on(config), lambda: signals.ends_start
+        ) as monitor:
             if looks_first and (problems := gather_problems(launch, store, problem)):
                 if launch.rank == 0:
                     print("\n".join(f"error on {each}" for each in problems), file=sys.stderr, flush=True)
                 return 1 if config.guard.preflight_only else 2
             topology = initialize(parallel, launch, device, store)
             signals.all_met()
-            ready = not looks_first or _looks_ready(config, topology, line)
+            ready = not looks_first or _looks_ready(config, topology, monitor)
             if ready and not config.guard.preflight_only:
                 with only_run_in(config.checkpoint.save, topology):
                     stop = StopRequest(signals, topology, config.checkpoint.exit_duration_in_mins)
-                    _run(config, topology, stop, line)
+                    _run(config, topology, stop, monitor)
             shut_down()
     except (ValueError, OSError, TrainingDiverged, ReplicasDiffer, CheckpointError) as error:
         # the process groups are left as they are: other ranks may be inside a collective
@@ -121,15 +123,15 @@ def _prepare(config: RunConfig, launch: Launch) -> torch.device:
     return device
 
 
-def _looks_ready(config: RunConfig, topology: Topology, line: Line | None) -> bool:
+def _looks_ready(config: RunConfig, topology: Topology, monitor: FailureMonitor | None) -> bool:
     """Check all nodes and print what was found. What is only slow keeps back nobody but ``--preflight-only``."""
-    outcome = preflight(config, topology, line)
+    outcome = preflight(config, topology, monitor)
     if topology.is_first:
         print(outcome.words, flush=True)
     return not outcome.broken and not (config.guard.preflight_only and outcome.slow)
 
 
-def _run(config: RunConfig, topology: Topology, stop: StopRequest, line: Line | None) -> None:
+def _run(config: RunConfig, topology: Topology, stop: StopRequest, monitor: FailureMonitor | None) -> None:
     tokenizer = build_tokenizer(config.data)
     vocab_size = config.model.padded_vocab_size(tokenizer.vocab_size, topology.tensor_parallel_size)
     clock, warnings, meta = Clock(config.model.seq_length), [], None
@@ -168,7 +170,7 @@ def _run(config: RunConfig, topology: Topology, stop: StopRequest, line: Line | 
     name = _name(config)
     report = Report(config.logging, name, config.checkpoint.save, topology.is_first)
     guard = config.guard
-    watchdog = Watchdog(guard.watchdog_factor, guard.watchdog_min_seconds, log_folder(config), topology, line)
+    watchdog = Watchdog(guard.watchdog_factor, guard.watchdog_min_seconds, log_folder(config), topology, monitor)
     try:
         train_tokens = samples * config.model.seq_length
         _announce(report, config, topology, tokenizer, clock, vocab_size, train_tokens, name, found is not None, base)

@@ -1,4 +1,4 @@
-"""Deaths, failures and their absence, in real processes."""
+"""Processes that die, fail, stop or exit normally, and what the others do."""
 
 import contextlib
 import ctypes
@@ -19,9 +19,9 @@ import pytest
 import torch.distributed as dist
 from distributed.spawn import _start_server
 
-from megatron.parallel import lifeline as module
+from megatron.parallel import failure_monitor
+from megatron.parallel.failure_monitor import monitor_failures
 from megatron.parallel.launch import Launch
-from megatron.parallel.lifeline import lifeline
 
 
 def _process(folder: str, rank: int, world_size: int, work: Callable, master: str, options: dict) -> None:
@@ -29,20 +29,20 @@ def _process(folder: str, rank: int, world_size: int, work: Callable, master: st
     os.dup2(output, 1)
     os.dup2(output, 2)
     for name, value in options.get("constants", {}).items():
-        setattr(module, name, value)
+        setattr(failure_monitor, name, value)
     if "namespaces" in options:
         descriptor = os.open(f"/run/netns/{options['namespaces'][rank]}", os.O_RDONLY)
         assert ctypes.CDLL(None).setns(descriptor, 0x40000000) == 0  # CLONE_NEWNET
     launch = Launch(rank, world_size, rank, master, 29999, "launcher")
     store = dist.FileStore(f"{folder}/store", world_size)
-    ends_anyway = options.get("ends_anyway", False)
-    with lifeline(launch, store, options.get("timeout", 60), lambda: "advice", lambda: ends_anyway):
+    is_stopping = options.get("is_stopping", False)
+    with monitor_failures(launch, store, options.get("timeout", 60), lambda: "advice", lambda: is_stopping):
         Path(f"{folder}/joined-{rank}").touch()
         work(rank)
 
 
 class Ranks:
-    """Processes that are in a lifeline's block and do ``work(rank)``."""
+    """Processes that run ``work(rank)`` with their failures monitored."""
 
     def __init__(self, folder: Path, world_size: int, work: Callable, master: str = "127.0.0.1", **options) -> None:
         self._folder = folder
@@ -66,7 +66,7 @@ class Ranks:
         os.kill(self.processes[rank].pid, number)
 
     def ended(self, within: float = 5.0) -> tuple[list[int], list[str]]:
-        """Exit status and output of each, all of which end in time."""
+        """Exit status and output of each process. All must end in time."""
         end = time.monotonic() + within
         for process in self.processes:
             process.join(max(0, end - time.monotonic()))
@@ -91,20 +91,20 @@ def busy(rank: int) -> None:
 
 
 @pytest.mark.parametrize("dead", [0, 2])
-def test_a_death_is_told_by_name_and_ends_all(tmp_path, dead):
+def test_a_death_names_the_rank_and_ends_all(tmp_path, dead):
     ranks = Ranks(tmp_path, 3, busy)
     ranks.wait_until_joined()
     ranks.signal(dead, signal.SIGKILL)
     codes, outputs = ranks.ended()
-    speaker = 1 if dead == 0 else 0
+    advisor = 1 if dead == 0 else 0
     for rank in {0, 1, 2} - {dead}:
-        advice = "advice\n" if rank == speaker else ""
+        advice = "advice\n" if rank == advisor else ""
         assert codes[rank] == 1
         assert outputs[rank] == f"error on rank {rank}: {ranks.name(dead)} died; ending\n{advice}"
 
 
-def test_a_death_is_no_failure_to_those_who_were_told_to_end_themselves(tmp_path):
-    ranks = Ranks(tmp_path, 3, busy, ends_anyway=True)
+def test_a_death_is_no_error_on_a_rank_that_is_being_stopped(tmp_path):
+    ranks = Ranks(tmp_path, 3, busy, is_stopping=True)
     ranks.wait_until_joined()
     ranks.signal(1, signal.SIGKILL)
     codes, outputs = ranks.ended()
@@ -134,7 +134,7 @@ def sleep_a_bit(rank: int) -> None:
     time.sleep(0.3 * rank)
 
 
-def test_ranks_that_end_well_at_different_times_say_nothing(tmp_path):
+def test_ranks_that_exit_normally_at_different_times_print_nothing(tmp_path):
     codes, outputs = Ranks(tmp_path, 3, sleep_a_bit).ended()
     assert codes == [0, 0, 0]
     assert outputs == ["", "", ""]
@@ -145,8 +145,8 @@ def sleep_two_seconds(rank: int) -> None:
 
 
 @pytest.mark.parametrize("stopped", [0, 1])
-def test_a_stopped_process_is_no_dead_one(tmp_path, stopped):
-    ranks = Ranks(tmp_path, 2, sleep_two_seconds, constants={"SILENCE": 1})
+def test_a_stopped_process_is_not_taken_for_a_dead_one(tmp_path, stopped):
+    ranks = Ranks(tmp_path, 2, sleep_two_seconds, constants={"KEEPALIVE_SECONDS": 1})
     ranks.wait_until_joined()
     ranks.signal(stopped, signal.SIGSTOP)
     time.sleep(3)
@@ -161,7 +161,7 @@ def fail_on_one(rank: int) -> None:
     time.sleep(600)
 
 
-def test_a_failure_is_told_with_its_message_and_cannot_hang(tmp_path):
+def test_a_failure_is_reported_with_its_message_and_cannot_hang(tmp_path):
     ranks = Ranks(tmp_path, 3, fail_on_one)
     codes, outputs = ranks.ended(within=8)
     assert "ValueError: the disk is on fire" in outputs[1]
@@ -177,14 +177,14 @@ def fail_when_another_dies(rank: int) -> None:
     raise RuntimeError("connection closed by peer")
 
 
-def test_failures_that_follow_from_a_death_are_not_told(tmp_path):
+def test_failures_that_follow_from_a_death_are_not_reported(tmp_path):
     ranks = Ranks(tmp_path, 3, fail_when_another_dies)
     _, outputs = ranks.ended()
     assert outputs[1] == f"error on rank 1: {ranks.name(2)} died; ending\n"
     assert outputs[0] == f"error on rank 0: {ranks.name(2)} died; ending\nadvice\n"
 
 
-def test_a_rank_that_does_not_come_is_named(tmp_path):
+def test_a_rank_that_does_not_connect_is_named(tmp_path):
     codes, outputs = Ranks(tmp_path, 3, busy, timeout=1, missing=(2,)).ended()
     assert codes == [1, 1]
     assert outputs[0] == "error on rank 0: rank 2 did not come within 1 s; ending\nadvice\n"
@@ -193,9 +193,9 @@ def test_a_rank_that_does_not_come_is_named(tmp_path):
 def test_strangers_are_ignored(tmp_path):
     ranks = Ranks(tmp_path, 3, sleep_a_bit, missing=(1,))
     ranks.wait_until_joined()
-    where = json.loads(dist.FileStore(f"{tmp_path}/store", 3).get("lifeline"))
-    for greeting in (b"", b"GET / HTTP/1.1\r\n\r\n", b"[]\n", b'{"token": "guess", "member": {}}\n', b"x" * 100_000):
-        with socket.create_connection(("127.0.0.1", where["port"])) as stranger:
+    endpoint = json.loads(dist.FileStore(f"{tmp_path}/store", 3).get("failure_monitor"))
+    for greeting in (b"", b"GET / HTTP/1.1\r\n\r\n", b"[]\n", b'{"token": "guess", "process": {}}\n', b"x" * 100_000):
+        with socket.create_connection(("127.0.0.1", endpoint["port"])) as stranger:
             stranger.sendall(greeting)
     time.sleep(0.3)
     late = Ranks(tmp_path, 3, sleep_a_bit, missing=(0, 2))
@@ -205,30 +205,30 @@ def test_strangers_are_ignored(tmp_path):
 
 def test_one_process_starts_nothing():
     before = threading.active_count()
-    with lifeline(Launch(0, 1, 0, "127.0.0.1", 0, "python"), None, 1.0, str):
+    with monitor_failures(Launch(0, 1, 0, "127.0.0.1", 0, "python"), None, 1.0, str):
         assert threading.active_count() == before
 
 
-def watch_many(folder: str, count: int) -> None:
+def monitor_many(folder: str, count: int) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
-    monitor = module._Monitor(count, 60)
-    monitor.start()
-    where = monitor.whereabouts(Launch(0, count, 0, "127.0.0.1", 1, "launcher"))
+    server = failure_monitor._MonitorServer(count, 60)
+    server.start()
+    endpoint = server.endpoint(Launch(0, count, 0, "127.0.0.1", 1, "launcher"))
     before = threading.active_count()
-    lines = []
+    connections = []
     for rank in range(count):
-        lines.append(module._connect(["127.0.0.1"], where["port"]))
-        member = {"rank": rank, "host": "h", "pid": 1}
-        lines[-1].sendall(json.dumps({"token": where["token"], "member": member}).encode() + b"\n")
+        connections.append(failure_monitor._connect(["127.0.0.1"], endpoint["port"]))
+        process = {"rank": rank, "host": "h", "pid": 1}
+        connections[-1].sendall(json.dumps({"token": endpoint["token"], "process": process}).encode() + b"\n")
     assert threading.active_count() == before
-    lines.pop(7).close()
-    for line in lines:
-        assert json.loads(line.recv(4096)) == {"told": "rank 7 (host h, process 1) died", "ranks": [7]}
+    connections.pop(7).close()
+    for connection in connections:
+        assert json.loads(connection.recv(4096)) == {"reason": "rank 7 (host h, process 1) died", "ranks": [7]}
     Path(folder, "done").touch()
 
 
 def test_a_thousand_ranks_take_one_thread(tmp_path):
-    process = _start_server().Process(target=watch_many, args=(str(tmp_path), 1000))
+    process = _start_server().Process(target=monitor_many, args=(str(tmp_path), 1000))
     process.start()
     process.join(30)
     process.kill()
@@ -237,8 +237,8 @@ def test_a_thousand_ranks_take_one_thread(tmp_path):
 
 @contextlib.contextmanager
 def two_nodes() -> Iterator[tuple[list[str], str, Callable[[], None]]]:
-    """Two network namespaces joined by a cable: their names, the first one's address, and how to cut the cable."""
-    names = [f"lifeline-{number}-{os.getpid()}" for number in (0, 1)]
+    """Two connected network namespaces: their names, the address of the first, and a function that cuts the link."""
+    names = [f"monitor-{number}-{os.getpid()}" for number in (0, 1)]
 
     def ip(words: str) -> None:
         subprocess.run(["ip", *words.split()], check=True)
@@ -260,7 +260,7 @@ def two_nodes() -> Iterator[tuple[list[str], str, Callable[[], None]]]:
 @pytest.mark.skipif(os.geteuid() != 0 or shutil.which("ip") is None, reason="makes networks, which only root can")
 @pytest.mark.parametrize("master", [0, 1])
 def test_a_node_that_is_cut_off_ends_on_both_sides(tmp_path, master):
-    """Also: ranks find each other over the network, wherever the meeting point is."""
+    """Also: ranks find each other over the network, wherever the rendezvous is."""
     try:
         network = two_nodes()
         names, first, cut = network.__enter__()
@@ -269,7 +269,7 @@ def test_a_node_that_is_cut_off_ends_on_both_sides(tmp_path, master):
     with contextlib.ExitStack() as stack:
         stack.push(network.__exit__)
         address = first if master == 0 else "10.99.0.2"
-        ranks = Ranks(tmp_path, 2, busy, address, namespaces=names, constants={"SILENCE": 2})
+        ranks = Ranks(tmp_path, 2, busy, address, namespaces=names, constants={"KEEPALIVE_SECONDS": 2})
         ranks.wait_until_joined()
         cut()
         codes, outputs = ranks.ended(within=10)
