@@ -32,6 +32,7 @@ EXTRAS = {
     "wandb": ["wandb>=0.17"],
     "dev": [
         "accelerate>=1",  # lm-eval's own backend, which ours is tested against, needs it
+        "basedpyright==1.40.2",
         "datasets>=3",
         "hypothesis>=6.100",
         "lm_eval==0.4.13",

@@ -11,6 +11,8 @@
 #                                      .venv-transformers-* that pip makes (about 300 MB)
 #   bash tests/run.sh -k router -x     other arguments go to pytest
 #
+# Without arguments and with --all, types are checked too (python -m basedpyright does only that), beside the tests.
+#
 # Two workers of pytest-xdist share the tests (tests/conftest.py says how); -n 0 makes it one process.
 set -euo pipefail
 
@@ -18,7 +20,9 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 arguments=()
 selection=(-m "not exhaustive and not slurm and not transformers_releases")
 workers=(-n 2 --dist loadscope)
+types=yes
 for argument in "$@"; do
+    [[ "$argument" == --all ]] || types=
     case "$argument" in
         --all) selection=() ;;
         --fast) selection=(-m "not slow and not exhaustive and not slurm and not transformers_releases") ;;
@@ -37,4 +41,17 @@ export OMP_NUM_THREADS=1
 
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
-exec "$PYTHON" -m pytest -q "${workers[@]+"${workers[@]}"}" "${selection[@]+"${selection[@]}"}" "${arguments[@]+"${arguments[@]}"}"
+if [[ -n "$types" ]]; then
+    found="$(mktemp)"
+    nice "$PYTHON" -m basedpyright --pythonpath "$PYTHON" >"$found" 2>&1 &
+    checker=$!
+    trap 'kill "$checker" 2>/dev/null || true; rm -f "$found"' EXIT
+fi
+status=0
+"$PYTHON" -m pytest -q "${workers[@]+"${workers[@]}"}" "${selection[@]+"${selection[@]}"}" "${arguments[@]+"${arguments[@]}"}" || status=$?
+if [[ -n "$types" ]] && ! wait "$checker"; then
+    cat "$found"
+    echo "error: the types above are wrong; see [tool.basedpyright] in pyproject.toml" >&2
+    status=1
+fi
+exit "$status"

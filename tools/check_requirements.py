@@ -76,7 +76,7 @@ def respectful_constraints(constraints: Path) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--extras", default="", help="Extras of setup.py to check too, separated by commas.")
     parser.add_argument(
         "--write-constraints", type=Path, metavar="FILE",

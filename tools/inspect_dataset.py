@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
                     continue
             reports.append(inspect(prefix))
             print("\n" * bool(number) + text_of(reports[-1], manifest.read(prefix)))
-            if args.samples:
+            if args.samples and tokenizer is not None:
                 for document, text in samples(prefix, tokenizer, args.samples, args.seed):
                     print(f"--- document {document}\n{text}")
             if args.plot:

@@ -32,7 +32,7 @@ def _at_least_1(word: str) -> int:
 def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, RunConfig | None]:
     """What to print: sizes of the machine, and the run, if one is described."""
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
+        description=(__doc__ or "").partition("\n")[0],
         epilog="All flags of pretrain_gpt_moe.py describe the run.",
         allow_abbrev=False,
     )

@@ -18,9 +18,10 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 from megatron.config import RunConfig, flags
 from megatron.config.errors import ConfigError
@@ -47,10 +48,11 @@ from megatron.training.clock import total_samples
 
 GPT2_VOCAB = 50257
 SCRIPTS = Path(__file__).parents[1] / "examples_moe"
+Number = TypeVar("Number", int, float)
 
 
-def _positive(kind: type) -> object:
-    def read(word: str) -> float:
+def _positive(kind: Callable[[str], Number]) -> Callable[[str], Number]:
+    def read(word: str) -> Number:
         number = kind(word)
         if not 0 < number < math.inf:
             raise argparse.ArgumentTypeError(f"got {word}; expected a number above 0, and not infinite")
@@ -62,7 +64,7 @@ def _positive(kind: type) -> object:
 def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, RunConfig | None]:
     """What to do, and the run that is described, if one is."""
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
+        description=(__doc__ or "").partition("\n")[0],
         epilog="All flags of pretrain_gpt_moe.py describe the run; without --train-tokens it has 300B.",
         allow_abbrev=False,
     )
@@ -104,6 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             vocab_size = args.vocab_size or GPT2_VOCAB
             print(table([(name, plan_of(found, place, vocab_size)) for name, found, place in runs]))
             return 0
+        assert run is not None  # only the options above describe none
         of_bytes = run.data.tokenizer_type == ByteTokenizer.kind
         vocab_size = args.vocab_size or (ByteTokenizer.vocab_size if of_bytes else GPT2_VOCAB)
         if args.search:
@@ -162,6 +165,7 @@ def table(plans: Sequence[tuple[str, Plan]]) -> str:
     lines = [[*header, *["cost"] * priced], ["---"] * 4 + ["---:"] * (len(header) - 4 + priced)]
     for name, plan in plans:
         step, world = plan.step, plan.machine.world
+        assert step is not None  # the device is known
         sent = sum(traffic.total for traffic in step.traffic.values())
         cells = [name, str(world), layout(plan.config, world), micro_batches(plan.config, world)]
         cells += [
@@ -178,6 +182,7 @@ def table(plans: Sequence[tuple[str, Plan]]) -> str:
 
 def _show(plan: Plan, run: RunConfig) -> int:
     device, machine = plan.machine.device, plan.machine
+    assert device is not None  # of machine_of
     print(f"{plan.config.logging.run_name or 'run'} on {machine.world} x {device.name}, {machine.node} a node")
     print(aligned(experiment(plan.config, machine.world)))
     print(aligned(needs(plan)))

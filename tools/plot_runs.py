@@ -200,10 +200,11 @@ def _read_events(path: Path, files: Sequence[Path]) -> Run:
 
 def _events(file: Path) -> Iterator[Any]:
     """The events of a file of TensorBoard's, as far as it can be read."""
-    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto import event_pb2
     from tensorboard.compat.tensorflow_stub.errors import DataLossError, OutOfRangeError
     from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import PyRecordReader_New
 
+    events: Any = event_pb2  # its classes are made when it is imported
     reader, seen = PyRecordReader_New(str(file)), 0
     while True:
         try:
@@ -214,7 +215,7 @@ def _events(file: Path) -> Iterator[Any]:
             print(f"{file}: the rest is left out from event {seen} on: {error}", file=sys.stderr)
             return
         seen += 1
-        yield Event.FromString(reader.record())
+        yield events.Event.FromString(reader.record())
 
 
 def _unit(number: float) -> tuple[float, str]:
@@ -239,7 +240,7 @@ def table(runs: Sequence[Run]) -> str:
     sets = [("valid", name) for name in set_names(runs, "valid") or [""]]
     sets += [("test", name) for name in set_names(runs, "test")]
     titles = [f"{_KINDS[kind]}{name and f' of {name}'}" for kind, name in sets]
-    rows = [("run", "parameters", "active", "tokens", *titles, "tokens/s")]
+    rows: list[tuple[str, ...]] = [("run", "parameters", "active", "tokens", *titles, "tokens/s")]
     for run in runs:
         losses, rate = [run.last_loss(*of) for of in sets], run.tokens_per_second
         rows.append(
@@ -320,7 +321,12 @@ def draw(
     for run in runs:
         if any(line.get(key) is None for line in run.all_lines()):
             raise RunError(f"{run.name}: got --x {x}, and lines of its log have no '{key}'; give --x tokens")
-    style = {"font.size": 12, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "plot_runs"}
+    style: dict[Any, Any] = {
+        "font.size": 12,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "svg.hashsalt": "plot_runs",
+    }
     with matplotlib.rc_context(style):
         figure, axes = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
         for output in outputs:
@@ -381,7 +387,7 @@ def draw(
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """What to read and what to make of it."""
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
+        description=(__doc__ or "").partition("\n")[0],
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=EPILOG,
     )

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron.data.duplicates import PERMUTATIONS, SEED, Duplicates
+from megatron.data.duplicates import PERMUTATIONS, SEED, Duplicates, load_rensa
 from megatron.data.errors import DataError
 from megatron.data.files import check_prefix
 from megatron.data.inputs import STANDARD_INPUT, UNREPEATABLE, find_inputs, spans_of, stamps_of
@@ -121,9 +121,7 @@ class _Judge:
                     runs.append(self._runs(text))
             found.append(judged)
         if runs:
-            import rensa
-
-            signatures = iter(rensa.RMinHash.from_token_sets(runs, PERMUTATIONS, SEED))
+            signatures = iter(load_rensa().RMinHash.from_token_sets(runs, PERMUTATIONS, SEED))
             for judged in found:
                 if judged.reason is None:
                     judged.signature = next(signatures)
@@ -197,10 +195,7 @@ def clean(
     if near is not None:
         if not 0 < near < 1:
             raise DataError(f"--near-duplicates {near}: expected a similarity between 0 and 1, such as 0.8")
-        try:
-            import rensa  # noqa: F401
-        except ImportError as error:
-            raise DataError('--near-duplicates needs rensa; pip install "megatron-moe[data]"') from error
+        load_rensa()
     check_prefix(output_prefix)
     paths, others = find_inputs(inputs), find_inputs(against) if against else []
     if others and not exact and near is None:

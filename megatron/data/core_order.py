@@ -21,7 +21,7 @@ from megatron.data.dataset_checks import weights_of
 from megatron.data.errors import DataError
 from megatron.data.identity import Identity
 from megatron.data.index_cache import is_whole, publish
-from megatron.data.loader import FIELDS
+from megatron.data.loader import SAMPLE_FIELDS
 from megatron.data.tokenizer import Tokenizer
 
 
@@ -44,7 +44,7 @@ class CoreSamples(Dataset[dict[str, torch.Tensor]]):
                 f"sample {index} holds token {highest}, expected 0 to {self._vocab_size - 1}; the .bin has changed "
                 "since the run began"
             )
-        return {name: item[name] for name in FIELDS}
+        return {name: item[name] for name in SAMPLE_FIELDS}
 
     def extended(self, length: int) -> "CoreSamples":
         """This dataset; another number of samples would be in another order."""
@@ -73,13 +73,14 @@ def build_core_datasets(
     contents = [identities[prefix].content for prefix in blend.prefixes]
     identity = {"kind": tokenizer.kind, "fingerprint": tokenizer.fingerprint, "contents": contents}
     weights = weights_of(blend) if len(blend.prefixes) > 1 else None
-    core = GPTDatasetConfig(
+    core_tokenizer: Any = _CoreTokenizer(tokenizer.vocab_size, tokenizer.eod, identity)
+    core: Any = GPTDatasetConfig(  # Any: its annotations allow neither our tokenizer nor a split of None
         random_seed=seed,
         sequence_length=config.model.seq_length,
         blend=(blend.prefixes, weights),
         split=config.data.split,
         path_to_cache=str(cache),
-        tokenizer=_CoreTokenizer(tokenizer.vocab_size, tokenizer.eod, identity),
+        tokenizer=core_tokenizer,
         reset_position_ids=False,
         reset_attention_mask=False,
         eod_mask_loss=False,
@@ -127,6 +128,7 @@ class CachedGPTDataset(_LightPickle, GPTDataset):
     ) -> None:
         # A blend of n datasets rounds each share up and its running choice overshoots by less than one sample, so it
         # takes fewer than n samples more than its share from each.
+        assert config.blend is not None
         parts = len(config.blend[0])
         super().__init__(dataset, path, documents, num_samples + (parts if parts > 1 else 0), split, config)
 
@@ -155,11 +157,11 @@ class CachedDatasetBuilder(BlendedMegatronDatasetBuilder):
 
     @staticmethod
     def build_generic_dataset(
-        cls: Any, is_built_on_rank: Callable[[], bool], synchronize_ranks: bool, *args: Any
+        kind: Any, is_built_on_rank: Callable[[], bool], synchronize_ranks: bool, *args: Any
     ) -> Any:
-        if cls is BlendedDataset:
-            cls = CachedBlendedDataset
-        return BlendedMegatronDatasetBuilder.build_generic_dataset(cls, is_built_on_rank, synchronize_ranks, *args)
+        if kind is BlendedDataset:
+            kind = CachedBlendedDataset
+        return BlendedMegatronDatasetBuilder.build_generic_dataset(kind, is_built_on_rank, synchronize_ranks, *args)
 
 
 def _through_cache(dataset: Any, build: Callable[[], Any], names: tuple[str, ...], split: str) -> Any:

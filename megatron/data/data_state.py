@@ -7,13 +7,14 @@ never by its path.
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 from megatron.config.corpora import Source
 from megatron.data.blend_order import BlendOrder
 from megatron.data.dataset_checks import document_range, weights_of
 from megatron.data.errors import DataError
+from megatron.data.index_file import read_index
 
 EPOCHS = "epochs"
 """The order of :class:`megatron.data.shuffled_corpus.ShuffledCorpus`."""
@@ -43,22 +44,30 @@ class CorpusState:
         """What the corpus is known by."""
         return f"{self.content}:{self.first}-{self.last}"
 
+    def count_tokens(self) -> int:
+        """The tokens of these documents, from the .idx."""
+        return read_index(self.prefix).sum_lengths(self.first, self.last)
+
     def __str__(self) -> str:
         return f"{self.prefix} (documents {self.first} to {self.last}, content {self.content[:12]})"
 
 
-def corpus_states(source: Source, contents: Mapping[str, str] | None = None) -> list[CorpusState]:
+def corpus_states(
+    source: Source, contents: Mapping[str, str] | None = None, damaged: Container[str] = ()
+) -> list[CorpusState]:
     """The corpora of a set as a new run reads them.
 
     Args:
         source: the set; its corpora can be opened.
         contents: their digests, by prefix; empty by default, as counts of documents and tokens need none.
+        damaged: prefixes to leave out.
     """
     return [
         CorpusState(
             prefix, contents[prefix] if contents else "", *document_range(prefix, source.first, source.last), weight
         )
         for prefix, weight in zip(source.blend.prefixes, weights_of(source.blend), strict=True)
+        if prefix not in damaged
     ]
 
 
@@ -75,7 +84,7 @@ class DataState:
     order: str = EPOCHS
 
     @classmethod
-    def begin(cls, seed: int, corpora: Sequence[CorpusState], order: str = EPOCHS) -> "DataState":
+    def begin(cls, seed: int, corpora: Sequence[CorpusState]) -> "DataState":
         """That of a new run.
 
         Raises:
@@ -88,7 +97,7 @@ class DataState:
                     f"{other.prefix} and {corpus.prefix} hold the same documents; give one of them, with the sum of "
                     "their weights"
                 )
-        return cls(seed, tuple(sorted(corpora, key=lambda corpus: corpus.key)), order=order)
+        return cls(seed, tuple(sorted(corpora, key=lambda corpus: corpus.key)))
 
     def state(self) -> dict[str, Any]:
         """JSON-able state."""

@@ -15,11 +15,13 @@ import torch
 from megatron.config import DataConfig
 from megatron.data.dataset_checks import corpora_of
 from megatron.data.errors import DataError
-from megatron.data.index_file import read_index
+from megatron.data.index_file import map_tokens, read_index
 from megatron.data.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
+DOCUMENT_FIELDS = ("position_ids", "cu_seqlens")
+"""Tensors that :func:`with_documents` adds to a micro-batch."""
 FLAGS = "--reset-position-ids, --reset-attention-mask and --eod-mask-loss"
 _LEAST_DOCUMENTS = 64  # that cu_seqlens has room for
 _SAMPLED_DOCUMENTS = 64
@@ -116,7 +118,7 @@ def check_documents(data: DataConfig, tokenizer: Tokenizer) -> None:
 def _ended(prefix: str, eod: int) -> tuple[int, int]:
     """Of some documents of a corpus, how many end with ``eod``; and how many were looked at."""
     index = read_index(prefix)
-    tokens = np.memmap(f"{prefix}.bin", dtype=index.dtype, mode="r")
+    tokens = map_tokens(prefix, index)
     ended = looked_at = 0
     for document in np.unique(np.linspace(0, index.documents - 1, _SAMPLED_DOCUMENTS, dtype=np.int64)):
         last = int(index.ends[document + 1]) - 1  # sequence of the document

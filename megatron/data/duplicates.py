@@ -12,6 +12,19 @@ _BANDS = 32
 _HEAD = struct.Struct("<16sHH")  # digest, bytes of the place, bytes of the signature
 
 
+def load_rensa() -> Any:
+    """The module rensa, which is compiled and has no annotations.
+
+    Raises:
+        DataError: it is not installed.
+    """
+    try:
+        import rensa
+    except ImportError as error:
+        raise DataError('--near-duplicates needs rensa; pip install "megatron-moe[data]"') from error
+    return rensa
+
+
 class Duplicates:
     """Remembers documents; says of which earlier one the next is a copy.
 
@@ -30,9 +43,7 @@ class Duplicates:
     def __init__(self, prefix: str, exact: bool, near: float | None, size: int | None) -> None:
         self._exact, self._seen, self._index = exact, set(), None
         if near is not None:
-            import rensa
-
-            self._index = rensa.RMinHashDeduplicator(near, PERMUTATIONS, True, _BANDS, SEED)
+            self._index = load_rensa().RMinHashDeduplicator(near, PERMUTATIONS, True, _BANDS, SEED)
         self.path = Path(f"{prefix}.incomplete.seen")
         self._file: BinaryIO = open(self.path, "ab")  # noqa: SIM115 - closed on exit
         try:
@@ -95,8 +106,6 @@ def _signature(state: bytes) -> Any:
     """rensa's signature from its own bytes; they are numbers, never code."""
     if not state:
         return None
-    import rensa
-
-    signature = rensa.RMinHash(PERMUTATIONS, SEED)
+    signature = load_rensa().RMinHash(PERMUTATIONS, SEED)
     signature.__setstate__(state)
     return signature

@@ -16,12 +16,11 @@ from torch.utils.data import Dataset
 from megatron.config import DataConfig, RunConfig
 from megatron.config.corpora import Corpora, Source
 from megatron.data.blend_order import BlendOrder
-from megatron.data.data_state import CORE, NO_CHANGE_IN_CORE_ORDER, DataState, corpus_states
+from megatron.data.data_state import CORE, NO_CHANGE_IN_CORE_ORDER, CorpusState, DataState, corpus_states
 from megatron.data.dataset_checks import (
     cache_problems,
     corpora_of,
     damage_problems,
-    document_range,
     flag_differences,
     open_problems,
     tokenizer_problems,
@@ -29,7 +28,6 @@ from megatron.data.dataset_checks import (
 from megatron.data.errors import DataError
 from megatron.data.files import INDEX_CACHE
 from megatron.data.identity import Identity, identify, vocabulary_problems
-from megatron.data.index_file import read_index
 from megatron.data.loader import batches
 from megatron.data.shuffled_corpus import ShuffledCorpus
 from megatron.data.tokenizer import Tokenizer
@@ -261,7 +259,7 @@ def _samples(state: DataState, length: int, seq_length: int, vocab_size: int, ca
             content=corpus.content,
             first=corpus.first,
             last=corpus.last,
-            tokens=read_index(corpus.prefix).sum_lengths(corpus.first, corpus.last),
+            tokens=corpus.count_tokens(),
             seq_length=seq_length,
             seed=state.seed,
             vocab_size=vocab_size,
@@ -287,9 +285,8 @@ def _check(corpora: Corpora, sets: _Sets, cache: Path, config: RunConfig, tokeni
             allow = config.data.allow_tokenizer_mismatch
             problems += damaged.get(prefix) or tokenizer_problems(prefix, tokenizer, allow, flag)
         for kind, _, source, n in sets:
-            for prefix in source.blend.prefixes:
-                if prefix not in damaged:
-                    problems += _size_problems(prefix, kind, source, n, config)
+            for corpus in corpus_states(source, damaged=damaged):
+                problems += _size_problems(corpus, kind, source, n, config)
     _raise_together(problems)
 
 
@@ -313,21 +310,20 @@ def _raise_together(problems: list[str]) -> None:
         raise DataError("\n".join(problems))
 
 
-def _size_problems(prefix: str, kind: str, source: Source, samples: int, config: RunConfig) -> list[str]:
+def _size_problems(corpus: CorpusState, kind: str, source: Source, samples: int, config: RunConfig) -> list[str]:
     """Why no sequence can be made of a corpus; warns where a set is read more than once at a time."""
     seq, split = config.model.seq_length, config.data.split
-    first, last = document_range(prefix, source.first, source.last)
-    tokens = read_index(prefix).sum_lengths(first, last)
-    place, fix = f"{source.flag} {prefix}", "Give more data"
+    tokens, documents = corpus.count_tokens(), corpus.last - corpus.first
+    name, fix = f"{source.flag} {corpus.prefix}", "Give more data"
     if source.flag == "--data-path":
-        place, fix = f"{place}, --split {split}: the {kind} split", "Give it a larger share or more data"
-    if first == last:
-        return [f"{place} gets no document. Give it a larger share, or 0 to do without it"]
+        name, fix = f"{name}, --split {split}: the {kind} split", "Give it a larger share or more data"
+    if not documents:
+        return [f"{name} gets no document. Give it a larger share, or 0 to do without it"]
     if tokens < seq + 1:
         return [
-            f"{place} has {tokens} tokens in {last - first} documents, but one sample takes {seq + 1} "
+            f"{name} has {tokens} tokens in {documents} documents, but one sample takes {seq + 1} "
             f"(--seq-length {seq}, and one for the last label). {fix}"
         ]
     if kind != "train" and len(source.blend.prefixes) == 1 and samples > (tokens - 1) // seq:
-        logger.warning("%s has %d sequences, so %d samples repeat some of them", place, (tokens - 1) // seq, samples)
+        logger.warning("%s has %d sequences, so %d samples repeat some of them", name, (tokens - 1) // seq, samples)
     return []

@@ -124,7 +124,7 @@ def _read(prefix: str, first: int, step: int) -> list[_Chunk]:
 
     def read(start: int) -> _Chunk:
         data = np.fromfile(path, dtype, min(_CHUNK, size - start) // dtype.itemsize, offset=start)
-        return hashlib.sha256(data).hexdigest(), int(data.min()), int(data.max())
+        return hashlib.sha256(data.data).hexdigest(), int(data.min()), int(data.max())
 
     threads = max((os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)
     with (

@@ -93,6 +93,11 @@ def read_index(prefix: str) -> Index:
     return index
 
 
+def map_tokens(prefix: str, index: Index) -> np.ndarray:
+    """The tokens of the .bin of ``prefix``, mapped into memory."""
+    return np.memmap(f"{prefix}.bin", dtype=index.dtype, mode="r") if index.tokens else np.empty(0, index.dtype)
+
+
 def index_problems(index: Index) -> list[str]:
     """What in an index contradicts itself; reads all of it."""
     problems = []

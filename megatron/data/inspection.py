@@ -11,7 +11,7 @@ import numpy as np
 from megatron.data import manifest
 from megatron.data.errors import DataError
 from megatron.data.files import sha256
-from megatron.data.index_file import ANEW, CHUNK, Index, chunks, index_problems, read_index
+from megatron.data.index_file import ANEW, CHUNK, Index, chunks, index_problems, map_tokens, read_index
 from megatron.data.tokenizer import Tokenizer
 
 _BAR = 40
@@ -122,7 +122,7 @@ def samples(
     """Numbers and decoded beginnings of ``count`` documents, chosen at random."""
     index = read_index(prefix)
     chosen = np.random.default_rng(seed).choice(index.documents, size=min(count, index.documents), replace=False)
-    tokens = np.memmap(f"{prefix}.bin", dtype=index.dtype, mode="r") if index.tokens else np.empty(0, index.dtype)
+    tokens = map_tokens(prefix, index)
     for number in sorted(chosen.tolist()):
         first, last = index.ends[number], index.ends[number + 1]
         start = int(index.places[first]) // index.dtype.itemsize if first < last else 0
@@ -187,7 +187,7 @@ def _check_input(entry: dict[str, Any], problems: list[str], remarks: list[str])
 def _highest(prefix: str, index: Index) -> int:
     if not index.tokens:
         return -1
-    tokens = np.memmap(f"{prefix}.bin", dtype=index.dtype, mode="r")
+    tokens = map_tokens(prefix, index)
     return max(int(part.max()) for part in chunks(tokens))
 
 

@@ -77,7 +77,8 @@ def fields(record: dict[str, Any], keys: Sequence[str]) -> list[str]:
         if not isinstance(text, str):
             raise DataError(f"{key!r} is a JSON {_NAMES.get(type(text), type(text).__name__)}, expected a string")
         try:
-            text.isascii() or text.encode("utf-8")
+            if not text.isascii():
+                text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise DataError(f"{key!r} has half a surrogate pair at character {error.start}: no valid text") from None
         texts.append(text)

@@ -13,21 +13,22 @@ from multiprocessing.context import BaseContext
 from typing import Any, Protocol
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from megatron.config import DataConfig, RunConfig
 from megatron.data.documents import with_documents
 from megatron.data.processes import end_with_parent
 from megatron.data.sampler import MicroBatchSampler
 
-FIELDS = ("tokens", "labels", "loss_mask")
+SAMPLE_FIELDS = ("tokens", "labels", "loss_mask")
+"""Tensors of a sample, and of a micro-batch; see also :data:`megatron.data.documents.DOCUMENT_FIELDS`."""
 
 # What schedulers and terminals send to every process of a job to ask it to save and stop.
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Samples(Protocol):
-    """A dataset of known length whose items have the ``FIELDS``, each a tensor [S]."""
+    """A dataset of known length whose items have the ``SAMPLE_FIELDS``, each a tensor [S]."""
 
     def __len__(self) -> int: ...
 
@@ -62,7 +63,7 @@ def batches(
     """
     workers = config.data.num_workers
     loader = DataLoader(
-        _MicroBatches(dataset, config.data, eod),  # type: ignore[arg-type]
+        _MicroBatches(dataset, config.data, eod),
         batch_sampler=MicroBatchSampler(
             len(dataset), config.training.micro_batch_size, dp_rank, dp_size, consumed_samples
         ),
@@ -110,7 +111,7 @@ def _close(iterator: "weakref.ref[_ClosedAtExit]") -> None:
         alive.close()
 
 
-class _MicroBatches:
+class _MicroBatches(Dataset[dict[str, Any]]):
     """Makes one micro-batch of many samples in one call."""
 
     def __init__(self, dataset: Samples, data: DataConfig, eod: int | None) -> None:
@@ -121,13 +122,13 @@ class _MicroBatches:
 
     def __getitems__(self, indices: list[int]) -> dict[str, Any]:
         items = [self._dataset[index] for index in indices]
-        batch: dict[str, Any] = {name: torch.stack([item[name] for item in items]) for name in FIELDS}
+        batch: dict[str, Any] = {name: torch.stack([item[name] for item in items]) for name in SAMPLE_FIELDS}
         batch["sample_index"] = indices[0]
         return with_documents(batch, self._data, self._eod)
 
 
-def _unchanged(batch: dict[str, Any]) -> dict[str, Any]:
-    return batch
+def _unchanged(batch: Any) -> Any:
+    return batch  # which __getitems__ has made
 
 
 def _server() -> BaseContext:

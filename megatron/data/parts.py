@@ -2,14 +2,13 @@
 
 import contextlib
 import glob
-import io
 import json
 import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import zstandard
 
@@ -47,7 +46,7 @@ class Parts:
         )
         self._sizes: list[int] = []
         """Bytes of the files that are full."""
-        self._file: io.BufferedIOBase | None = None
+        self._file: BinaryIO | None = None
         self._size = 0
         self.leftovers = False
         """An earlier run was stopped, and nothing of what it did can be kept."""
@@ -77,8 +76,7 @@ class Parts:
     def add(self, line: bytes) -> None:
         """Write a document that stays."""
         if self._file is None:
-            path = self._part(len(self._sizes))
-            self._file = zstandard.open(path, "wb", cctx=zstandard.ZstdCompressor(write_checksum=True))
+            self._file = self._open_part()
         self._file.write(line)
         self._size += len(line)
 
@@ -132,6 +130,10 @@ class Parts:
             if path.name.endswith(".jsonl.zst") and path not in kept:
                 path.unlink()
                 self.leftovers = not self._journal.last
+
+    def _open_part(self) -> BinaryIO:
+        path = self._part(len(self._sizes))
+        return zstandard.open(path, "wb", cctx=zstandard.ZstdCompressor(write_checksum=True))
 
     def _part(self, number: int) -> Path:
         return Path(f"{self._prefix}-{number:05d}{_UNFINISHED}jsonl.zst")

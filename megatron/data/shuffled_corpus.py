@@ -21,7 +21,7 @@ import numpy as np
 
 from megatron.data.errors import DataError
 from megatron.data.index_cache import array_path, fill
-from megatron.data.index_file import read_index
+from megatron.data.index_file import map_tokens, read_index
 
 _ORDER = 1
 """Version of the order; part of the name in the cache."""
@@ -152,7 +152,7 @@ class ShuffledCorpus:
     def _dataset(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         if "_mapped" not in self.__dict__:
             index = read_index(self.prefix)
-            data = np.memmap(f"{self.prefix}.bin", dtype=index.dtype, mode="r")
+            data = map_tokens(self.prefix, index)
             self.__dict__["_mapped"] = _plain(index.lengths), _plain(index.places), _plain(data)
         return self.__dict__["_mapped"]
 

@@ -10,7 +10,6 @@ from megatron.config.corpora import Source
 from megatron.config.files import missing_files
 from megatron.data.data_state import CorpusState, DataState, corpus_states
 from megatron.data.dataset_checks import corpora_of
-from megatron.data.index_file import read_index
 
 _Row = tuple[str, ...]
 _HEADER = ("data", "documents", "tokens", "sequences", "share", "read", "epochs")
@@ -63,7 +62,7 @@ def _rows(corpora: Iterable[CorpusState], samples: int, seq_length: int, name: s
     corpora, rows = list(corpora), []
     total = sum(corpus.weight for corpus in corpora)
     for corpus in corpora:
-        tokens = read_index(corpus.prefix).sum_lengths(corpus.first, corpus.last)
+        tokens = corpus.count_tokens()
         sequences, share = max(tokens - 1, 0) // seq_length, corpus.weight / total
         read = corpus.start + share * samples
         epochs = f"{read / sequences:.2f}" if sequences else "-"

@@ -40,7 +40,8 @@ def encoding_from_file(path: str) -> Any:
     try:
         ranks = load_tiktoken_bpe(path)
         with mock.patch.object(openai_public, "load_tiktoken_bpe", return_value=ranks):
-            return tiktoken.Encoding(**known[name]() | {"explicit_n_vocab": None})
+            arguments: Any = known[name]()
+        return tiktoken.Encoding(**arguments | {"explicit_n_vocab": None})
     except (ValueError, AssertionError, IndexError) as error:
         raise DataError(f"--tokenizer-model {path} is no .tiktoken file of ranks: {error!r}") from error
 

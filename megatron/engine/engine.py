@@ -14,6 +14,8 @@ from torch import nn
 
 from megatron.checkpoint import Box, ShardedTensor, flat_boxes
 from megatron.config import MoEConfig, RunConfig
+from megatron.data.documents import DOCUMENT_FIELDS
+from megatron.data.loader import SAMPLE_FIELDS
 from megatron.engine.cuda_graphs import GraphedMicroBatches
 from megatron.engine.eight_bit import AdamW8bit, Stretch, warn_of_slow_decay
 from megatron.engine.loss_scale import leeway, load_scaler_state, scaler_state
@@ -26,8 +28,6 @@ from megatron.parallel.replicas import check_replicas
 from megatron.parallel.sharding import global_shape, place, shards_of
 
 MODEL, EXP_AVG, EXP_AVG_SQ = "model.", "exp_avg.", "exp_avg_sq."
-# tensors of a micro-batch; the second ones where a run keeps documents apart (see megatron.data.documents)
-FIELDS, DOCUMENTS = ("tokens", "labels", "loss_mask"), ("position_ids", "cu_seqlens")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -100,7 +100,7 @@ class _TrainedModule(nn.Module):
         self.marker = marker
 
     def forward(self, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, LossSums]:
-        documents = {name: batch[name] for name in DOCUMENTS if name in batch}
+        documents = {name: batch[name] for name in DOCUMENT_FIELDS if name in batch}
         out = self.model(batch["tokens"], batch["labels"], batch["loss_mask"], **documents)
         total = out.lm_loss + self.moe.moe_loss_coeff * out.aux_loss + self.moe.moe_z_loss_coeff * out.z_loss
         losses = torch.stack([out.lm_loss, out.aux_loss, out.z_loss, torch.ones_like(out.lm_loss)]).detach()
@@ -249,7 +249,9 @@ class Engine:
         """How far fp16's loss scale is from its end; None in other formats."""
         return leeway(self._optimizer.loss_scaler) if self._config.optimizer.precision == "fp16" else None
 
-    def _to_device(self, batch: Mapping[str, Any], names: Sequence[str] = (*FIELDS, *DOCUMENTS)) -> dict[str, Any]:
+    def _to_device(
+        self, batch: Mapping[str, Any], names: Sequence[str] = (*SAMPLE_FIELDS, *DOCUMENT_FIELDS)
+    ) -> dict[str, Any]:
         return {name: batch[name].to(self._topology.device, non_blocking=True) for name in names if name in batch}
 
     def _check_documents(self, batch: Mapping[str, Any]) -> None:

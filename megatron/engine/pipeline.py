@@ -9,7 +9,9 @@ from torch import nn
 
 from megatron.checkpoint import ShardedTensor
 from megatron.config import RunConfig
-from megatron.engine.engine import DOCUMENTS, FIELDS, Engine, LossSums, StepResult, micro_batch_seed
+from megatron.data.documents import DOCUMENT_FIELDS
+from megatron.data.loader import SAMPLE_FIELDS
+from megatron.engine.engine import Engine, LossSums, StepResult, micro_batch_seed
 from megatron.model.gpt import GPTModel
 from megatron.model.layer import compile_layers
 from megatron.parallel.initialize import Topology
@@ -77,12 +79,12 @@ class PipelineEngine(Engine):
     def _documents(self, micro_batches: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, torch.Tensor]]:
         """Where the documents of each micro-batch are, as a stage takes it."""
         for batch in micro_batches:
-            yield self._to_device(batch, DOCUMENTS)
+            yield self._to_device(batch, DOCUMENT_FIELDS)
 
     def _inputs(self, micro_batches: Sequence[Mapping[str, Any]]):
         """Micro-batches in the form DeepSpeed takes them: what enters the first stage, what the loss needs."""
         for batch in micro_batches:
-            on_device = self._to_device(batch, FIELDS)
+            on_device = self._to_device(batch, SAMPLE_FIELDS)
             yield on_device["tokens"], (on_device["labels"], on_device["loss_mask"])
 
     def saved_tensors(self) -> list[ShardedTensor]:

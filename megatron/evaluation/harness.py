@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import lm_eval
 import torch
 from lm_eval.api.task import Task
+from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
 
 from megatron.checkpoint.folder import MANIFEST, hash_file
@@ -116,9 +116,9 @@ def _run(wanted: Evaluation, tasks: Sequence[Task], lm: MegatronLM, device: torc
     first = lm.processes.rank == 0
     os.environ["DISABLE_MULTIPROC"] = "1"  # else lm-eval forks this process, whose collectives have threads
     with contextlib.redirect_stdout(sys.stderr):  # standard output is for the results alone
-        results = lm_eval.simple_evaluate(
+        results = simple_evaluate(
             lm,
-            tasks=tasks,
+            tasks=[*tasks],
             task_manager=TaskManager(include_defaults=False),  # the tasks are made; its index takes seconds
             batch_size=wanted.batch_size,
             device=str(device),  # for the record
@@ -127,7 +127,7 @@ def _run(wanted: Evaluation, tasks: Sequence[Task], lm: MegatronLM, device: torc
             bootstrap_iters=1000 if first else 0,
             gen_kwargs={"max_gen_toks": wanted.max_gen_toks} if wanted.max_gen_toks else None,
         )
-    return results if first else None
+    return dict(results) if first and results is not None else None
 
 
 def _check_lengths(tasks: Sequence[Task], wanted: int | None, positions: int) -> None:

@@ -134,16 +134,17 @@ class MegatronLM(TemplateLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """The text behind each context, up to a stop sequence, the end-of-document token or the longest length."""
         groups: dict[str, list[int]] = {}
-        for number, request in enumerate(requests):
-            groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(number)
+        arguments: list[tuple[Any, ...]] = [request.args for request in requests]
+        for number, (_, options) in enumerate(arguments):
+            groups.setdefault(json.dumps(options, sort_keys=True), []).append(number)
         texts: dict[int, str] = {}
         for numbers in groups.values():
-            found = self._generate([requests[number].args[0] for number in numbers], requests[numbers[0]].args[1])
+            found = self._generate([arguments[number][0] for number in numbers], arguments[numbers[0]][1])
             texts |= dict(zip(numbers, found, strict=True))
         return [texts[number] for number in range(len(requests))]
 
     def _generate(self, contexts: list[str], options: dict[str, Any]) -> list[str]:
-        kwargs = normalize_gen_kwargs(options, self.max_gen_toks)
+        kwargs: dict[str, Any] = {**normalize_gen_kwargs(options, self.max_gen_toks)}
         count, eod = kwargs["max_gen_toks"], self.eot_token_id
         if not 0 < count < self.max_length:
             raise ValueError(
@@ -176,10 +177,11 @@ class MegatronLM(TemplateLM):
         )
         for step in steps:
             for number in sorted(running):
-                if step[number] in ends:
+                token = step[number]
+                if token is None or token in ends:
                     running.remove(number)
                     continue
-                new[number].append(step[number])
+                new[number].append(token)
                 texts[number] = self._tokenizer.decode(new[number])
                 if any(term and term in texts[number] for term in stop):
                     running.remove(number)

@@ -15,12 +15,12 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 
-import numpy as np
 from tqdm import tqdm
 
 from megatron.data.dataset_checks import damage_problems, open_problems, tokenizer_problems
 from megatron.data.errors import DataError
 from megatron.data.identity import identify_alone, vocabulary_problems
+from megatron.data.index_file import map_tokens, read_index
 from megatron.data.inputs import find_inputs, spans_of
 from megatron.data.jsonl import record_texts
 from megatron.data.reading import read_batches
@@ -172,15 +172,14 @@ def documents_of_dataset(prefix: str, tokenizer: Tokenizer) -> Iterator[Document
     Raises:
         DataError: it cannot be opened, or its tokens are not this tokenizer's.
     """
-    from megatron.data.core_datasets import IndexedDataset
-
     problems = open_problems(prefix) or damage_problems(prefix) or tokenizer_problems(prefix, tokenizer)
     if problems := problems or vocabulary_problems(prefix, identify_alone(prefix), tokenizer):
         raise DataError("; ".join(problems))
-    dataset = IndexedDataset(prefix)
-    bounds = np.asarray(dataset.document_indices)
-    for first, last in itertools.pairwise(bounds.tolist()):
-        tokens = [int(token) for at in range(first, last) for token in dataset[at]]
+    index = read_index(prefix)
+    data, end = map_tokens(prefix, index), 0
+    for length in index.document_lengths(0, index.documents).tolist():
+        start, end = end, end + length
+        tokens = data[start:end].tolist()
         while tokens and tokens[-1] == tokenizer.eod:
             tokens.pop()
         text = tokenizer.decode(tokens)

@@ -82,7 +82,9 @@ def load_share(source: Source, processes: Processes, device: torch.device, dtype
     if processes.expert_parallel == 1:
         return load_model(source, device, dtype)
     _check_experts(source.config.moe.num_experts, processes.expert_parallel)
-    return load_model(source, device, dtype, processes.topology.expert_group, processes.topology.control_group)
+    topology = processes.topology
+    assert topology is not None  # experts are shared by several processes
+    return load_model(source, device, dtype, topology.expert_group, topology.control_group)
 
 
 def _check_experts(counts: Sequence[int], degree: int) -> None:

@@ -89,9 +89,9 @@ def write(folder: Path, name: str, results: dict[str, Any], begun: float) -> str
         write_whole(folder / file, content)
     for task, lines in samples.items():  # which are changed by it
         tracker.save_results_samples(task, lines)
-    _check_written(
-        folder / tracker.general_config_tracker.model_name_sanitized, getattr(tracker, "date_id", ""), samples
-    )
+    sanitized = tracker.general_config_tracker.model_name_sanitized
+    assert sanitized is not None  # set by log_experiment_args
+    _check_written(folder / sanitized, getattr(tracker, "date_id", ""), samples)
     return table
 
 

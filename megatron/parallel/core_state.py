@@ -5,7 +5,7 @@ groups of context parallelism, which does not exist here, stay unset, and asking
 """
 
 import warnings
-from types import ModuleType
+from typing import Any
 
 import torch.distributed as dist
 
@@ -45,7 +45,7 @@ def forget() -> None:
     _parallel_state().destroy_model_parallel()
 
 
-def _parallel_state() -> ModuleType:
+def _parallel_state() -> Any:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
         from megatron.core import parallel_state

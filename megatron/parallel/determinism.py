@@ -13,6 +13,7 @@ nothing reads it.
 """
 
 import os
+from typing import Any
 
 import torch
 
@@ -47,7 +48,8 @@ def make_deterministic() -> None:
 
     torch.use_deterministic_algorithms(True)
     inductor.deterministic = True
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    settings: Any = torch.utils.deterministic  # a module with a property, which checkers of types do not see
+    settings.fill_uninitialized_memory = False
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
 

@@ -153,7 +153,7 @@ class FailureMonitor:
             self._socket.sendall(json.dumps(message).encode() + b"\n")
 
     def _listen(self) -> None:
-        """Wait for the message that ends the run, or for the death of rank 0. A request for this rank's state may precede."""
+        """Wait for the message that ends the run, or for rank 0's death; answer requests for this rank's state."""
         messages, reason = _MessageReader(), f"{self._first} died"
         try:
             while data := self._socket.recv(4096):

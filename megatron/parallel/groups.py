@@ -1,8 +1,14 @@
-"""The processes that share one layer's experts, or every layer's matrices."""
+"""Process groups: those that share a layer's experts, and those that share every layer's matrices."""
 
 import dataclasses
 
 import torch.distributed as dist
+
+
+def member_group(group: dist.ProcessGroup | int | None) -> dist.ProcessGroup:
+    """What :func:`torch.distributed.new_group` returned to a rank of the group, without its other types."""
+    assert isinstance(group, dist.ProcessGroup), "this rank is not in the group"
+    return group
 
 
 @dataclasses.dataclass(frozen=True)

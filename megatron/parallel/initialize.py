@@ -12,7 +12,7 @@ from megatron.config import ParallelConfig
 from megatron.config.moe import one_for_all_or_each
 from megatron.parallel import core_state
 from megatron.parallel.grid import Grid
-from megatron.parallel.groups import ExpertGroup, NodeGroups, TensorGroup
+from megatron.parallel.groups import ExpertGroup, NodeGroups, TensorGroup, member_group
 from megatron.parallel.launch import Launch
 from megatron.parallel.nodes import meet_by_node
 
@@ -161,12 +161,12 @@ def build_groups(config: ParallelConfig, launch: Launch, device: torch.device) -
 
     def build(kind: str, degree: int = 1) -> dist.ProcessGroup:
         """This rank's group. Every rank names all groups, in one order; torch does no work for those of others."""
-        mine, description = grid.group_of(rank, kind, degree), f"{kind} {degree}"
+        mine, description = None, f"{kind} {degree}"
         for ranks in grid.groups(kind, degree).tolist():
-            made = dist.new_group(ranks, timeout=config.timeout, group_desc=description)
-            if ranks == mine:
-                group = made
-        return group
+            group = dist.new_group(ranks, timeout=config.timeout, group_desc=description)
+            if rank in ranks:
+                mine = group
+        return member_group(mine)
 
     def build_expert_data(degree: int) -> dist.ProcessGroup:
         same = grid.group_of(rank, "expert_data", degree) == grid.group_of(rank, "data")
@@ -176,16 +176,16 @@ def build_groups(config: ParallelConfig, launch: Launch, device: torch.device) -
     model_group = build("model")
     expert_groups = {degree: build("expert", degree) for degree in degrees}
     expert_data_groups = {degree: build_expert_data(degree) for degree in degrees}
-    one = degrees[0] if len(degrees) == 1 else None
+    one_degree = len(degrees) == 1
     core_state.register(
         tensor=tensor_group,
         pipeline=pipeline_group,
         data=data_group,
         model=model_group,
-        expert=expert_groups.get(one),
-        expert_data=expert_data_groups.get(one),
+        expert=expert_groups[degrees[0]] if one_degree else None,
+        expert_data=expert_data_groups[degrees[0]] if one_degree else None,
     )
-    control_group = dist.new_group(backend="gloo", timeout=config.timeout)
+    control_group = member_group(dist.new_group(backend="gloo", timeout=config.timeout))
     node_groups = {}
     if config.moe_hierarchical_all_to_all:
         for degree in (degree for degree in degrees if degree > 1):

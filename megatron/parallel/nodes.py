@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch.distributed as dist
 
-from megatron.parallel.groups import NodeGroups
+from megatron.parallel.groups import NodeGroups, member_group
 
 logger = logging.getLogger(__name__)
 
@@ -48,12 +48,12 @@ def build_node_groups(
         return None
     mine = None
     for grid in grids:
-        inside = [_new_group(ranks, timeout) for ranks in grid]
-        across = [_new_group(ranks, timeout) for ranks in zip(*grid, strict=True)]
+        inside = [dist.new_group(list(ranks), timeout=timeout) for ranks in grid]
+        across = [dist.new_group(list(ranks), timeout=timeout) for ranks in zip(*grid, strict=True)]
         for node, ranks in enumerate(grid):
             if dist.get_rank() in ranks:
                 member = ranks.index(dist.get_rank())
-                mine = NodeGroups(len(grid), len(ranks), inside[node], across[member])
+                mine = NodeGroups(len(grid), len(ranks), member_group(inside[node]), member_group(across[member]))
     return mine
 
 
@@ -79,10 +79,6 @@ def split_by_node(ranks: Sequence[int], node_of: Sequence[int]) -> list[list[int
     if [rank for row in rows for rank in row] != list(ranks):
         raise ValueError(f"{what} does not go node by node; number ranks so, with srun: --distribution=block")
     return rows
-
-
-def _new_group(ranks: Sequence[int], timeout: datetime.timedelta | None) -> dist.ProcessGroup:
-    return dist.new_group(list(ranks), timeout=timeout)
 
 
 def _words(numbers: Sequence[int]) -> str:

@@ -4,7 +4,7 @@ They drift apart when hardware computes wrongly, or when something random or a r
 The loss may not tell for a long time.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -67,22 +67,22 @@ def _gather(mine: list, topology: Topology) -> list[list]:
 
 def _groups(
     named: dict[str, torch.nn.Parameter], topology: Topology
-) -> list[tuple[dist.ProcessGroup | None, list[str | None]]]:
+) -> list[tuple[dist.ProcessGroup | None, Sequence[str | None]]]:
     """The groups in which copies stand, each with the names of what its members share, in the same order on all."""
     outside = [name for name, p in named.items() if not getattr(p, "is_expert", False)]
     table = "embedding.word_embeddings.weight"  # on the first and the last stage of a pipeline
-    groups: list[tuple[dist.ProcessGroup | None, list[str | None]]] = [
+    groups: list[tuple[dist.ProcessGroup | None, Sequence[str | None]]] = [
         (topology.data_parallel_group, outside),
         (topology.tensor_parallel_group, [name for name in outside if not shards_of(named[name])]),
         (topology.pipeline_parallel_group, [table if table in named else None]),
     ]
     for degree in sorted(topology.expert_data_groups):
-        experts = [n for n, p in named.items() if n not in outside and p.expert_parallel_size == degree]
+        experts = [name for name, p in named.items() if getattr(p, "expert_parallel_size", None) == degree]
         groups.append((topology.expert_data_group(degree), experts))
     return groups
 
 
-def _differing(sums: dict[str, torch.Tensor], names: list[str | None], group: dist.ProcessGroup | None) -> set[str]:
+def _differing(sums: dict[str, torch.Tensor], names: Sequence[str | None], group: dist.ProcessGroup | None) -> set[str]:
     """Those of ``names`` whose sums are not equal in ``group``; None stands for something that others have."""
     if group is None or not names or dist.get_world_size(group) == 1:
         return set()

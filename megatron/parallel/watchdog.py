@@ -33,9 +33,7 @@ WARMUP_STEPS = 3  # of a process; neither timed nor limited, because they compil
 MIN_TIMED_STEPS = 3  # before there is a median
 MEDIAN_WINDOW = 128  # steps
 JOINT_EXIT_SECONDS = 30.0  # for the ranks to exit together; after that each exits by itself
-KILL_MARGIN_SECONDS = (
-    REPORT_SECONDS + EXIT_SECONDS
-)  # a rank that has not asked or answered so long after the limit hangs
+KILL_MARGIN_SECONDS = REPORT_SECONDS + EXIT_SECONDS  # after the limit, for a rank to report the hang or answer
 _TICK_SECONDS = 0.2
 _SUSPENDED_SECONDS = 5.0  # a longer time between two ticks means that the process was suspended; it does not count
 _PACKAGE = str(Path(__file__).parents[1]) + os.sep
@@ -151,8 +149,9 @@ class Watchdog:
                 continue
             allowed = f"{self._min_seconds:g}"
             if self._factor is not None:
+                median = statistics.median(self._durations)
                 allowed = (
-                    f"--watchdog-factor {self._factor:g} times the median of {statistics.median(self._durations):.3g} s "
+                    f"--watchdog-factor {self._factor:g} times the median of {median:.3g} s "
                     f"and --watchdog-min-seconds {self._min_seconds:g}"
                 )
             self._end_run(f"{self._title} has taken {elapsed:.3g} s, more than {allowed}")

@@ -147,7 +147,7 @@ class _Stage:
     # ------------------------------------------------------------------------------------------------ between updates
 
     def _states(self) -> dict[str, float]:
-        states = dict.fromkeys(("weights", "fp32 weights", "moments", "gradients"), 0.0)
+        states: dict[str, float] = dict.fromkeys(("weights", "fp32 weights", "moments", "gradients"), 0.0)
         for count, ranks in self._groups(self._parameters):
             each = self._each(ranks)
             states["weights"] += count * each.weights

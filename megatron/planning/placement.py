@@ -71,8 +71,11 @@ def layer_costs(config: RunConfig, vocab_size: int) -> list[float]:
     ]
 
 
+_Cut = tuple[float, float, tuple[int, ...]]  # largest sum, sum of squares, lengths
+
+
 def balanced(costs: list[float], stages: int) -> tuple[int, ...]:
-    """Cut ``costs`` into ``stages`` stretches, none empty, with the smallest largest sum; returns their lengths.
+    """Cut ``costs`` into ``stages`` runs, none empty, such that the largest sum is smallest; returns their lengths.
 
     Dynamic programming over (stages, layers); among equally good cuts it takes one with a small sum of squares.
 
@@ -84,21 +87,23 @@ def balanced(costs: list[float], stages: int) -> tuple[int, ...]:
     before = [0.0]
     for cost in costs:
         before.append(before[-1] + cost)
-    # best[n]: (largest sum, sum of squares, lengths) of the first n layers on the stages so far
-    best: list[tuple[float, float, tuple[int, ...]] | None] = [(0.0, 0.0, ()), *[None] * len(costs)]
+    # best[n]: of the first n layers on the stages so far
+    best: list[_Cut | None] = [(0.0, 0.0, ()), *[None] * len(costs)]
     for _ in range(stages):
-        new: list[tuple[float, float, tuple[int, ...]] | None] = [None] * (len(costs) + 1)
+        new: list[_Cut | None] = [None] * (len(costs) + 1)
         for end in range(1, len(costs) + 1):
             for start in range(end - 1, -1, -1):
                 cost = before[end] - before[start]
-                if new[end] is not None and round(cost, 9) > new[end][0]:
-                    break  # longer last stretches cost more still
-                if best[start] is None:
+                known, rest = new[end], best[start]
+                if known is not None and round(cost, 9) > known[0]:
+                    break  # a longer last stage costs even more
+                if rest is None:
                     continue
-                largest, squares, lengths = best[start]
+                largest, squares, lengths = rest
                 # rounded: sums of equal costs that differ in the last bit are equally good
                 found = (round(max(largest, cost), 9), round(squares + cost**2, 9), (*lengths, end - start))
-                if new[end] is None or found < new[end]:
+                if known is None or found < known:
                     new[end] = found
         best = new
+    assert best[-1] is not None  # there are at least as many layers as stages
     return best[-1][2]

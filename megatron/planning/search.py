@@ -90,12 +90,18 @@ def fitting(config: RunConfig, machine: Machine, vocab_size: int) -> Found:
         tried += 1
         if time.monotonic() > latest:
             break
-    return Found(sorted(plans, key=lambda plan: plan.step.seconds), len(found), tried)
+    return Found(sorted(plans, key=_seconds), len(found), tried)
 
 
 def nearest(config: RunConfig, found: Found) -> Plan | None:
     """The layout that changes least in a run; the fastest of equally near ones. None if none fits."""
-    return min(found.plans, key=lambda other: (_distance(config, other.config), other.step.seconds), default=None)
+    return min(found.plans, key=lambda other: (_distance(config, other.config), _seconds(other)), default=None)
+
+
+def _seconds(plan: Plan) -> float:
+    """Of an update."""
+    assert plan.step is not None  # plans are made for known devices only
+    return plan.step.seconds
 
 
 def flags_of(config: RunConfig) -> str:

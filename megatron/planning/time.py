@@ -124,13 +124,16 @@ def flops_per_second(config: RunConfig, device: Device) -> float:
     Raises:
         ConfigError: the device's peak is not known for the run's precision.
     """
-    peak = device.peak_flops(config.optimizer.precision)
-    if peak is None:
-        raise ConfigError(
-            f"the peak of {device.name} in {config.optimizer.precision} is not known; plan for another GPU or precision"
-        )
+    peak = _peak_flops(device, config.optimizer.precision)
     reached = measured.between(_dense_rates(), config.model.hidden_size)
-    return reached * peak / find_device(measured.DEVICE).peak_flops("bf16")
+    return reached * peak / _peak_flops(find_device(measured.DEVICE), "bf16")
+
+
+def _peak_flops(device: Device, precision: str) -> float:
+    peak = device.peak_flops(precision)
+    if peak is None:
+        raise ConfigError(f"the peak of {device.name} in {precision} is not known; plan for another GPU or precision")
+    return peak
 
 
 @functools.cache
@@ -191,7 +194,7 @@ def _dropout(config: RunConfig, device: Device) -> float:
         elements = tokens * model.hidden_size / (tensor if config.parallel.sequence_parallel else 1)
         seconds += 2 * elements * (forward_passes + 1) * measured.DROPOUT_OF_HIDDEN
     numbers = 2 if config.optimizer.precision == "fp32" else 1  # no products, but twice the bytes
-    return numbers * seconds * find_device(measured.DEVICE).peak_flops("fp16") / device.peak_flops("fp16")
+    return numbers * seconds * _peak_flops(find_device(measured.DEVICE), "fp16") / _peak_flops(device, "fp16")
 
 
 def _slots(config: RunConfig, layer: int) -> float:

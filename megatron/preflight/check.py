@@ -10,6 +10,7 @@ from megatron.checkpoint.folder import complete_checkpoints
 from megatron.config import RunConfig
 from megatron.data.tokenizer import build_tokenizer
 from megatron.parallel.failure_monitor import FailureMonitor
+from megatron.parallel.groups import member_group
 from megatron.parallel.initialize import Topology
 from megatron.parallel.watchdog import Watchdog
 from megatron.planning.plan import Machine, make_plan
@@ -130,13 +131,13 @@ def _measure_links(facts: Facts, topology: Topology, nodes: dict[int, list[int]]
                     facts.pairs[other] = links
     watchdog.begin(9, "preflight: links of all nodes")
     if len(nodes) > 2:
-        facts.everywhere = measure_links(dist.group.WORLD, topology.device)
+        facts.everywhere = measure_links(member_group(dist.group.WORLD), topology.device)
 
 
 def _links_of(ranks: Sequence[int], topology: Topology) -> Links | None:
     if len(ranks) < 2:
         return None
-    group = dist.new_group(list(ranks), use_local_synchronization=True, group_desc="preflight")
+    group = member_group(dist.new_group(list(ranks), use_local_synchronization=True, group_desc="preflight"))
     try:
         return measure_links(group, topology.device)
     finally:

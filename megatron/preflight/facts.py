@@ -16,11 +16,14 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.cuda.nccl
 import torch.distributed as dist
 
 from megatron.config import RunConfig
 from megatron.data.dataset_checks import corpora_of, open_problems
+from megatron.data.index_file import read_index
 from megatron.parallel.initialize import Topology
 from megatron.preflight.speed import Links
 
@@ -108,8 +111,6 @@ def code_version() -> str:
 
 def read_data(config: RunConfig) -> tuple[dict[str, int], list[str]]:
     """Sizes of all files of the data, the first and last document of each dataset having been read, and problems."""
-    from megatron.data.core_datasets import IndexedDataset
-
     sizes, problems = {}, []
     for prefix, flag in corpora_of(config.data).prefixes().items():
         found = open_problems(prefix, flag)
@@ -119,9 +120,11 @@ def read_data(config: RunConfig) -> tuple[dict[str, int], list[str]]:
         for suffix in (".bin", ".idx"):
             sizes[prefix + suffix] = os.path.getsize(prefix + suffix)
         try:
-            dataset = IndexedDataset(prefix)
-            _, _ = dataset[0], dataset[len(dataset) - 1]
-        except Exception as error:
+            index = read_index(prefix)
+            for number in (0, -1):  # read, not mapped: a mapped file that cannot be read ends the process
+                length, start = int(index.lengths[number]), int(index.places[number])
+                np.fromfile(f"{prefix}.bin", index.dtype, length, offset=start)
+        except (OSError, ValueError) as error:
             problems.append(f"{flag} {prefix}: its documents cannot be read: {type(error).__name__}: {error}")
     return sizes, problems
 

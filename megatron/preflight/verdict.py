@@ -160,7 +160,7 @@ def _room(nodes: dict[int, list[Facts]], need: Need | None, broken: list[str], n
 
 def _table(nodes: dict[int, list[Facts]], broken: Sequence[str], slow: Sequence[str]) -> str:
     """One row a node."""
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (
             *("node", "host", "ranks", "device", "TFLOP/s", "inside: reduce", "exchange", "pairs: reduce", "exchange"),
             *("clock ms", "free GB", "verdict"),

@@ -1,5 +1,6 @@
 """What a checkpoint records of the training data, and what a run may go on with."""
 
+import dataclasses
 import json
 
 import pytest
@@ -13,8 +14,8 @@ def corpus(name: str, weight: float = 1.0, documents: int = 10) -> CorpusState:
     return CorpusState(f"data/{name}", name * 8, 0, documents, weight)
 
 
-def begin(*corpora: CorpusState, **changes) -> DataState:
-    return DataState.begin(7, corpora, **changes)
+def begin(*corpora: CorpusState) -> DataState:
+    return DataState.begin(7, corpora)
 
 
 def test_json_round_trip():
@@ -84,7 +85,7 @@ def test_another_split_of_a_corpus_that_was_read_is_told():
 
 
 def test_a_blend_cannot_change_in_the_order_of_megatron_core():
-    state = begin(corpus("a"), order=CORE)
+    state = dataclasses.replace(begin(corpus("a")), order=CORE)
     with pytest.raises(DataError, match="in the order of megatron"):
         state.resumed(begin(corpus("b")), 10, change=True)
     with pytest.raises(DataError, match="not in the checkpoint: data/b") as error:

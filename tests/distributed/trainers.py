@@ -30,8 +30,8 @@ import tiny_run
 class Death:
     """SIGKILL for ``rank``, ``delay`` s after it enters ``phase`` for the ``call``-th time.
 
-    The phases are the server's PHASES, and ``joined``: all ranks have a lifeline, and start to build groups. With
-    ``hangs`` it is no death: the rank goes no further, "in Python" or "in C", where it holds the GIL.
+    The phases are the server's PHASES, and ``joined``: all ranks are connected to the failure monitor and start to
+    build groups. With ``hangs`` it is no death: the rank stops "in Python" or "in C", where it holds the GIL.
     """
 
     rank: int
