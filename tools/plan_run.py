@@ -26,7 +26,7 @@ from typing import TypeVar
 from megatron.config import RunConfig, flags
 from megatron.config.errors import ConfigError
 from megatron.config.validation import validate_numbers
-from megatron.data.statement import plan_statement
+from megatron.data.data_table import planned_data_table
 from megatron.data.tokenizer import ByteTokenizer
 from megatron.planning import measured
 from megatron.planning.devices import DEVICES, find_device
@@ -43,7 +43,7 @@ from megatron.planning.plan import (
     micro_batches,
     needs,
 )
-from megatron.planning.search import Found, fitting, flags_of, nearest
+from megatron.planning.search import SearchResult, fitting, flags_of, nearest
 from megatron.training.clock import total_samples
 
 GPT2_VOCAB = 50257
@@ -187,7 +187,7 @@ def _show(plan: Plan, run: RunConfig) -> int:
     print(aligned(experiment(plan.config, machine.world)))
     print(aligned(needs(plan)))
     if run.data.data_path or run.data.train_data_path:
-        print(plan_statement(run, total_samples(run.training, run.model.seq_length)))
+        print(planned_data_table(run, total_samples(run.training, run.model.seq_length)))
     if plan.fits:
         return 0
     found = fitting(plan.config, machine, plan.vocab_size)
@@ -200,14 +200,14 @@ def _show(plan: Plan, run: RunConfig) -> int:
     return 1
 
 
-def _none_fits(found: Found) -> str:
+def _none_fits(found: SearchResult) -> str:
     return (
         f"No layout of this run fits into this many GPUs of this kind ({found.in_words}). Take more of them, or larger "
         "ones."
     )
 
 
-def _search(found: Found, top: int) -> int:
+def _search(found: SearchResult, top: int) -> int:
     if not found.plans:
         print(_none_fits(found))
         return 1

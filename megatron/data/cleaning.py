@@ -29,7 +29,7 @@ from megatron.data.jsonl import record_texts
 from megatron.data.manifest import digest
 from megatron.data.parts import Parts, finished, publish
 from megatron.data.processes import in_order
-from megatron.data.progress import Progress
+from megatron.data.progress import ProgressBar
 from megatron.data.reading import BATCH_BYTES, JSON, ROW, Batch, Position, read_batches
 
 _RUN = 5  # words
@@ -237,7 +237,7 @@ def clean(
             with (
                 in_order(_Judge, (json_key, filters, near), workers) as judge,
                 Duplicates(output_prefix, exact, near, point.get("seen")) as duplicates,
-                Progress(sum(span.size for span in spans), log_interval) as bar,
+                ProgressBar(sum(span.size for span in spans), log_interval) as bar,
             ):
                 if not point and others:
                     for batch, judged_batch in judge(read_batches(spans_of(others), (json_key,))):

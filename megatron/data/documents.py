@@ -63,10 +63,10 @@ def with_documents(batch: dict[str, Any], data: DataConfig, eod: int | None) -> 
 
 
 def restarting_positions(tokens_BS: torch.Tensor, eod: int) -> torch.Tensor:
-    """The place of each token in its document, int64 [B, S], from 0."""
-    place_S = torch.arange(tokens_BS.size(1))
-    begin_BS = torch.where(_begins(tokens_BS, eod), place_S, 0).cummax(1).values
-    return place_S - begin_BS
+    """The position of each token in its document, int64 [B, S], from 0."""
+    position_S = torch.arange(tokens_BS.size(1))
+    begin_BS = torch.where(_begins(tokens_BS, eod), position_S, 0).cummax(1).values
+    return position_S - begin_BS
 
 
 def cumulative_lengths(tokens_BS: torch.Tensor, eod: int) -> torch.Tensor:
@@ -124,5 +124,5 @@ def _ended(prefix: str, eod: int) -> tuple[int, int]:
         last = int(index.ends[document + 1]) - 1  # sequence of the document
         if last >= index.ends[document] and index.lengths[last]:
             looked_at += 1
-            ended += int(tokens[int(index.places[last]) // index.dtype.itemsize + int(index.lengths[last]) - 1]) == eod
+            ended += int(tokens[int(index.offsets[last]) // index.dtype.itemsize + int(index.lengths[last]) - 1]) == eod
     return ended, looked_at

@@ -1,4 +1,4 @@
-"""Documents that were there before, letter by letter or nearly; what is known of them outlives the process."""
+"""Exact and near duplicates of earlier documents; what is known of them is kept in a file."""
 
 import os
 import struct
@@ -9,7 +9,7 @@ from megatron.data.errors import DataError
 
 PERMUTATIONS, SEED = 128, 42
 _BANDS = 32
-_HEAD = struct.Struct("<16sHH")  # digest, bytes of the place, bytes of the signature
+_HEAD = struct.Struct("<16sHH")  # digest, bytes of the location, bytes of the signature
 
 
 def load_rensa() -> Any:
@@ -58,22 +58,22 @@ class Duplicates:
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
-    def reason(self, digest: bytes, signature: Any, place: str) -> tuple[str | None, str | None]:
-        """Why a document has to go, and where the other one stands if that is known.
+    def reason(self, digest: bytes, signature: Any, location: str) -> tuple[str | None, str | None]:
+        """Why a document has to go, and the location of the other one if it is known.
 
         Args:
             digest: 16 bytes, a checksum of the text.
             signature: rensa's, of the text's runs of words; None where near duplicates are not looked for.
-            place: where the document stands.
+            location: file and number of the document.
         """
         if self._exact and digest in self._seen:
             return "exact duplicate", None
-        like = self._add(digest, signature, place)
+        like = self._add(digest, signature, location)
         if like is not None:
             signature = None
         if self._exact or signature is not None:
             state = b"" if signature is None else signature.__getstate__()
-            name = b"" if signature is None else os.fsencode(place)
+            name = b"" if signature is None else os.fsencode(location)
             self._file.write(_HEAD.pack(digest, len(name), len(state)) + name + state)
         return (None, None) if like is None else ("near duplicate", like)
 
@@ -83,11 +83,11 @@ class Duplicates:
         os.fsync(self._file.fileno())
         return {"seen": os.path.getsize(self.path)}
 
-    def _add(self, digest: bytes, signature: Any, place: str) -> str | None:
-        """Remember a document, unless it is like another one, whose place is returned."""
+    def _add(self, digest: bytes, signature: Any, location: str) -> str | None:
+        """Remember a document, unless it is like another one, whose location is returned."""
         if self._exact:
             self._seen.add(digest)
-        if self._index is None or signature is None or self._index.add(place, signature):
+        if self._index is None or signature is None or self._index.add(location, signature):
             return None
         return min(self._index.get_duplicates(signature))
 
@@ -98,8 +98,8 @@ class Duplicates:
         with open(self.path, "rb") as file:
             while head := file.read(_HEAD.size):
                 digest, named, signed = _HEAD.unpack(head)
-                place, state = os.fsdecode(file.read(named)), file.read(signed)
-                self._add(digest, _signature(state), place)
+                location, state = os.fsdecode(file.read(named)), file.read(signed)
+                self._add(digest, _signature(state), location)
 
 
 def _signature(state: bytes) -> Any:

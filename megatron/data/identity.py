@@ -54,9 +54,9 @@ def identify(prefixes: Iterable[str], cache: Path) -> dict[str, Identity]:
             path = cache / f"corpus-{_key(prefix, index)}.json"
             keys[prefix] = index, str(path), _remembered(path)
     if world > 1:
-        told = [keys]
-        dist.broadcast_object_list(told, src=0)
-        keys = told[0]
+        broadcast = [keys]
+        dist.broadcast_object_list(broadcast, src=0)
+        keys = broadcast[0]
     found = {}
     for prefix in prefixes:
         index, path, identity = keys[prefix]
@@ -112,9 +112,9 @@ def _read_shared(prefix: str, rank: int, world: int) -> list[_Chunk]:
     mine = _read(prefix, rank, world)
     if world == 1:
         return mine
-    told: list[list[_Chunk]] = [[] for _ in range(world)]
-    dist.all_gather_object(told, mine)
-    return [told[number % world][number // world] for number in range(sum(map(len, told)))]
+    gathered: list[list[_Chunk]] = [[] for _ in range(world)]
+    dist.all_gather_object(gathered, mine)
+    return [gathered[number % world][number // world] for number in range(sum(map(len, gathered)))]
 
 
 def _read(prefix: str, first: int, step: int) -> list[_Chunk]:

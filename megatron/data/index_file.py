@@ -1,6 +1,6 @@
 """PREFIX.idx, byte by byte.
 
-A head, then the length of each sequence (int32, tokens), the place of each in the .bin (int64, bytes), and for each
+A head, then the length of each sequence (int32, tokens), the offset of each in the .bin (int64, bytes), and for each
 document, after a zero, how many sequences end with it (int64). A document has as many sequences as whoever wrote it
 gave it; ours have one, and none where the document is empty.
 """
@@ -31,7 +31,7 @@ class Index:
     dtype: np.dtype
     lengths: np.ndarray
     """int32 [sequences], tokens."""
-    places: np.ndarray
+    offsets: np.ndarray
     """int64 [sequences], bytes from the beginning of the .bin."""
     ends: np.ndarray
     """int64 [documents + 1], sequences before each document, and all of them."""
@@ -76,14 +76,14 @@ def read_index(prefix: str) -> Index:
         raise DataError(
             f"{path} is no index of a dataset, or a damaged one: it has {size} bytes, expected {expected}. {ANEW}"
         )
-    lengths_at, places_at = HEAD.size, HEAD.size + 4 * sequences
+    lengths_at, offsets_at = HEAD.size, HEAD.size + 4 * sequences
     index = Index(
         np.dtype(DTYPES[code]),
         _mapped(path, np.int32, sequences, lengths_at),
-        _mapped(path, np.int64, sequences, places_at),
-        _mapped(path, np.int64, documents, places_at + 8 * sequences),
+        _mapped(path, np.int64, sequences, offsets_at),
+        _mapped(path, np.int64, documents, offsets_at + 8 * sequences),
     )
-    expected = int(index.places[-1]) + int(index.lengths[-1]) * index.dtype.itemsize if sequences else 0
+    expected = int(index.offsets[-1]) + int(index.lengths[-1]) * index.dtype.itemsize if sequences else 0
     size = os.path.getsize(f"{prefix}.bin")
     if size != expected:
         raise DataError(
@@ -101,13 +101,13 @@ def map_tokens(prefix: str, index: Index) -> np.ndarray:
 def index_problems(index: Index) -> list[str]:
     """What in an index contradicts itself; reads all of it."""
     problems = []
-    place = 0
+    end = 0
     for first in range(0, len(index.lengths), CHUNK):
-        lengths, places = index.lengths[first : first + CHUNK], index.places[first : first + CHUNK]
-        ends = place + np.cumsum(lengths, dtype=np.int64) * index.dtype.itemsize
-        if lengths.min() < 0 or not np.array_equal(places, np.concatenate([[place], ends[:-1]])):
+        lengths, offsets = index.lengths[first : first + CHUNK], index.offsets[first : first + CHUNK]
+        ends = end + np.cumsum(lengths, dtype=np.int64) * index.dtype.itemsize
+        if lengths.min() < 0 or not np.array_equal(offsets, np.concatenate([[end], ends[:-1]])):
             problems.append(f"the .idx is damaged between sequences {first} and {first + len(lengths)}")
-        place = int(ends[-1])
+        end = int(ends[-1])
     rising = len(index.ends) > 0 and all((np.diff(part) >= 0).all() for part in _overlapping(index.ends))
     if not rising or int(index.ends[0]) != 0 or int(index.ends[-1]) != len(index.lengths):
         problems.append("the .idx is damaged: its documents do not end where its sequences do")
@@ -139,9 +139,9 @@ def write_index(file: BinaryIO, dtype: np.dtype, lengths: np.ndarray, ends: np.n
         file.write(part.tobytes())
     before = 0
     for part in chunks(lengths):
-        places = before + np.cumsum(part, dtype=np.int64)
-        file.write(((places - part) * np.dtype(dtype).itemsize).tobytes())
-        before = int(places[-1])
+        token_ends = before + np.cumsum(part, dtype=np.int64)
+        file.write(((token_ends - part) * np.dtype(dtype).itemsize).tobytes())
+        before = int(token_ends[-1])
     file.write(bytes(8))
     for part in chunks(ends):
         file.write(part.tobytes())

@@ -19,7 +19,7 @@ _SCRATCH = (".lengths", ".ends")  # of sequences and documents; become the .idx
 
 
 @dataclasses.dataclass(frozen=True)
-class Progress:
+class WriterState:
     """How far a dataset has been written: enough to go on from there, whatever was written after."""
 
     documents: int = 0
@@ -32,9 +32,9 @@ class Progress:
 class IndexedWriter:
     """One dataset under construction, beside its final place, under names that end in ``.incomplete.bin`` and so on.
 
-    Nothing stands under the final names until :meth:`publish`. A killed process leaves the unfinished files behind; the
-    next writer of the same prefix goes on from a :class:`Progress` that was synced, or starts them over. Nothing grows
-    in memory.
+    The final names do not exist until :meth:`publish`. A killed process leaves the unfinished files behind; the next
+    writer of the same prefix continues from a :class:`WriterState` that was synced, or starts over. Memory use does not
+    grow with the dataset.
 
     Args:
         prefix: path of the dataset without suffix.
@@ -47,12 +47,12 @@ class IndexedWriter:
     """
 
     def __init__(
-        self, prefix: str, dtype: type[np.generic], overwrite: bool = False, progress: Progress | None = None
+        self, prefix: str, dtype: type[np.generic], overwrite: bool = False, progress: WriterState | None = None
     ) -> None:
         if not overwrite:
             check_free(prefix)
         self.prefix, self.dtype = prefix, np.dtype(dtype)
-        self.progress = progress or Progress()
+        self.progress = progress or WriterState()
         self._unfinished = prefix + UNFINISHED
         Path(prefix).parent.mkdir(parents=True, exist_ok=True)
         self._bin = open(f"{self._unfinished}.bin", "ab")  # noqa: SIM115 - held until publish or discard
@@ -107,21 +107,21 @@ class IndexedWriter:
         self._bin.write(tokens)
         self._lengths.write(lengths.astype(np.int32).tobytes())
         self._ends.write((ends.astype(np.int64) + at.sequences).tobytes())
-        self.progress = Progress(
+        self.progress = WriterState(
             at.documents + len(ends),
             at.sequences + len(lengths),
             at.tokens + int(lengths.sum(dtype=np.int64)),
             zlib.crc32(tokens, at.crc32),
         )
 
-    def sync(self) -> Progress:
+    def sync(self) -> WriterState:
         """Bring everything to the disk; a later writer can go on from what this returns."""
         for file in (self._bin, self._lengths, self._ends):
             file.flush()
             os.fsync(file.fileno())
         return self.progress
 
-    def finish(self, facts: manifest.Manifest | None) -> None:
+    def finish(self, facts: manifest.DatasetManifest | None) -> None:
         """Write index and manifest, read the dataset back and bring all to the disk; still under unfinished names.
 
         Args:

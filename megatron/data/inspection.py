@@ -19,7 +19,7 @@ _SAMPLE_TOKENS = 200
 
 
 @dataclasses.dataclass
-class Report:
+class DatasetReport:
     """Counts of one dataset."""
 
     prefix: str
@@ -39,7 +39,7 @@ class Report:
     """(upper bound, documents): how many have fewer tokens than the bound and not fewer than the one before."""
 
 
-def inspect(prefix: str) -> Report:
+def inspect(prefix: str) -> DatasetReport:
     """Count. Raises DataError where the dataset is missing or damaged."""
     index = read_index(prefix)
     if problems := index_problems(index):
@@ -51,7 +51,7 @@ def inspect(prefix: str) -> Report:
         shortest, longest = min(shortest, int(lengths.min())), max(longest, int(lengths.max()))
         tokens += int(lengths.sum())
     last = int(np.flatnonzero(counts).max(initial=-1))
-    return Report(
+    return DatasetReport(
         prefix=prefix,
         documents=index.documents,
         empty_documents=int(counts[0]),
@@ -67,7 +67,7 @@ def inspect(prefix: str) -> Report:
     )
 
 
-def text_of(report: Report, facts: manifest.Manifest | None) -> str:
+def text_of(report: DatasetReport, facts: manifest.DatasetManifest | None) -> str:
     """The report for people."""
     lines = [
         f"{report.prefix}: {report.documents:,} documents ({report.empty_documents:,} empty), {report.tokens:,} tokens "
@@ -85,14 +85,14 @@ def text_of(report: Report, facts: manifest.Manifest | None) -> str:
     else:
         lines.append("no manifest: made by another tool")
     most = max((count for _, count in report.histogram), default=0)
-    first = next((place for place, (_, count) in enumerate(report.histogram) if count), 0)
+    first = next((row for row, (_, count) in enumerate(report.histogram) if count), 0)
     for bound, count in report.histogram[first:]:
         name = "0" if bound == 1 else f"{bound // 2:,} to {bound - 1:,}"
         lines.append(f"{name:>24} {count:>14,} {'#' * round(_BAR * count / max(most, 1))}".rstrip())
     return "\n".join(lines)
 
 
-def plot(report: Report, path: str) -> None:
+def plot(report: DatasetReport, path: str) -> None:
     """The histogram as a picture.
 
     Raises:
@@ -125,7 +125,7 @@ def samples(
     tokens = map_tokens(prefix, index)
     for number in sorted(chosen.tolist()):
         first, last = index.ends[number], index.ends[number + 1]
-        start = int(index.places[first]) // index.dtype.itemsize if first < last else 0
+        start = int(index.offsets[first]) // index.dtype.itemsize if first < last else 0
         length = int(index.lengths[first:last].sum())
         yield number, tokenizer.decode(tokens[start : start + min(length, _SAMPLE_TOKENS)].tolist())
 

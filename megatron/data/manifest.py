@@ -22,7 +22,7 @@ _PACKAGES = ("megatron-core", "numpy", "pyarrow", "sentencepiece", "tiktoken", "
 
 
 @dataclasses.dataclass
-class Manifest:
+class DatasetManifest:
     """The facts of one dataset; depends only on its inputs and flags, never on the number of workers or the time."""
 
     tokenizer: dict[str, Any]
@@ -80,7 +80,7 @@ def path_of(prefix: str) -> Path:
     return Path(f"{prefix}.json")
 
 
-def write(path: Path, manifest: Manifest) -> None:
+def write(path: Path, manifest: DatasetManifest) -> None:
     """Write ``manifest`` to ``path``."""
     with open(path, "w", encoding="utf-8", errors=ESCAPED) as file:
         file.write(json.dumps(dataclasses.asdict(manifest), indent=2, ensure_ascii=False) + "\n")
@@ -88,7 +88,7 @@ def write(path: Path, manifest: Manifest) -> None:
         os.fsync(file.fileno())
 
 
-def read(prefix: str) -> Manifest | None:
+def read(prefix: str) -> DatasetManifest | None:
     """The manifest of the dataset ``prefix``; None where it has none.
 
     Raises:
@@ -101,7 +101,7 @@ def read(prefix: str) -> Manifest | None:
         found = json.loads(path.read_text(encoding="utf-8"))
         if found.get("format", 1) > FORMAT:
             raise ValueError(f"its format is {found['format']}, this version knows up to {FORMAT}")
-        facts = Manifest(**found)
+        facts = DatasetManifest(**found)
         if problem := _problem(facts):
             raise ValueError(problem)
         return facts
@@ -116,7 +116,7 @@ _KINDS = {"tokenizer": dict, "inputs": list, "made_from": list, "checksums": dic
 _KINDS |= {"documents": int, "tokens": int, "rejected": int, "json_key": str, "append_eod": bool, "command": str}
 
 
-def _problem(facts: Manifest) -> str | None:
+def _problem(facts: DatasetManifest) -> str | None:
     """What a manifest that was damaged, or written by hand, has in the wrong place."""
     for name, kind in _KINDS.items():
         if not isinstance(getattr(facts, name), kind):

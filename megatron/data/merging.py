@@ -13,14 +13,14 @@ from megatron.data.errors import DataError
 from megatron.data.files import check_prefix, sha256
 from megatron.data.index_file import CHUNK, Index, index_problems, read_index
 from megatron.data.indexed_writer import IndexedWriter, check_free
-from megatron.data.progress import Progress
+from megatron.data.progress import ProgressBar
 
 
 @dataclasses.dataclass(frozen=True)
-class _Source:
+class _MergeInput:
     prefix: str
     index: Index
-    facts: manifest.Manifest | None
+    facts: manifest.DatasetManifest | None
 
     @property
     def shard(self) -> dict[str, int] | None:
@@ -107,8 +107,8 @@ def _document_at(index: Index, share: float) -> int:
     return index.documents if sequences == len(index.lengths) else int(np.searchsorted(index.ends, sequences))
 
 
-def _open(prefix: str) -> _Source:
-    source = _Source(prefix, read_index(prefix), manifest.read(prefix))
+def _open(prefix: str) -> _MergeInput:
+    source = _MergeInput(prefix, read_index(prefix), manifest.read(prefix))
     if problems := index_problems(source.index):
         raise DataError(f"{prefix}: {'; '.join(problems)}")
     expected = source.facts.checksums.get("idx") if source.facts else None
@@ -121,7 +121,7 @@ def _changed(prefix: str, what: str) -> str:
     return f"{prefix}.{what} is not the file that its manifest speaks of; tools/inspect_dataset.py --verify says more"
 
 
-def _ordered(sources: list[_Source]) -> list[_Source]:
+def _ordered(sources: list[_MergeInput]) -> list[_MergeInput]:
     """Shards of one corpus in their order; datasets that are no shards as they are."""
     first = next((source for source in sources if source.shard), None)
     if first is None or first.shard is None:
@@ -147,7 +147,7 @@ def _ordered(sources: list[_Source]) -> list[_Source]:
 _ONE_CORPUS = "merge the shards of one corpus at a time"
 
 
-def _check_alike(sources: list[_Source]) -> None:
+def _check_alike(sources: list[_MergeInput]) -> None:
     problems = []
     first = sources[0]
     for source in sources[1:]:
@@ -169,7 +169,7 @@ def _check_alike(sources: list[_Source]) -> None:
         raise DataError("these datasets do not go together:\n  " + "\n  ".join(problems))
 
 
-def _merged_facts(sources: list[_Source]) -> manifest.Manifest | None:
+def _merged_facts(sources: list[_MergeInput]) -> manifest.DatasetManifest | None:
     """None where a dataset has no manifest: what is not known of a part is not known of the whole."""
     facts = [source.facts for source in sources if source.facts]
     if len(facts) < len(sources):
@@ -186,7 +186,7 @@ def _merged_facts(sources: list[_Source]) -> manifest.Manifest | None:
     )
 
 
-def _existing(output: str, facts: manifest.Manifest) -> Written | None:
+def _existing(output: str, facts: manifest.DatasetManifest) -> Written | None:
     """The dataset ``output``, if it is there and was merged from these very datasets."""
     try:
         read_index(output)
@@ -199,15 +199,15 @@ def _existing(output: str, facts: manifest.Manifest) -> Written | None:
 
 def _write(
     output: str,
-    sources: Sequence[_Source],
+    sources: Sequence[_MergeInput],
     ranges: Sequence[tuple[int, int]],
-    facts: manifest.Manifest | None,
+    facts: manifest.DatasetManifest | None,
     overwrite: bool,
 ) -> Written:
     writer = IndexedWriter(output, sources[0].index.dtype.type, overwrite)
     total = sum(last - first for first, last in ranges)
     try:
-        with Progress(total, 0, unit="docs") as bar:
+        with ProgressBar(total, 0, unit="docs") as bar:
             for source, (first, last) in zip(sources, ranges, strict=True):
                 for tokens, lengths, ends in _pieces(source, first, last):
                     writer.add_sequences(tokens, lengths, ends)
@@ -225,7 +225,7 @@ def _write(
     return Written(output, writer.documents, writer.tokens)
 
 
-def _pieces(source: _Source, first: int, last: int) -> Iterator[tuple[bytes, np.ndarray, np.ndarray]]:
+def _pieces(source: _MergeInput, first: int, last: int) -> Iterator[tuple[bytes, np.ndarray, np.ndarray]]:
     """Tokens, lengths of sequences and ends of documents ``[first, last)``, some at a time."""
     index, digest = source.index, hashlib.sha256()
     expected = source.facts.checksums.get("bin") if source.facts and last - first == index.documents else None
@@ -240,7 +240,7 @@ def _pieces(source: _Source, first: int, last: int) -> Iterator[tuple[bytes, np.
             sequences = int(ends[count] - ends[0])
             size = int(tokens_before[count]) * index.dtype.itemsize
             if sequences:
-                file.seek(int(index.places[ends[0]]))
+                file.seek(int(index.offsets[ends[0]]))
             data = file.read(size)
             if len(data) != size:
                 raise DataError(f"{source.prefix}.bin ended early: it was changed while it was read")

@@ -32,7 +32,7 @@ from megatron.data.inputs import (
 )
 from megatron.data.journal import Journal
 from megatron.data.processes import in_order
-from megatron.data.progress import Progress
+from megatron.data.progress import ProgressBar
 from megatron.data.reading import TEXT_DOCUMENTS, Batch, Position, read_batches
 from megatron.data.rejects import Rejects
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
@@ -138,7 +138,7 @@ def preprocess(
         with _Run(journal, listed, prefixes, tokenizer, overwrite, STANDARD_INPUT in paths) as run:
             with (
                 in_order(make_encoder, (data, tuple(json_keys), append_eod), workers) as encode,
-                Progress(total_bytes, log_interval) as bar,
+                ProgressBar(total_bytes, log_interval) as bar,
             ):
                 batches = encode(read_batches(spans, json_keys, text_documents=text_documents, start=run.position))
                 digests = _write(run, batches, bar, spans)
@@ -148,7 +148,7 @@ def preprocess(
                 if writer.tokens == 0 and num_shards == 1:
                     raise DataError(f"--input: not one token under the key {key!r} in {len(paths)} file(s)")
                 writer.finish(
-                    manifest.Manifest(
+                    manifest.DatasetManifest(
                         tokenizer=manifest.describe_tokenizer(tokenizer),
                         json_key=key,
                         append_eod=append_eod,
@@ -166,7 +166,7 @@ def preprocess(
 
 
 def _write(
-    run: "_Run", batches: Iterator[tuple[Batch, EncodedBatch]], bar: Progress, spans: Sequence[Span]
+    run: "_Run", batches: Iterator[tuple[Batch, EncodedBatch]], bar: ProgressBar, spans: Sequence[Span]
 ) -> list[str]:
     """Write all batches; returns the SHA-256 of each span."""
     piped = hashlib.sha256()
@@ -205,7 +205,7 @@ class _Run:
         dtype = IndexedWriter.dtype_for(tokenizer.vocab_size)
         try:
             for prefix, progress in zip(prefixes, done, strict=True):
-                at = indexed_writer.Progress(**progress) if progress else None
+                at = indexed_writer.WriterState(**progress) if progress else None
                 self.writers.append(IndexedWriter(prefix, dtype, overwrite, at))
             if journal.last is None:
                 journal.remove()  # another run's, to be overwritten

@@ -7,7 +7,7 @@ from types import TracebackType
 from tqdm import tqdm
 
 
-class Progress:
+class ProgressBar:
     """Shows documents/s, MB/s of text and the time left.
 
     Args:
@@ -24,7 +24,7 @@ class Progress:
             total=total_bytes, unit=unit, unit_scale=True, dynamic_ncols=True, disable=not sys.stderr.isatty()
         )
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> "ProgressBar":
         return self
 
     def __exit__(

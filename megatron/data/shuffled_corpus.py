@@ -80,21 +80,21 @@ class ShuffledCorpus:
         Raises:
             DataError: one of them is not in the vocabulary, or the index is not in the cache.
         """
-        epoch, place = divmod(index, self.sequences)
+        epoch, position = divmod(index, self.sequences)
         file, row = divmod(epoch, self._epochs_of_a_file)
         documents, sequences = self._open(file)
-        lengths, places, data = self._dataset()
-        at, start = (int(number) for number in sequences[row, place])
+        lengths, offsets, data = self._dataset()
+        at, start = (int(number) for number in sequences[row, position])
         tokens, filled = np.empty(self.seq_length + 1, np.int64), 0
         while filled < len(tokens):
             document = documents[row, at]
             taken = min(int(lengths[document]) - start, len(tokens) - filled)
-            begin = int(places[document]) // data.dtype.itemsize + start
+            begin = int(offsets[document]) // data.dtype.itemsize + start
             tokens[filled : filled + taken] = data[begin : begin + taken]
             filled, at, start = filled + taken, at + 1, 0
         if not (tokens.min() >= 0 and tokens.max() < self.vocab_size):
             raise DataError(
-                f"{self.prefix}: sequence {place} of epoch {epoch} holds token {tokens.max()} or {tokens.min()}, "
+                f"{self.prefix}: sequence {position} of epoch {epoch} holds token {tokens.max()} or {tokens.min()}, "
                 f"expected 0 to {self.vocab_size - 1}; the .bin has changed since the run began"
             )
         return tokens
@@ -108,7 +108,7 @@ class ShuffledCorpus:
         return f"{hashlib.sha256(key.encode()).hexdigest()[:32]}-{file}"
 
     def _build(self, file: int) -> dict[str, np.ndarray]:
-        """``documents`` [epochs, D], numbers in the .idx; ``sequences`` [epochs, N, 2], for each the place in
+        """``documents`` [epochs, D], numbers in the .idx; ``sequences`` [epochs, N, 2], for each the position in
         ``documents`` where it begins and the first token there."""
         lengths = read_index(self.prefix).lengths[self.first : self.last]
         number_type = np.int32 if self.last <= np.iinfo(np.int32).max else np.int64
@@ -153,7 +153,7 @@ class ShuffledCorpus:
         if "_mapped" not in self.__dict__:
             index = read_index(self.prefix)
             data = map_tokens(self.prefix, index)
-            self.__dict__["_mapped"] = _plain(index.lengths), _plain(index.places), _plain(data)
+            self.__dict__["_mapped"] = _plain(index.lengths), _plain(index.offsets), _plain(data)
         return self.__dict__["_mapped"]
 
     def __getstate__(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from megatron.data.errors import DataError
 from megatron.data.inputs import find_inputs, spans_of
 from megatron.data.jsonl import record_texts
-from megatron.data.progress import Progress
+from megatron.data.progress import ProgressBar
 from megatron.data.reading import read_batches
 
 
@@ -27,7 +27,7 @@ def sample_texts(inputs: Sequence[str], key: str, most_bytes: int, seed: int) ->
     draw = random.Random(seed)
     kept: list[tuple[float, int, str]] = []  # a heap whose top has the largest draw
     size, count = 0, 0
-    with Progress(sum(span.size for span in spans), log_interval=0) as bar:
+    with ProgressBar(sum(span.size for span in spans), log_interval=0) as bar:
         for batch in read_batches(spans, (key,)):
             texts = []
             for number, record in enumerate(batch.records, start=batch.first):

@@ -15,7 +15,7 @@ from megatron.engine.engine import Engine, LossSums, StepResult, micro_batch_see
 from megatron.model.gpt import GPTModel
 from megatron.model.layer import compile_layers
 from megatron.parallel.initialize import Topology
-from megatron.planning.placement import place
+from megatron.planning.placement import place_layers
 
 
 class PipelineEngine(Engine):
@@ -36,7 +36,7 @@ class PipelineEngine(Engine):
         from megatron.engine.pipeline_module import PlacedPipeline
 
         deepspeed_internals.start()
-        self._module = PlacedPipeline(config, topology, vocab_size, place(config, vocab_size).layers)
+        self._module = PlacedPipeline(config, topology, vocab_size, place_layers(config, vocab_size).layers)
         if compiles(config, topology):
             compile_layers(self._module.stage.layers.values())
         super().__init__(self._module.stage, config, topology)

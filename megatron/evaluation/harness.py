@@ -71,7 +71,7 @@ def evaluate(wanted: Evaluation) -> str | None:
     }
     path, log = Path(wanted.output) / "requests.jsonl", None
     with contextlib.ExitStack() as stack:
-        if processes.rank == 0 and path.exists():  # its answers are to be this model's: told before that is loaded
+        if processes.rank == 0 and path.exists():  # fails before the model is loaded if its answers are another model's
             log = stack.enter_context(contextlib.closing(RequestLog(path, about)))
         model = load_share(source, processes, device, DTYPES[dtype])
         if processes.rank == 0 and log is None:
@@ -99,13 +99,13 @@ def evaluate(wanted: Evaluation) -> str | None:
 def _about_tokens(tokenizer: Tokenizer, special: SpecialTokens, longest: int) -> dict[str, Any]:
     """What lm-eval's own backends tell of the tokenizer: special tokens and their ids, and the model's positions."""
 
-    def told(token: int) -> list[str]:
+    def described(token: int) -> list[str]:
         return [tokenizer.decode([token]), str(token)]
 
     return {
-        "tokenizer_pad_token": told(tokenizer.eod),
-        "tokenizer_eos_token": told(tokenizer.eod),
-        "tokenizer_bos_token": told(special.begin),
+        "tokenizer_pad_token": described(tokenizer.eod),
+        "tokenizer_eos_token": described(tokenizer.eod),
+        "tokenizer_bos_token": described(special.begin),
         "eot_token_id": tokenizer.eod,
         "max_length": longest,
     }

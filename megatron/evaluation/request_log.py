@@ -57,8 +57,10 @@ class RequestLog:
             raise ValueError(f"{self.path} is damaged ({error!r}); remove it, and the requests start over") from None
         if found != self._about:
             names = [name for name in self._about if found.get(name) != self._about[name]]
-            told = "; ".join(f"{name} was {found.get(name)!r}, is {self._about[name]!r}" for name in names)
-            raise ValueError(f"{self.path} is of another evaluation: {told}. Choose another --output, or remove it")
+            differences = "; ".join(f"{name} was {found.get(name)!r}, is {self._about[name]!r}" for name in names)
+            raise ValueError(
+                f"{self.path} is of another evaluation: {differences}. Choose another --output, or remove it"
+            )
         if len(whole) < len(content):
             with self.path.open("r+b") as file:
                 file.truncate(len(whole))

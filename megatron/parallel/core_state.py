@@ -1,7 +1,7 @@
-"""Tells Megatron-core which groups this process is in, so that its own code and users may ask it.
+"""Registers this process's groups with Megatron-core, so that its own code and users can ask for them.
 
-``parallel_state.initialize_model_parallel`` would make every group a second time. Its variables are set instead; the
-groups of context parallelism, which does not exist here, stay unset, and asking for one fails as it does there.
+``parallel_state.initialize_model_parallel`` would create every group a second time, so its variables are set instead.
+The groups of context parallelism, which is not supported, stay unset, and asking for one fails as it does there.
 """
 
 import warnings

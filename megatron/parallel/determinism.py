@@ -1,6 +1,6 @@
-"""Make a run repeat bit for bit on the same machine, with the same layout and the same versions.
+"""Makes a run repeat bit for bit on the same machine, with the same layout and the same versions.
 
-What would differ from run to run otherwise, and what is done about it:
+What is not deterministic by default, and the remedy:
 
     torch's operators       those that add in any order are replaced by others, or raise (strict deterministic mode);
                             attention's backward pass is then flash attention's deterministic one, never cuDNN's
@@ -21,16 +21,16 @@ from megatron.config.errors import ConfigError
 
 WORKSPACES = (":4096:8", ":16:8")
 ALGORITHMS = "Ring,Tree"
-IN_SWITCH = {"nvls", "nvlstree"}  # NCCL's algorithms in which the switch adds
+SWITCH_ALGORITHMS = {"nvls", "nvlstree"}  # NCCL's algorithms in which the switch adds
 
 
 def make_deterministic() -> None:
-    """Set this process up; before its first product on a GPU and before it meets others.
+    """Configure this process, before its first product on a GPU and before torch.distributed is initialized.
 
-    Environment variables that the user has set to something as good stay as they are.
+    Environment variables that the user has set to another deterministic value stay as they are.
 
     Raises:
-        ConfigError: one is set to what does not repeat.
+        ConfigError: one is set to a value that is not deterministic.
     """
     workspace = os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", WORKSPACES[0])
     if workspace not in WORKSPACES:
@@ -65,6 +65,6 @@ def _add_in_order(algorithms: str) -> bool:
     for words in lists:
         _, _, names = words.rpartition(":")
         named = set(names.removeprefix("^").split(","))
-        if not (named >= IN_SWITCH if names.startswith("^") else named.isdisjoint(IN_SWITCH)):
+        if not (named >= SWITCH_ALGORITHMS if names.startswith("^") else named.isdisjoint(SWITCH_ALGORITHMS)):
             return False
     return True

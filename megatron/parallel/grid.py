@@ -4,9 +4,9 @@ Ranks are counted along four axes, the first one fastest:
 
     rank = tensor + T * (data + D * stage)        T * D * P ranks; data = expert + EP * replica
 
-The D data-parallel ranks of a stage are cut into D / EP runs of EP neighbours. A run shares the experts of a layer
-(expert-parallel group); the ranks at one place of all runs hold the same experts (expert-data-parallel group). EP may
-differ from layer to layer, so both kinds exist once for each degree.
+The D data-parallel ranks of a stage are divided into D / EP expert-parallel groups of EP consecutive ranks, over which
+the experts of a layer are spread. The ranks with the same position in each of them hold the same experts
+(expert-data-parallel group). EP may differ from layer to layer, so both kinds exist once for each degree.
 
 A group's members are in ascending order, and the groups of a kind in the order of their first members.
 """
@@ -33,8 +33,8 @@ _KINDS: dict[str, tuple[str, ...]] = {
 class Grid:
     """The groups of ``world`` ranks.
 
-    Tensor-parallel ranks each have whole experts and serve different tokens, so they belong to one expert-data group;
-    with ``shard_experts`` each has a piece of every expert, and the group joins equal tensor ranks only.
+    Tensor-parallel ranks each have whole experts and compute different tokens, so they belong to one expert-data group;
+    with ``shard_experts`` each has a shard of every expert, and only ranks with the same tensor rank form the group.
 
     Raises:
         ValueError: the sizes do not multiply to ``world``; the message has the equation.
@@ -90,14 +90,14 @@ class Grid:
         if not 0 <= rank < self.world:
             raise ValueError(f"rank {rank} is not from 0 to {self.world - 1}")
         members, shape = self._axes_of(kind), self._shape(degree)
-        place = np.unravel_index(rank, shape)
+        coordinates = np.unravel_index(rank, shape)
         along = [
             np.arange(size) if name in members else np.array([at])
-            for name, size, at in zip(_AXES, shape, place, strict=True)
+            for name, size, at in zip(_AXES, shape, coordinates, strict=True)
         ]
         if kind == "embedding":
             along[0] = along[0][:: max(self.pipeline - 1, 1)]
-            if place[0] not in along[0]:
+            if coordinates[0] not in along[0]:
                 return []
         return np.ravel_multi_index(np.ix_(*along), shape).flatten().tolist()
 

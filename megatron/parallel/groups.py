@@ -13,9 +13,9 @@ def member_group(group: dist.ProcessGroup | int | None) -> dist.ProcessGroup:
 
 @dataclasses.dataclass(frozen=True)
 class NodeGroups:
-    """An expert group spread over ``nodes`` nodes with ``members`` places on each: place = node * members + member.
+    """An expert group spread over ``nodes`` nodes with ``members`` ranks each: group rank = node * members + member.
 
-    ``inside`` joins the places of this process's node, ``across`` the same place of every node, both in order.
+    ``inside`` has the members on this process's node, ``across`` the same member of every node, both in order.
     """
 
     nodes: int
@@ -26,11 +26,11 @@ class NodeGroups:
 
 @dataclasses.dataclass(frozen=True)
 class ExpertGroup:
-    """The ``size`` processes over which the experts of a layer are spread, seen from the one at place ``rank``.
+    """The ``size`` processes over which the experts of a layer are spread; this one has the group rank ``rank``.
 
-    With E experts, place r holds the E / size experts from r * E / size on. ``group`` is None for a single process.
-    Rows travel by way of ``node_groups`` if there are any; buffers of fixed capacity in ``overlap_chunks`` pieces, of
-    which some travel while others are computed.
+    Of E experts, group rank r holds E / size, from number r * E / size on. ``group`` is None for a single process.
+    With ``node_groups`` the all-to-all is hierarchical. Buffers of fixed capacity are split into ``overlap_chunks``
+    chunks to overlap the all-to-all with computation.
     """
 
     size: int
@@ -42,11 +42,11 @@ class ExpertGroup:
 
 @dataclasses.dataclass(frozen=True)
 class TensorGroup:
-    """The ``size`` processes that share every layer's matrices, seen from the one at place ``rank``.
+    """The ``size`` processes over which every layer's matrices are sharded; this one has the group rank ``rank``.
 
-    Between layers each of them holds the whole residual stream, or with ``sequence_parallel`` a piece of every sequence
-    (piece r of ``size`` equal ones). Experts are replicated, and each process serves its share of the assignments; with
-    ``shard_experts`` the experts' matrices are shared too. ``group`` is None for a single process.
+    Between layers each process holds the whole residual stream, or with ``sequence_parallel`` its shard of every
+    sequence (shard ``rank`` of ``size`` equal ones). Experts are replicated, and each process computes its share of the
+    assignments; with ``shard_experts`` the experts' matrices are sharded too. ``group`` is None for a single process.
     """
 
     size: int = 1
@@ -56,10 +56,10 @@ class TensorGroup:
     shard_experts: bool = False
 
     def piece(self, length: int, what: str) -> int:
-        """Length of one process's piece of ``length`` things.
+        """Length of one process's shard of a dimension of this ``length``.
 
         Raises:
-            ValueError: they cannot be cut into equal pieces.
+            ValueError: ``size`` does not divide ``length``.
         """
         if length % self.size:
             raise ValueError(

@@ -14,20 +14,19 @@ from megatron.parallel import core_state
 from megatron.parallel.grid import Grid
 from megatron.parallel.groups import ExpertGroup, NodeGroups, TensorGroup, member_group
 from megatron.parallel.launch import Launch
-from megatron.parallel.nodes import meet_by_node
+from megatron.parallel.nodes import gather_node_groups
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
     """The process groups of this rank.
 
-    Rank = tensor rank + tensor size * (data rank + data size * stage). Among the data-parallel ranks, as many
-    neighbours as a layer's expert-parallel degree says share its experts between them; ranks at the same place of such
-    runs hold the same experts (:class:`megatron.parallel.grid.Grid`). The tensor and pipeline groups of one process are
-    None.
+    Rank = tensor rank + tensor size * (data rank + data size * stage). A layer's experts are spread over consecutive
+    data-parallel ranks, as many as its expert-parallel degree; ranks with the same expert-parallel rank hold the same
+    experts (:class:`megatron.parallel.grid.Grid`). The tensor and pipeline groups of a single process are None.
 
-    Equal copies of a parameter stand on the ranks of ``data_parallel_group``, and on those of ``tensor_parallel_group``
-    too if it is not cut; copies of experts on those of ``expert_data_group(degree)`` and nowhere else.
+    A parameter is replicated over ``data_parallel_group``, and over ``tensor_parallel_group`` too if it is not sharded;
+    an expert's parameter over ``expert_data_group(degree)`` only.
     """
 
     launch: Launch
@@ -53,12 +52,12 @@ class Topology:
 
     @property
     def is_first(self) -> bool:
-        """Whether this rank speaks for the run."""
+        """Whether this is rank 0, which prints and logs for the run."""
         return self.launch.rank == 0
 
     @property
     def tensor_group(self) -> TensorGroup:
-        """The group that shares every layer's matrices."""
+        """The group over which every layer's matrices are sharded."""
         return TensorGroup(
             self.tensor_parallel_size,
             self.tensor_parallel_rank,
@@ -67,9 +66,9 @@ class Topology:
             self.expert_tensor_parallel,
         )
 
-    def expert_group(self, place: int) -> ExpertGroup:
-        """The group over which the experts of MoE layer number ``place`` (from 0, of the MoE layers) are spread."""
-        degree = one_for_all_or_each(self.expert_parallel_sizes, place)
+    def expert_group(self, moe_layer: int) -> ExpertGroup:
+        """The group over which the experts of MoE layer number ``moe_layer`` (from 0, of the MoE layers) are spread."""
+        degree = one_for_all_or_each(self.expert_parallel_sizes, moe_layer)
         group = self.expert_parallel_groups[degree] if degree > 1 else None
         nodes = self.expert_node_groups.get(degree)
         return ExpertGroup(degree, self.data_parallel_rank % degree, group, nodes, self.overlap_chunks)
@@ -111,17 +110,17 @@ def choose_device(requested: str | None, local_rank: int) -> torch.device:
 
 
 def meet(launch: Launch, timeout: datetime.timedelta) -> tuple[Launch, dist.Store]:
-    """The store through which all processes of a run find each other, and the launch with its port.
+    """Connect to the store that all processes of a run share; also returns the launch with the store's port.
 
     Args:
-        launch: this process among all; a port of 0 is for a single process, which takes any free one.
-        timeout: how long a process waits for what another one has to tell.
+        launch: this process's rank and the address; a port of 0 is for a single process, which takes any free one.
+        timeout: how long a process waits for a key that another one sets.
 
     Raises:
-        ConnectionError: rank 0 did not come.
+        ConnectionError: rank 0 did not start the store in time.
     """
     try:
-        if launch.starter == "torchrun":  # has a store, on whichever node leads, which outlives a restart
+        if launch.launcher == "torchrun":  # has a store, on any of the nodes, which outlives a restart
             store = next(dist.rendezvous("env://", launch.rank, launch.world_size, timeout=timeout))[0]
             return launch, dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         store = dist.TCPStore(
@@ -141,7 +140,7 @@ def meet(launch: Launch, timeout: datetime.timedelta) -> tuple[Launch, dist.Stor
 
 
 def initialize(config: ParallelConfig, launch: Launch, device: torch.device, store: dist.Store) -> Topology:
-    """Join all processes and build the groups. ``config`` must have been validated for ``launch.world_size``."""
+    """Initialize torch.distributed and build the groups. ``config`` must be valid for ``launch.world_size`` ranks."""
     backend = config.distributed_backend or ("nccl" if device.type == "cuda" else "gloo")
     launch.export()
     if device.type == "cuda":
@@ -154,13 +153,13 @@ def initialize(config: ParallelConfig, launch: Launch, device: torch.device, sto
 
 
 def build_groups(config: ParallelConfig, launch: Launch, device: torch.device) -> Topology:
-    """Build the groups of processes that have met already, each group once."""
+    """Build each group once; torch.distributed is initialized."""
     tensor, pipeline = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
     rank, degrees = launch.rank, sorted(set(config.moe_expert_parallel_size))
     grid = Grid(launch.world_size, tensor, pipeline, config.enable_expert_tensor_parallelism)
 
     def build(kind: str, degree: int = 1) -> dist.ProcessGroup:
-        """This rank's group. Every rank names all groups, in one order; torch does no work for those of others."""
+        """This rank's group. Every rank creates all groups, in the same order, as torch requires."""
         mine, description = None, f"{kind} {degree}"
         for ranks in grid.groups(kind, degree).tolist():
             group = dist.new_group(ranks, timeout=config.timeout, group_desc=description)
@@ -190,7 +189,7 @@ def build_groups(config: ParallelConfig, launch: Launch, device: torch.device) -
     if config.moe_hierarchical_all_to_all:
         for degree in (degree for degree in degrees if degree > 1):
             ranks = grid.group_of(rank, "expert", degree)
-            node_groups[degree] = meet_by_node(ranks, launch.node, control_group, config.timeout)
+            node_groups[degree] = gather_node_groups(ranks, launch.node, control_group, config.timeout)
     return Topology(
         launch=launch,
         device=device,

@@ -14,29 +14,29 @@ class LaunchError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """Place of this process among all, and where they meet. Processes with equal ``node`` share a machine."""
+    """Rank of this process, and the rendezvous address. Processes with the same ``node`` share a machine."""
 
     rank: int
     world_size: int
     local_rank: int
     master_addr: str
     master_port: int
-    starter: str
+    launcher: str
     node: int = 0
 
     @classmethod
     def from_environment(cls, env: Mapping[str, str] | None = None) -> "Launch":
-        """Find out who started this process.
+        """Read the environment that the launcher of this process has set.
 
         torchrun and the deepspeed launcher set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. Under srun
-        the same follows from SLURM's variables: the first host of the step is the meeting point, and the port follows
-        from the job's number so that two jobs on one node do not meet. Anything else is a single process.
+        the same follows from SLURM's variables: the rendezvous is on the first host of the step, and the port follows
+        from the job's number, so that two jobs on one node use different ones. Anything else is a single process.
 
         The number of the node is torchrun's GROUP_RANK, the deepspeed launcher's CROSS_RANK or SLURM's SLURM_NODEID.
         Without any, ranks are taken to be numbered node by node, and the first rank of the node serves as its number.
 
         Raises:
-            LaunchError: RANK without its companions, or a host list that cannot be read.
+            LaunchError: RANK without the other variables, or a host list that cannot be read.
         """
         env = os.environ if env is None else env
         if "RANK" in env:
@@ -53,7 +53,7 @@ class Launch:
                 local_rank=local_rank,
                 master_addr=env["MASTER_ADDR"],
                 master_port=_number(env, "MASTER_PORT"),
-                starter="torchrun" if "TORCHELASTIC_RUN_ID" in env else "launcher",
+                launcher="torchrun" if "TORCHELASTIC_RUN_ID" in env else "launcher",
                 node=node,
             )
         if "SLURM_STEP_NODELIST" in env and "SLURM_PROCID" in env:
@@ -63,7 +63,7 @@ class Launch:
                 local_rank=int(env["SLURM_LOCALID"]),
                 master_addr=env.get("MASTER_ADDR") or _first_host(env["SLURM_STEP_NODELIST"]),
                 master_port=int(env.get("MASTER_PORT") or 20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000),
-                starter="srun",
+                launcher="srun",
                 node=int(env.get("SLURM_NODEID") or int(env["SLURM_PROCID"]) - int(env["SLURM_LOCALID"])),
             )
         return cls(
@@ -72,7 +72,7 @@ class Launch:
             local_rank=0,
             master_addr="127.0.0.1",
             master_port=int(env.get("MASTER_PORT", "0")),
-            starter="python",
+            launcher="python",
         )
 
     def export(self, env: MutableMapping[str, str] | None = None) -> None:
@@ -90,7 +90,7 @@ def _number(env: Mapping[str, str], name: str) -> int:
         return int(env[name])
     except ValueError:
         raise LaunchError(
-            f"{name} is {env[name]!r}, expected a whole number; the starter of processes sets it"
+            f"{name} is {env[name]!r}, expected a whole number; the launcher of processes sets it"
         ) from None
 
 

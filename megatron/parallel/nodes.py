@@ -11,17 +11,17 @@ from megatron.parallel.groups import NodeGroups, member_group
 logger = logging.getLogger(__name__)
 
 
-def meet_by_node(
+def gather_node_groups(
     expert_group: Sequence[int], node: int, control_group: dist.ProcessGroup, timeout: datetime.timedelta
 ) -> NodeGroups | None:
     """Node groups of this rank's expert group, given its ranks in order and the number of this rank's node.
 
     Every rank of the run must call this. None, with one line in the log, if any expert group cannot be cut by node.
     """
-    told: list = [None] * dist.get_world_size()
-    dist.all_gather_object(told, (node, tuple(expert_group)), group=control_group)
-    node_of = [node for node, _ in told]
-    expert_groups = list(dict.fromkeys(ranks for _, ranks in told))
+    gathered: list = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, (node, tuple(expert_group)), group=control_group)
+    node_of = [node for node, _ in gathered]
+    expert_groups = list(dict.fromkeys(ranks for _, ranks in gathered))
     return build_node_groups(expert_groups, node_of, timeout)
 
 
@@ -33,7 +33,7 @@ def build_node_groups(
     Every rank of the run must call this with the same arguments.
 
     Args:
-        expert_groups: the ranks of each group in the order of their places; every rank of the run is in one.
+        expert_groups: the ranks of each group in order; every rank of the run is in one.
         node_of: for each rank of the run, the number of its node.
         timeout: of the groups' collectives; torch's default if None.
 
@@ -44,7 +44,7 @@ def build_node_groups(
         grids = [split_by_node(ranks, node_of) for ranks in expert_groups]
     except ValueError as error:
         if dist.get_rank() == 0:
-            logger.warning("tokens do not go by way of nodes (--moe-hierarchical-all-to-all): %s", error)
+            logger.warning("--moe-hierarchical-all-to-all has no effect: %s", error)
         return None
     mine = None
     for grid in grids:
@@ -58,7 +58,7 @@ def build_node_groups(
 
 
 def split_by_node(ranks: Sequence[int], node_of: Sequence[int]) -> list[list[int]]:
-    """The ranks of an expert group as a grid: one row for each node, in the order of places.
+    """The ranks of an expert group as a grid: one row for each node, in order.
 
     Raises:
         ValueError: it is not a grid, or one with a single row or column, which leaves nothing to gain.

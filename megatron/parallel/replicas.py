@@ -1,7 +1,7 @@
-"""Do processes that must hold the same parameters really hold the same?
+"""Checks that replicas of parameters are equal on all processes.
 
-They drift apart when hardware computes wrongly, or when something random or a reduction was not shared as it should.
-The loss may not tell for a long time.
+They diverge when hardware computes wrongly, or when a random number or a reduction was not shared as it should be. The
+loss may not show it for a long time.
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron.parallel.initialize import Topology
 from megatron.parallel.sharding import shards_of
 
-CHUNK = 1 << 24  # elements that are looked at together, 8 bytes each
+CHUNK = 1 << 24  # elements of a checksum at a time, 8 bytes each
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _MIXER = 0x1E3779B97F4A7C15  # odd
 
@@ -22,7 +22,7 @@ class ReplicasDiffer(RuntimeError):
 
 
 def checksum(x: torch.Tensor) -> torch.Tensor:
-    """The sum of each element's bits times an odd number that depends on its place, modulo 2^64; an int64 scalar.
+    """The sum of each element's bits times an odd number that depends on its position, modulo 2^64; an int64 scalar.
 
     It follows from the bits alone, NaNs and the sign of zero included, and changes with any one element for sure: a
     difference of bits below 2^64 times an odd number is not 0 modulo 2^64.
@@ -30,9 +30,9 @@ def checksum(x: torch.Tensor) -> torch.Tensor:
     bits = x.detach().contiguous().view(-1).view(_INTEGERS[x.element_size()])
     total = torch.zeros((), dtype=torch.int64, device=x.device)
     for start in range(0, bits.numel(), CHUNK):
-        piece = bits[start : start + CHUNK].long()
-        place = torch.arange(start, start + piece.numel(), device=x.device)
-        total += (piece * (2 * place + 1) * _MIXER).sum()
+        chunk = bits[start : start + CHUNK].long()
+        position = torch.arange(start, start + chunk.numel(), device=x.device)
+        total += (chunk * (2 * position + 1) * _MIXER).sum()
     return total
 
 
@@ -55,7 +55,7 @@ def check_replicas(parameters: Iterable[tuple[str, torch.nn.Parameter]], topolog
         return
     found = _gather(sorted(differing, key=list(named).index), topology)  # also by ranks whose own groups all agree
     names = dict.fromkeys(name for of_rank in found for name in of_rank)
-    held = [(name, _piece(named[name]), int(sums[name])) for name in names if name in named]
+    held = [(name, _shard_description(named[name]), int(sums[name])) for name in names if name in named]
     raise ReplicasDiffer(_describe(_gather(held, topology)))
 
 
@@ -68,7 +68,7 @@ def _gather(mine: list, topology: Topology) -> list[list]:
 def _groups(
     named: dict[str, torch.nn.Parameter], topology: Topology
 ) -> list[tuple[dist.ProcessGroup | None, Sequence[str | None]]]:
-    """The groups in which copies stand, each with the names of what its members share, in the same order on all."""
+    """The groups over which parameters are replicated, with the names of these, in the same order on all ranks."""
     outside = [name for name, p in named.items() if not getattr(p, "is_expert", False)]
     table = "embedding.word_embeddings.weight"  # on the first and the last stage of a pipeline
     groups: list[tuple[dist.ProcessGroup | None, Sequence[str | None]]] = [
@@ -98,8 +98,8 @@ def _differing(sums: dict[str, torch.Tensor], names: Sequence[str | None], group
     return {name for name, differs in zip(names, unequal, strict=True) if differs and name is not None}
 
 
-def _piece(parameter: torch.nn.Parameter) -> str:
-    """Which piece of the whole parameter this is, in words."""
+def _shard_description(parameter: torch.nn.Parameter) -> str:
+    """Which shard of the whole parameter this is, for messages."""
     shards = shards_of(parameter)
     return "".join(f", piece {shard.rank} of {shard.size} of dimension {shard.dim}" for shard in shards)
 
@@ -110,13 +110,13 @@ def _describe(everyone: list[list[tuple[str, str, int]]]) -> str:
         for name, piece, value in found:
             holders.setdefault((name, piece), {}).setdefault(value, []).append(rank)
     differing = [(what, sorted(ranks.values(), key=len)) for what, ranks in holders.items() if len(ranks) > 1]
-    (name, piece), camps = differing[0]
-    ranks = [rank for camp in camps for rank in camp]
-    told = "no majority agrees"
-    if 2 * len(camps[-1]) > len(ranks):
-        told = f"odd: rank {', '.join(str(rank) for camp in camps[:-1] for rank in camp)}"
+    (name, piece), by_value = differing[0]
+    ranks = [rank for each in by_value for rank in each]
+    minority = "no majority agrees"
+    if 2 * len(by_value[-1]) > len(ranks):
+        minority = f"odd: rank {', '.join(str(rank) for each in by_value[:-1] for rank in each)}"
     more = f"; so do {len(differing) - 1} more parameters" if len(differing) > 1 else ""
     return (
-        f"replicas differ: {name}{piece} is not the same on ranks {sorted(ranks)} ({told}){more}. Suspect the memory or"
-        " the GPU of an odd rank, and restart from a checkpoint before the last check that passed"
+        f"replicas differ: {name}{piece} is not the same on ranks {sorted(ranks)} ({minority}){more}. Suspect the "
+        "memory or the GPU of an odd rank, and restart from a checkpoint before the last check that passed"
     )

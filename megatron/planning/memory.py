@@ -41,7 +41,7 @@ from megatron.planning.activations import (
 )
 from megatron.planning.optimizer_memory import BytesPerParameter, bytes_per_parameter
 from megatron.planning.parameters import StageParameters, parameters_of_stage
-from megatron.planning.placement import place
+from megatron.planning.placement import place_layers
 
 OFFLOAD_BUCKET = 500_000_000 * FP32  # DeepSpeed's, in which it adds gradients over processes
 CHUNK = 2 * 256 * 2**20  # fp32 logits that a shared cross-entropy holds at a time, twice
@@ -82,7 +82,7 @@ def memory(config: RunConfig, world: int, vocab_size: int, *, kernels: bool = Tr
         vocab_size: padded.
         kernels: whether the Triton kernels can be used, on GPUs from Ampere on.
     """
-    layers = place(config, vocab_size).layers
+    layers = place_layers(config, vocab_size).layers
     first, found = 0, []
     for stage, count in enumerate(layers):
         found.append(_Stage(config, world, vocab_size, stage, range(first, first + count), kernels).peak())

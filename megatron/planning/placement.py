@@ -34,7 +34,7 @@ class Placement:
         return "pipeline stages: " + ", ".join(stages) + "; set --pipeline-layer-split to place them otherwise"
 
 
-def place(config: RunConfig, vocab_size: int) -> Placement:
+def place_layers(config: RunConfig, vocab_size: int) -> Placement:
     """Place the layers of a run as ``--pipeline-layer-split`` says, by default by cost.
 
     Args:

@@ -8,7 +8,7 @@ from megatron.planning.devices import USABLE, Device
 from megatron.planning.flops import model_flops_per_token
 from megatron.planning.memory import Memory, memory
 from megatron.planning.parameters import ParameterCount, count_parameters
-from megatron.planning.time import Step, expected_step
+from megatron.planning.time import StepEstimate, expected_step
 
 GB = 1e9
 WAITS_LONG = 0.05  # of an update
@@ -39,7 +39,7 @@ class Plan:
     vocab_size: int  # padded
     parameters: ParameterCount
     memory: Memory
-    step: Step | None  # None where nothing is known of the device
+    step: StepEstimate | None  # None where nothing is known of the device
 
     @property
     def fits(self) -> bool:
@@ -194,7 +194,7 @@ def needs(plan: Plan) -> list[tuple[str, str]]:
     return lines
 
 
-def _hint(plan: Plan, step: Step) -> str:
+def _hint(plan: Plan, step: StepEstimate) -> str:
     """How to leave out what the GPU waits for the host, if it is worth it and possible."""
     if step.parts["host"] <= WAITS_LONG * step.seconds:
         return ""

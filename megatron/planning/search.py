@@ -45,7 +45,7 @@ def layouts(config: RunConfig, world: int, node: int) -> Iterator[RunConfig]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
+class SearchResult:
     """Plans of the layouts that fit, the fastest first; how many layouts there are, and how many there was time for."""
 
     plans: list[Plan]
@@ -60,7 +60,7 @@ class Found:
         return f"{self.tried} layouts, taken at random from {self.layouts} because there was no time for more"
 
 
-def fitting(config: RunConfig, machine: Machine, vocab_size: int) -> Found:
+def fitting(config: RunConfig, machine: Machine, vocab_size: int) -> SearchResult:
     """Plans of all layouts that fit into the machine's GPUs, or of those that there is time for.
 
     The layout that ``config`` itself has does not matter.
@@ -90,10 +90,10 @@ def fitting(config: RunConfig, machine: Machine, vocab_size: int) -> Found:
         tried += 1
         if time.monotonic() > latest:
             break
-    return Found(sorted(plans, key=_seconds), len(found), tried)
+    return SearchResult(sorted(plans, key=_seconds), len(found), tried)
 
 
-def nearest(config: RunConfig, found: Found) -> Plan | None:
+def nearest(config: RunConfig, found: SearchResult) -> Plan | None:
     """The layout that changes least in a run; the fastest of equally near ones. None if none fits."""
     return min(found.plans, key=lambda other: (_distance(config, other.config), _seconds(other)), default=None)
 

@@ -20,7 +20,7 @@ from megatron.planning.communication import Traffic, communication
 from megatron.planning.devices import Device, find_device
 from megatron.planning.flops import head_flops_per_token, layer_flops_per_token, model_flops_per_token
 from megatron.planning.parameters import parameters_of_stage
-from megatron.planning.placement import place
+from megatron.planning.placement import place_layers
 
 UPDATE_BYTES = 30  # AdamW of a weight: gradient, fp32 weight and two moments in, those and the bf16 weight out
 SUM_BYTES = 10  # a bf16 gradient added to its fp32 sum
@@ -40,7 +40,7 @@ PARTS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Step:
+class StepEstimate:
     """Expected seconds of one update of the full global batch, by :data:`PARTS`, and what that means for the run."""
 
     parts: Mapping[str, float]
@@ -76,7 +76,7 @@ class Step:
         return self.days * 24 * self.world
 
 
-def expected_step(config: RunConfig, world: int, vocab_size: int, device: Device, node: int = 8) -> Step:
+def expected_step(config: RunConfig, world: int, vocab_size: int, device: Device, node: int = 8) -> StepEstimate:
     """What an update of the full global batch is expected to take.
 
     Args:
@@ -94,7 +94,7 @@ def expected_step(config: RunConfig, world: int, vocab_size: int, device: Device
     traffic = communication(config, world, vocab_size, node)
     sent = {name: _seconds(volume, device) for name, volume in traffic.items()}
     inside = (sent["all-to-all"] + sent["tensor"]) / micro_batches  # of a micro-batch's passes: the GPU works then, too
-    layers, first = place(config, vocab_size).layers, 0
+    layers, first = place_layers(config, vocab_size).layers, 0
     stages = []
     for stage, count in enumerate(layers):
         here = range(first, first + count)
@@ -108,7 +108,7 @@ def expected_step(config: RunConfig, world: int, vocab_size: int, device: Device
     parts["gradients"] = sent["dense"] + sent["experts"]
     parts["all-to-all"], parts["tensor"] = sent["all-to-all"], sent["tensor"]
     parts["pipeline"] = sent["pipeline"] + idle
-    return Step(
+    return StepEstimate(
         {name: parts[name] for name in PARTS},
         tokens=training.global_batch_size * model.seq_length,
         train_tokens=training.train_tokens or 0,

@@ -15,7 +15,7 @@ from megatron.parallel.initialize import Topology
 from megatron.parallel.watchdog import Watchdog
 from megatron.planning.plan import Machine, make_plan
 from megatron.preflight.facts import Facts, check_shared, compare_clocks, look
-from megatron.preflight.speed import Links, measure_links, measure_products
+from megatron.preflight.speed import LinkSpeeds, measure_links, measure_products
 from megatron.preflight.verdict import Need, Outcome, judge
 
 LIMIT = 60.0  # s for each check; then the ranks that are behind are named, and the run ends
@@ -81,18 +81,18 @@ def rounds(nodes: int) -> list[list[tuple[int, int]]]:
 
 def _nodes(topology: Topology) -> dict[int, list[int]]:
     """The ranks of each node, nodes in the order of their first ranks."""
-    told = _gather(topology.launch.node, topology)
+    gathered = _gather(topology.launch.node, topology)
     nodes: dict[int, list[int]] = {}
-    for rank, node in enumerate(told):
+    for rank, node in enumerate(gathered):
         nodes.setdefault(node, []).append(rank)
     return nodes
 
 
 def _gather(mine: object, topology: Topology) -> list:
-    told: list = [mine] * topology.launch.world_size
-    if len(told) > 1:
-        dist.all_gather_object(told, mine, group=topology.control_group)
-    return told
+    gathered: list = [mine] * topology.launch.world_size
+    if len(gathered) > 1:
+        dist.all_gather_object(gathered, mine, group=topology.control_group)
+    return gathered
 
 
 def _need(config: RunConfig, topology: Topology, facts: Facts) -> Need | None:
@@ -118,14 +118,14 @@ def _need(config: RunConfig, topology: Topology, facts: Facts) -> Need | None:
 def _measure_links(facts: Facts, topology: Topology, nodes: dict[int, list[int]], watchdog: Watchdog) -> None:
     """Inside each node, between pairs of nodes, and all together."""
     mine, order = topology.launch.node, list(nodes)
-    place = order.index(mine)
+    position = order.index(mine)
     watchdog.begin(4, f"preflight: links of {facts.host}")
     facts.inside = _links_of(nodes[mine], topology)
     for number, pairs in enumerate(rounds(len(nodes))):
         watchdog.begin(5 + number, f"preflight: links between nodes, round {number + 1}")
         for pair in pairs:
-            if place in pair:
-                other = order[sum(pair) - place]
+            if position in pair:
+                other = order[sum(pair) - position]
                 links = _links_of(sorted(nodes[mine] + nodes[other]), topology)
                 if links is not None:
                     facts.pairs[other] = links
@@ -134,7 +134,7 @@ def _measure_links(facts: Facts, topology: Topology, nodes: dict[int, list[int]]
         facts.everywhere = measure_links(member_group(dist.group.WORLD), topology.device)
 
 
-def _links_of(ranks: Sequence[int], topology: Topology) -> Links | None:
+def _links_of(ranks: Sequence[int], topology: Topology) -> LinkSpeeds | None:
     if len(ranks) < 2:
         return None
     group = member_group(dist.new_group(list(ranks), use_local_synchronization=True, group_desc="preflight"))

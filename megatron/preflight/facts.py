@@ -25,7 +25,7 @@ from megatron.config import RunConfig
 from megatron.data.dataset_checks import corpora_of, open_problems
 from megatron.data.index_file import read_index
 from megatron.parallel.initialize import Topology
-from megatron.preflight.speed import Links
+from megatron.preflight.speed import LinkSpeeds
 
 TAKEN = 0.1  # share of a GPU's memory that may be in use before the run; a CUDA context takes less
 _ROUNDS = 5  # of comparing clocks
@@ -49,9 +49,9 @@ class Facts:
     crowded: bool = False  # another program holds memory of the GPU
     computes: bool = True  # the device gave the right product
     tflops: float = 0.0
-    inside: Links | None = None  # of the node
-    pairs: dict[int, Links] = dataclasses.field(default_factory=dict)  # other node -> links of both together
-    everywhere: Links | None = None
+    inside: LinkSpeeds | None = None  # of the node
+    pairs: dict[int, LinkSpeeds] = dataclasses.field(default_factory=dict)  # other node -> links of both together
+    everywhere: LinkSpeeds | None = None
 
     @property
     def name(self) -> str:
@@ -73,11 +73,11 @@ def look(config: RunConfig, topology: Topology, first_of_node: bool) -> Facts:
                 "program runs there, or the rest of one: nvidia-smi shows it"
             )
     if first_of_node:
-        with _told_in(facts):
+        with _recording_problems(facts):
             facts.data, problems = read_data(config)
             facts.problems += problems
         if config.checkpoint.save is not None:
-            with _told_in(facts):
+            with _recording_problems(facts):
                 facts.disk_free = free_space(Path(config.checkpoint.save))
     return facts
 
@@ -122,7 +122,7 @@ def read_data(config: RunConfig) -> tuple[dict[str, int], list[str]]:
         try:
             index = read_index(prefix)
             for number in (0, -1):  # read, not mapped: a mapped file that cannot be read ends the process
-                length, start = int(index.lengths[number]), int(index.places[number])
+                length, start = int(index.lengths[number]), int(index.offsets[number])
                 np.fromfile(f"{prefix}.bin", index.dtype, length, offset=start)
         except (OSError, ValueError) as error:
             problems.append(f"{flag} {prefix}: its documents cannot be read: {type(error).__name__}: {error}")
@@ -142,13 +142,13 @@ def free_space(folder: Path) -> float:
 
 def compare_clocks(facts: Facts, topology: Topology) -> None:
     """Set ``clock``. All ranks read their clocks when they leave a barrier; what they differ by least is the skew."""
-    told: list = [None] * topology.launch.world_size
+    gathered: list = [None] * topology.launch.world_size
     readings = []
     for _ in range(_ROUNDS):
         dist.barrier(group=topology.control_group)
         readings.append(time.time())
-    dist.all_gather_object(told, readings, group=topology.control_group)
-    middle = [statistics.median_low(times) for times in zip(*told, strict=True)]
+    dist.all_gather_object(gathered, readings, group=topology.control_group)
+    middle = [statistics.median_low(times) for times in zip(*gathered, strict=True)]
     facts.clock = min((time - other for time, other in zip(readings, middle, strict=True)), key=abs)
 
 
@@ -156,27 +156,27 @@ def check_shared(config: RunConfig, facts: Facts, topology: Topology, first_of_n
     """Whether all nodes see the same ``--save`` folder: checkpoints are written by all into one."""
     if config.checkpoint.save is None:
         return
-    folder, told = Path(config.checkpoint.save), [None]
+    folder, marker = Path(config.checkpoint.save), [None]
     if topology.is_first:
-        with _told_in(facts):
+        with _recording_problems(facts):
             name = f".preflight-{secrets.token_hex(8)}"  # new, so that no network file system remembers its absence
             folder.mkdir(parents=True, exist_ok=True)
             (folder / name).touch()
-            told = [name]
-    dist.broadcast_object_list(told, src=0, group=topology.control_group)
-    if first_of_node and told[0] is not None and not (folder / told[0]).exists():
+            marker = [name]
+    dist.broadcast_object_list(marker, src=0, group=topology.control_group)
+    if first_of_node and marker[0] is not None and not (folder / marker[0]).exists():
         facts.problems.append(
             f"--save {folder}: does not hold here what rank 0 has written there; give a folder on a file system that "
             "all nodes share"
         )
     dist.barrier(group=topology.control_group)
-    if topology.is_first and told[0] is not None:
-        (folder / told[0]).unlink(missing_ok=True)
+    if topology.is_first and marker[0] is not None:
+        (folder / marker[0]).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def _told_in(facts: Facts) -> Iterator[None]:
-    """What goes wrong inside becomes one of the problems."""
+def _recording_problems(facts: Facts) -> Iterator[None]:
+    """Add an error that is raised inside to the problems."""
     try:
         yield
     except (OSError, ValueError) as error:

@@ -11,7 +11,7 @@ _REPEATS = 5  # the fastest counts
 
 
 @dataclasses.dataclass(frozen=True)
-class Links:
+class LinkSpeeds:
     """Bus bandwidth of a group of n ranks in GB/s: what each link carries, whatever n is.
 
     An all-reduce of B bytes in t seconds: 2 (n - 1) / n B / t. An all-to-all of B bytes a rank: (n - 1) / n B / t.
@@ -37,7 +37,7 @@ def measure_products(device: torch.device) -> tuple[float, bool]:
     return 2.0 * size**3 * times / seconds / 1e12, bool((out == size).all())
 
 
-def measure_links(group: dist.ProcessGroup, device: torch.device) -> Links:
+def measure_links(group: dist.ProcessGroup, device: torch.device) -> LinkSpeeds:
     """The speed of a group's links. All its ranks call it together."""
     ranks = dist.get_world_size(group)
     wanted = 256 << 20 if device.type == "cuda" else 1 << 20  # bytes
@@ -46,7 +46,7 @@ def measure_links(group: dist.ProcessGroup, device: torch.device) -> Links:
     share = (ranks - 1) / ranks * 4 * count / 1e9
     reduce = _best(lambda: dist.all_reduce(got, group=group), device)
     exchange = _best(lambda: dist.all_to_all_single(got, sent, group=group), device)
-    return Links(2 * share / reduce, share / exchange)
+    return LinkSpeeds(2 * share / reduce, share / exchange)
 
 
 def _best(work: Callable[[], object], device: torch.device) -> float:

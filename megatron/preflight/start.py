@@ -1,4 +1,4 @@
-"""What keeps ranks from starting, gathered before there are process groups, so that nobody waits for them in vain."""
+"""Errors that keep ranks from starting, gathered before there are process groups, so that no rank waits for them."""
 
 import json
 import socket
@@ -22,19 +22,19 @@ def gather_problems(launch: Launch, store: dist.Store, problem: str | None) -> l
     store.set(f"{_KEY}/{launch.rank}", json.dumps(mine))
     if launch.rank == 0:
         found = [json.loads(store.get(f"{_KEY}/{rank}")) for rank in range(launch.world_size)]
-        store.set(f"{_KEY}/all", json.dumps(_told(found)))
+        store.set(f"{_KEY}/all", json.dumps(_merge_equal(found)))
     return json.loads(store.get(f"{_KEY}/all"))
 
 
-def _told(found: list[dict[str, str | None]]) -> list[str]:
+def _merge_equal(found: list[dict[str, str | None]]) -> list[str]:
     """Equal problems once, with the ranks that have them."""
     ranks: dict[str, list[int]] = {}
     for rank, each in enumerate(found):
         if each["problem"] is not None:
             ranks.setdefault(each["problem"], []).append(rank)
-    told = []
+    lines = []
     for problem, where in ranks.items():
         hosts = ", ".join(dict.fromkeys(str(found[rank]["host"]) for rank in where))
         numbers = "all ranks" if len(where) == len(found) else f"rank {', '.join(map(str, where))} ({hosts})"
-        told.append(f"{numbers}: {problem}")
-    return told
+        lines.append(f"{numbers}: {problem}")
+    return lines

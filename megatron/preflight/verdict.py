@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from megatron.preflight.facts import Facts
-from megatron.preflight.speed import Links
+from megatron.preflight.speed import LinkSpeeds
 
 SLOW = 0.8
 """Share of the median, of all GPUs or nodes, below which one counts as slow."""
@@ -112,7 +112,7 @@ def _unequal(everyone: Sequence[Facts], what: str, value_of: Callable[[Facts], s
 
 def _unequal_versions(everyone: Sequence[Facts]) -> list[str]:
     names = list(dict.fromkeys(name for facts in everyone for name in facts.versions))
-    return [told for name in names for told in _unequal(everyone, name, lambda facts, n=name: facts.versions.get(n))]
+    return [line for name in names for line in _unequal(everyone, name, lambda facts, n=name: facts.versions.get(n))]
 
 
 def _unequal_devices(everyone: Sequence[Facts]) -> list[str]:
@@ -130,11 +130,11 @@ def _skewed(nodes: dict[int, list[Facts]]) -> list[str]:
 def _unequal_data(nodes: dict[int, list[Facts]]) -> list[str]:
     firsts = [ranks[0] for ranks in nodes.values()]
     files = list(dict.fromkeys(file for facts in firsts for file in facts.data))
-    told = []
+    problems = []
     for file in files:
-        having = [facts for facts in firsts if file in facts.data]  # where it is missing that is told already
-        told += _unequal(having, f"{file} of bytes", lambda facts, f=file: str(facts.data.get(f)))
-    return told
+        having = [facts for facts in firsts if file in facts.data]  # a missing file is reported elsewhere
+        problems += _unequal(having, f"{file} of bytes", lambda facts, f=file: str(facts.data.get(f)))
+    return problems
 
 
 def _room(nodes: dict[int, list[Facts]], need: Need | None, broken: list[str], notes: list[str]) -> None:
@@ -189,7 +189,7 @@ def _table(nodes: dict[int, list[Facts]], broken: Sequence[str], slow: Sequence[
     lines = ["  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
     everywhere = [facts.everywhere for ranks in nodes.values() for facts in ranks if facts.everywhere is not None]
     if everywhere:
-        slowest = Links(min(e.all_reduce for e in everywhere), min(e.all_to_all for e in everywhere))
+        slowest = LinkSpeeds(min(e.all_reduce for e in everywhere), min(e.all_to_all for e in everywhere))
         lines.append(
             f"  all nodes together: all-reduce {slowest.all_reduce:.3g} GB/s, all-to-all {slowest.all_to_all:.3g} GB/s"
         )

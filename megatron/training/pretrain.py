@@ -15,9 +15,9 @@ from megatron.config.flags import from_dict, to_dict
 from megatron.config.spans import nth_outside
 from megatron.config.validation import validate
 from megatron.data.data_state import DataState
+from megatron.data.data_table import data_table
 from megatron.data.documents import check_documents
 from megatron.data.gpt_dataset import ResumedData, build_datasets
-from megatron.data.statement import statement
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.engine import deepspeed_config
 from megatron.engine.offload import threads_in_words
@@ -29,7 +29,7 @@ from megatron.parallel.launch import Launch
 from megatron.parallel.replicas import ReplicasDiffer
 from megatron.parallel.watchdog import Watchdog
 from megatron.planning.parameters import count_parameters
-from megatron.planning.placement import place
+from megatron.planning.placement import place_layers
 from megatron.preflight import gather_problems, preflight
 from megatron.training.clock import Clock, total_samples
 from megatron.training.ending import record_end
@@ -175,10 +175,10 @@ def _run(config: RunConfig, topology: Topology, stop: StopRequest, monitor: Fail
         train_tokens = samples * config.model.seq_length
         _announce(report, config, topology, tokenizer, clock, vocab_size, train_tokens, name, found is not None, base)
         if topology.is_first:
-            print(statement(config, samples, data.state), flush=True)
+            print(data_table(config, samples, data.state), flush=True)
             print(outlook(config, topology, vocab_size), flush=True)
             if topology.pipeline_parallel_size > 1:
-                print(place(config, vocab_size), flush=True)
+                print(place_layers(config, vocab_size), flush=True)
             if config.optimizer.optimizer_cpu_offload:
                 print(threads_in_words(), flush=True)
             begun = found or base

@@ -241,7 +241,7 @@ def test_lost_bytes_are_noticed(tmp_path):
     with open(tmp_path / "d.incomplete.bin", "ab") as file:
         file.write(b"\1\0")
     with pytest.raises(DataError, match=r"the \.bin has 6 bytes, but its \.idx speaks of 4"):
-        writer.finish(manifest.Manifest({}, "text", False, "uint16", 1, 3, 0, []))
+        writer.finish(manifest.DatasetManifest({}, "text", False, "uint16", 1, 3, 0, []))
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ def test_torchrun():
         "SLURM_STEP_NODELIST": "n[1-2]",
     }
     launch = Launch.from_environment(env)
-    assert (launch.rank, launch.world_size, launch.local_rank, launch.starter) == (5, 8, 1, "torchrun")
+    assert (launch.rank, launch.world_size, launch.local_rank, launch.launcher) == (5, 8, 1, "torchrun")
 
 
 def test_srun_meets_at_the_first_host_of_the_step():
@@ -28,7 +28,7 @@ def test_srun_meets_at_the_first_host_of_the_step():
         "SLURM_JOB_ID": "41",
     }
     launch = Launch.from_environment(env)
-    assert (launch.rank, launch.world_size, launch.local_rank, launch.starter) == (3, 4, 1, "srun")
+    assert (launch.rank, launch.world_size, launch.local_rank, launch.launcher) == (3, 4, 1, "srun")
     assert launch.master_addr == "gpu003"
     other = Launch.from_environment(env | {"SLURM_JOB_ID": "42"})
     assert launch.master_port != other.master_port

@@ -12,7 +12,7 @@ from megatron.parallel.groups import ExpertGroup, TensorGroup
 from megatron.planning.measured import PEAKS, VOCAB, run_of
 from megatron.planning.memory import PARTS, memory
 from megatron.planning.parameters import parameters_of_stage
-from megatron.planning.placement import place
+from megatron.planning.placement import place_layers
 
 GB = 1e9
 
@@ -115,7 +115,7 @@ def test_stages_add_up_to_the_model_and_a_second_token_table():
     run = build(PRESETS["350M+MoE-128"] | {"pipeline_model_parallel_size": 4, "moe_expert_parallel_size": (1,)})
     whole = parameters_of_stage(run, VOCAB, range(24), first=True, last=True)
     start, stages = 0, []
-    for stage, count in enumerate(place(run, VOCAB).layers):
+    for stage, count in enumerate(place_layers(run, VOCAB).layers):
         stages.append(parameters_of_stage(run, VOCAB, range(start, start + count), first=stage == 0, last=stage == 3))
         start += count
     assert sum(stage.total for stage in stages) == whole.total + VOCAB * 1024

@@ -7,7 +7,7 @@ import pytest
 
 from megatron.config import ModelConfig, MoEConfig, ParallelConfig, RunConfig
 from megatron.config.presets import PRESETS
-from megatron.planning.placement import balanced, layer_costs, place
+from megatron.planning.placement import balanced, layer_costs, place_layers
 
 
 def run(layers: int = 24, stages: int = 4, experts: int = 1, expert_parallel: int = 1, split: str | None = None):
@@ -49,7 +49,7 @@ def test_more_stages_than_layers_are_refused():
 
 
 def test_the_stage_with_the_head_gets_fewer_layers():
-    placed = place(run(), 50304)
+    placed = place_layers(run(), 50304)
     assert sum(placed.layers) == 24
     assert placed.layers[-1] == min(placed.layers) < 6
     assert sum(placed.costs) == pytest.approx(1.0)
@@ -64,7 +64,7 @@ def test_experts_cost_memory_unless_they_are_spread():
 
 
 def test_a_given_split_wins_and_is_shown_with_its_costs():
-    placed = place(run(layers=8, stages=2, split="6,2"), 50304)
+    placed = place_layers(run(layers=8, stages=2, split="6,2"), 50304)
     assert placed.layers == (6, 2)
     assert str(placed).startswith("pipeline stages: layers 0-5 (")
     assert ", layers 6-7 (" in str(placed)
@@ -75,4 +75,4 @@ def test_published_models_can_be_placed(preset):
     import megatron.config.options as options
 
     config = options.build(PRESETS[preset] | {"pipeline_model_parallel_size": 4})
-    assert max(place(config, 50304).costs) < 0.35
+    assert max(place_layers(config, 50304).costs) < 0.35

@@ -7,7 +7,7 @@ import pytest
 
 from megatron.preflight.check import rounds
 from megatron.preflight.facts import Facts, code_version, versions
-from megatron.preflight.speed import Links
+from megatron.preflight.speed import LinkSpeeds
 from megatron.preflight.verdict import Need, judge
 
 GB = 1e9
@@ -25,7 +25,7 @@ def links_of(nodes: int, slow: int | None) -> list[Facts]:
     for pair in itertools.chain(*rounds(nodes)):
         speed = 5.0 if slow in pair else 50.0
         for mine, other in (pair, pair[::-1]):
-            found[mine].pairs[other] = Links(speed, speed)
+            found[mine].pairs[other] = LinkSpeeds(speed, speed)
     return found
 
 

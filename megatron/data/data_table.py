@@ -15,7 +15,7 @@ _Row = tuple[str, ...]
 _HEADER = ("data", "documents", "tokens", "sequences", "share", "read", "epochs")
 
 
-def statement(config: RunConfig, samples: int, state: DataState | None = None) -> str:
+def data_table(config: RunConfig, samples: int, state: DataState | None = None) -> str:
     """Documents, tokens and sequences of each corpus, and how much is read of it.
 
     "read" is the number of sequences: of training data in the whole run, of other sets at each validation or, for test
@@ -45,11 +45,11 @@ def statement(config: RunConfig, samples: int, state: DataState | None = None) -
     return _aligned(rows)
 
 
-def plan_statement(config: RunConfig, samples: int) -> str:
-    """:func:`statement` of a run that may be planned where its data are not; which files are missing, if they are."""
+def planned_data_table(config: RunConfig, samples: int) -> str:
+    """:func:`data_table` of a run that may be planned where its data are not; which files are missing, if they are."""
     if missing := [file for prefix in corpora_of(config.data).prefixes() for file in missing_files(prefix)]:
         return f"data: not looked at, since there is no {', '.join(missing)}"
-    return statement(config, samples)
+    return data_table(config, samples)
 
 
 def _as_given(corpora: Iterable[CorpusState], source: Source) -> list[CorpusState]:

@@ -6,10 +6,10 @@ import tiny_run
 
 from megatron.config import RunConfig
 from megatron.config.options import build
+from megatron.data.data_table import data_table, planned_data_table
 from megatron.data.dataset_checks import count_tokens
 from megatron.data.gpt_dataset import ResumedData, build_datasets
 from megatron.data.index_file import read_index
-from megatron.data.statement import plan_statement, statement
 from megatron.data.tokenizer import build_tokenizer
 
 SEQ = 32
@@ -42,7 +42,7 @@ def test_a_split_corpus(corpora, tmp_path):
         sequences = (tokens - 1) // SEQ
         numbers = [str(bounds[1] - bounds[0]), f"{tokens:,}", str(sequences), "100.0%", str(read)]
         expected.append([corpora[0], *numbers, f"{read / sequences:.2f}"])
-    text = statement(config, 640)
+    text = data_table(config, 640)
     training, first, validation, second, test, third = rows(text)
     assert [first, second, third] == expected
     assert [" ".join(row) for row in (training, validation, test)] == [
@@ -50,14 +50,14 @@ def test_a_split_corpus(corpora, tmp_path):
     ]  # fmt: skip
     assert len({len(line) for line in text.splitlines() if line.startswith("  ")}) == 1
     config.training.eval_interval = 0
-    assert rows(statement(config, 640))[2] == ["no", "validation"]
+    assert rows(data_table(config, 640))[2] == ["no", "validation"]
 
 
 def test_a_blend_and_named_sets(corpora, tmp_path):
     a, b = corpora
     sets = {"valid_data_path": (f"books={b}", a), "test_data_path": ("1", a, "3", b)}
     config = run_of(corpora, tmp_path, train_data_path=(a, b), **sets)
-    _, *training, _, books, text, _, first, second = rows(statement(config, 100))
+    _, *training, _, books, text, _, first, second = rows(data_table(config, 100))
     tokens = [count_tokens(prefix) for prefix in corpora]
     shares = [count / sum(tokens) for count in tokens]
     assert [row[4] for row in training] == [f"{share:.1%}" for share in shares]
@@ -75,15 +75,15 @@ def test_a_changed_blend_counts_what_was_read_before(corpora, tmp_path):
     begun = build_datasets(config, tokenizer, (60, 0, 0)).state
     config.data.train_data_path = ("1", a, "3", b)
     state = build_datasets(config, tokenizer, (100, 0, 0), ResumedData(begun, 60)).state
-    read = {row[0]: row[5] for row in rows(statement(config, 100, state)) if row[0] in corpora}
+    read = {row[0]: row[5] for row in rows(data_table(config, 100, state)) if row[0] in corpora}
     assert read == {a: "70", b: "30"}
 
 
 def test_a_plan_where_the_data_are_not(corpora, tmp_path):
     config = run_of(corpora, tmp_path, data_path=("1", corpora[0], "1", "elsewhere"))
-    assert plan_statement(config, 10) == "data: not looked at, since there is no elsewhere.idx, elsewhere.bin"
+    assert planned_data_table(config, 10) == "data: not looked at, since there is no elsewhere.idx, elsewhere.bin"
     config.data.data_path = (corpora[0],)
-    assert plan_statement(config, 10) == statement(config, 10)
+    assert planned_data_table(config, 10) == data_table(config, 10)
 
 
 def test_corpora_stand_in_the_order_of_the_command_line(corpora, tmp_path):
@@ -91,6 +91,6 @@ def test_corpora_stand_in_the_order_of_the_command_line(corpora, tmp_path):
     for given in (corpora, corpora[::-1]):
         config = run_of(corpora, tmp_path, train_data_path=tuple(given))
         state = build_datasets(config, build_tokenizer(config.data), (100, 0, 0)).state
-        text = statement(config, 100, state)
+        text = data_table(config, 100, state)
         assert [row[0] for row in rows(text) if row[0] in corpora] == given
-        assert text == statement(config, 100)
+        assert text == data_table(config, 100)
