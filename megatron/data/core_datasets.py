@@ -1,4 +1,4 @@
-"""The door to megatron.core.datasets.
+"""Imports megatron.core.datasets.
 
 Importing megatron.core warns that Transformer Engine and Apex, which nothing here uses, are not installed; those
 warnings end here. The import takes seconds, so import this module late.
@@ -12,8 +12,6 @@ with warnings.catch_warnings():
     from megatron.core.datasets.blended_dataset import BlendedDataset
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-    from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
-    from megatron.core.datasets.megatron_dataset import MegatronDataset
 
 # Warns that the index of a blend is not cached, which core_order.py decides on purpose.
 logging.getLogger("megatron.core.datasets.blended_dataset").setLevel(logging.ERROR)
@@ -21,10 +19,6 @@ logging.getLogger("megatron.core.datasets.blended_dataset").setLevel(logging.ERR
 __all__ = [
     "BlendedDataset",
     "BlendedMegatronDatasetBuilder",
-    "DType",
     "GPTDataset",
     "GPTDatasetConfig",
-    "IndexedDataset",
-    "IndexedDatasetBuilder",
-    "MegatronDataset",
 ]

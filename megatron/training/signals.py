@@ -31,7 +31,7 @@ class StopSignals:
         with StopSignals() as signals:  # before anything slow
             ...
 
-    Until :meth:`all_met`, a rank may be waiting for one that has died. It is by SIGTERM that a starter then ends those
+    Until :meth:`all_met`, a rank may be waiting for one that has died. It is by SIGTERM that a launcher then ends those
     who wait, so SIGTERM ends the process at once, with status 0: nothing has been trained, and nothing is lost.
     """
 

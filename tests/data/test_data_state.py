@@ -1,4 +1,4 @@
-"""What a checkpoint records of the training data, and what a run may go on with."""
+"""The record of the training data in a checkpoint, and the data with which a run can be resumed."""
 
 import dataclasses
 import json
@@ -34,7 +34,7 @@ def test_the_same_documents_twice_are_refused():
     begin(corpus("a"), corpus("a", documents=9))  # another split
 
 
-def test_the_same_data_go_on_wherever_they_lie_and_in_whatever_units_weights_are():
+def test_paths_and_units_of_weights_may_change_on_a_resume():
     state = begin(corpus("a", 1.0), corpus("b", 3.0))
     moved = begin(*(CorpusState(f"/new/{name}", name * 8, 0, 10, w) for name, w in (("b", 0.75), ("a", 0.25))))
     resumed, notes = state.resumed(moved, 100, change=False)
@@ -52,14 +52,14 @@ def test_the_same_data_go_on_wherever_they_lie_and_in_whatever_units_weights_are
         ((corpus("a"), corpus("b", 2.0)), ("data/b: share 0.666667, in the checkpoint 0.5",)),
     ],
 )
-def test_other_data_are_refused_with_the_ways_out(now, words):
+def test_other_data_are_refused_with_the_options(now, words):
     with pytest.raises(DataError) as error:
         begin(corpus("a"), corpus("b")).resumed(begin(*now), 100, change=False)
     for word in (*words, "--change-blend", "--finetune"):
         assert word in str(error.value)
 
 
-def test_a_changed_blend_goes_on_where_each_corpus_stands():
+def test_a_changed_blend_continues_each_corpus():
     first = begin(corpus("a", 1.0), corpus("b", 3.0))
     second, notes = first.resumed(begin(corpus("b", 1.0), corpus("c", 1.0)), 101, change=True)
     read = dict(zip("ab", BlendOrder([1, 3]).counts(101), strict=True))
@@ -77,7 +77,7 @@ def test_a_changed_blend_goes_on_where_each_corpus_stands():
     assert second.resumed(begin(corpus("b"), corpus("c")), 120, change=True) == (second, [])
 
 
-def test_another_split_of_a_corpus_that_was_read_is_told():
+def test_another_split_of_a_corpus_that_was_read_is_reported():
     first = begin(corpus("a"), corpus("b"))
     _, notes = first.resumed(begin(corpus("a", documents=9), corpus("b")), 10, change=True)
     assert any(note.startswith("data/a begins with its first sequence") and "--split" in note for note in notes)

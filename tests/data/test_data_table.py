@@ -1,4 +1,4 @@
-"""What a run says of its data before it reads them, compared with what it then reads."""
+"""The table of a run's data, compared with the data that it then reads."""
 
 import numpy as np
 import pytest
@@ -79,14 +79,14 @@ def test_a_changed_blend_counts_what_was_read_before(corpora, tmp_path):
     assert read == {a: "70", b: "30"}
 
 
-def test_a_plan_where_the_data_are_not(corpora, tmp_path):
+def test_a_plan_without_the_data(corpora, tmp_path):
     config = run_of(corpora, tmp_path, data_path=("1", corpora[0], "1", "elsewhere"))
     assert planned_data_table(config, 10) == "data: not looked at, since there is no elsewhere.idx, elsewhere.bin"
     config.data.data_path = (corpora[0],)
     assert planned_data_table(config, 10) == data_table(config, 10)
 
 
-def test_corpora_stand_in_the_order_of_the_command_line(corpora, tmp_path):
+def test_corpora_are_in_the_order_of_the_command_line(corpora, tmp_path):
     """Checkpoints have them in an order of their own."""
     for given in (corpora, corpora[::-1]):
         config = run_of(corpora, tmp_path, train_data_path=tuple(given))

@@ -126,7 +126,7 @@ def test_a_corpus_whose_documents_do_not_end_is_refused(tmp_path, caplog):
     assert not caplog.records
 
 
-def test_a_corpus_of_which_some_documents_do_not_end_is_told(tmp_path, caplog):
+def test_a_corpus_of_which_some_documents_do_not_end_is_a_warning(tmp_path, caplog):
     tokenizer = build_tokenizer(corpus.byte_level(tmp_path))
     prefix = str(tmp_path / "some")
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)

@@ -72,7 +72,7 @@ def test_items(config):
 
 def test_one_epoch_reads_every_document_of_the_split_once(config):
     """Cut into sequences with one token of overlap, the text of the split comes back, and of no other split."""
-    from megatron.data.core_datasets import IndexedDataset
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     source = IndexedDataset(config.data.data_path[0])
     documents, tokens = corpus.split_sizes(config.data.data_path[0], config.data.split)[0]

@@ -28,7 +28,7 @@ TEXTS = corpus.NASTY + corpus.MARKERS + corpus.english(60) + corpus.random_texts
 def test_text_to_files_to_text(make, append_eod, tmp_path):
     texts = [text.replace("\u2581", "") for text in TEXTS]
     done = run(tmp_path, texts, make=make, append_eod=append_eod)
-    from megatron.data.core_datasets import IndexedDataset
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     tokenizer = build_tokenizer(make(tmp_path))
     dataset = IndexedDataset(str(tmp_path / "out_text_document"))
@@ -47,7 +47,7 @@ def test_files_are_those_of_megatrons_own_builder(tmp_path):
     """As Megatron's tool calls it: an empty document adds to the documents but not to the sequences."""
     import torch
 
-    from megatron.data.core_datasets import IndexedDatasetBuilder
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     run(tmp_path, TEXTS)
     tokenizer = build_tokenizer(corpus.gpt2(tmp_path))

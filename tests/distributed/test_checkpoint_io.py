@@ -1,4 +1,4 @@
-"""Checkpoints of several processes: saved by four, loaded by one to four; trouble on one rank is everyone's."""
+"""Checkpoints of several processes: saved by four, loaded by one to four; an error on one rank is raised on all."""
 
 import contextlib
 import multiprocessing
@@ -32,10 +32,10 @@ def make_tensors() -> dict[str, torch.Tensor]:
     }
 
 
-def piece(
+def fragment(
     name: str, tensor: torch.Tensor, start: int, end: int, row: int = 0, rows: int | None = None
 ) -> ShardedTensor:
-    """Elements [start, end) of the flattened rows [row, row + rows) of ``tensor``, cut as ZeRO-1 does."""
+    """Elements [start, end) of the flattened rows [row, row + rows) of ``tensor``, partitioned as by ZeRO-1."""
     part = tensor if rows is None else tensor[row : row + rows]
     boxes = []
     for offsets, sizes, _ in flat_boxes(part.shape, start, end - start):
@@ -45,22 +45,22 @@ def piece(
 
 
 def layout_of_four(tensors: dict[str, torch.Tensor], rank: int) -> list[ShardedTensor]:
-    """Uneven ZeRO fragments (rank 2 has none of w), experts over 2 ranks with 2 replicas sharing them, replicas."""
+    """Uneven ZeRO partitions (rank 2 has none of w), experts on 2 ranks with 2 replicas, replicated tensors."""
     cuts = [0, 37, 75, 75, 120]
     half = 12  # of 4 experts x 3 x 2 elements
     return [
-        piece("w", tensors["w"], cuts[rank], cuts[rank + 1]),
-        piece("experts", tensors["experts"], rank // 2 * half, (rank // 2 + 1) * half, row=rank % 2 * 4, rows=4),
-        piece("half", tensors["half"], *[(0, 10), (10, 12), (12, 27), (0, 0)][rank]),
-        piece("replicated", tensors["replicated"], 0, 7),
-        piece("scalar", tensors["scalar"], 0, 1),
+        fragment("w", tensors["w"], cuts[rank], cuts[rank + 1]),
+        fragment("experts", tensors["experts"], rank // 2 * half, (rank // 2 + 1) * half, row=rank % 2 * 4, rows=4),
+        fragment("half", tensors["half"], *[(0, 10), (10, 12), (12, 27), (0, 0)][rank]),
+        fragment("replicated", tensors["replicated"], 0, 7),
+        fragment("scalar", tensors["scalar"], 0, 1),
     ]
 
 
 def even_layout(tensors: dict[str, torch.Tensor], rank: int, size: int) -> list[ShardedTensor]:
-    """Every tensor flattened and cut evenly over ``size`` ranks."""
+    """Every tensor flattened and partitioned evenly over ``size`` ranks."""
     return [
-        piece(name, tensor, tensor.numel() * rank // size, tensor.numel() * (rank + 1) // size)
+        fragment(name, tensor, tensor.numel() * rank // size, tensor.numel() * (rank + 1) // size)
         for name, tensor in tensors.items()
     ]
 
@@ -97,7 +97,7 @@ def test_saved_by_four_loaded_by_one_two_three_and_four(tmp_path):
     # one process without torch.distributed, whole tensors
     tensors = make_tensors()
     copies = {name: torch.full_like(tensor, float("nan")) for name, tensor in tensors.items()}
-    load(tmp_path, [piece(name, copy, 0, copy.numel()) for name, copy in copies.items()])
+    load(tmp_path, [fragment(name, copy, 0, copy.numel()) for name, copy in copies.items()])
     for name, tensor in tensors.items():
         assert torch.equal(copies[name], tensor), name
     # replicas are on disk once
@@ -124,7 +124,7 @@ def message(work: Callable[[], Any]) -> str:
 
 @contextlib.contextmanager
 def full_disk(here: bool):
-    """Files of this process may not grow beyond 2000 bytes."""
+    """Limits the files of this process to 2000 bytes if ``here``."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     if here:
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
@@ -134,41 +134,41 @@ def full_disk(here: bool):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def trouble(folder: Path) -> dict[str, Any]:
-    """What each rank is told when something goes wrong on one of the two."""
+def errors_on_one_rank(folder: Path) -> dict[str, Any]:
+    """The error that this rank sees when something fails on one of the two ranks."""
     rank = dist.get_rank()
-    told: dict[str, Any] = {}
+    seen: dict[str, Any] = {}
     save(folder, 1, halves(1.0, rank), {"step": 1})
     with full_disk(rank == 1):
-        told["full disk"] = message(lambda: save(folder, 2, halves(2.0, rank), {}))
+        seen["full disk"] = message(lambda: save(folder, 2, halves(2.0, rank), {}))
     with full_disk(rank == 0):
-        told["full disk at first"] = message(lambda: save(folder, 2, halves(2.0, rank), {}))
-    told["hole"] = message(lambda: save(folder, 2, halves(2.0, 0), {}))
+        seen["full disk at first"] = message(lambda: save(folder, 2, halves(2.0, rank), {}))
+    seen["hole"] = message(lambda: save(folder, 2, halves(2.0, 0), {}))
     wrong = [ShardedTensor("w", (3000,), torch.float32, [])] if rank == 1 else halves(2.0, 0)
-    told["disagreement"] = message(lambda: save(folder, 2, wrong, {}))
-    told["bad box"] = message(lambda: save(folder, 2, halves(2.0, rank * 5), {}))
+    seen["disagreement"] = message(lambda: save(folder, 2, wrong, {}))
+    seen["bad box"] = message(lambda: save(folder, 2, halves(2.0, rank * 5), {}))
 
     saver = AsyncSaver(dist.group.WORLD)
     saver.save(folder, 2, halves(2.0, rank), {"lock": threading.Lock()} if rank == 1 else {})
-    told["cannot be copied"] = message(saver.wait)
+    seen["cannot be copied"] = message(saver.wait)
     if rank == 0:
-        told["left"] = sorted(path.name for path in folder.iterdir())
+        seen["left"] = sorted(path.name for path in folder.iterdir())
 
     mine = torch.zeros(1000)
     destination = [ShardedTensor("w", (2000,), torch.float32, [Box((1000 * rank,), mine)])]
     other = [ShardedTensor("v", (2,), torch.float32, [])] if rank == 1 else []
-    told["missing"] = message(lambda: load(folder, destination + other))
-    told["unexpected"] = message(lambda: load(folder, []))
-    load(folder, destination if rank == 1 else [])  # what one rank asks for is wanted
-    told["loaded by one"] = mine.sum().item()
+    seen["missing"] = message(lambda: load(folder, destination + other))
+    seen["unexpected"] = message(lambda: load(folder, []))
+    load(folder, destination if rank == 1 else [])  # one rank may load what the other does not
+    seen["loaded by one"] = mine.sum().item()
 
     path = saver.save(folder, 3, halves(3.0, rank), {"step": 3}, group=dist.group.WORLD)
     numbers = torch.ones(1)
-    for _ in range(50):  # the training goes on meanwhile, with the same ranks
+    for _ in range(50):  # training continues on the same ranks
         dist.all_reduce(numbers)
-    told["training"] = numbers.item()
+    seen["training"] = numbers.item()
     saver.wait()
-    told["background"] = load(folder, destination), mine.sum().item()
+    seen["background"] = load(folder, destination), mine.sum().item()
 
     mine.zero_()
     dist.barrier()
@@ -177,14 +177,14 @@ def trouble(folder: Path) -> dict[str, Any]:
         data[-5] ^= 1
         (path / "data-00001.safetensors").write_bytes(data)
     dist.barrier()
-    told["damage"] = message(lambda: load(folder, destination))
-    told["nowhere"] = message(lambda: load(folder / "nowhere", destination))
-    told["after damage"] = mine.sum().item()
-    return told
+    seen["damage"] = message(lambda: load(folder, destination))
+    seen["nowhere"] = message(lambda: load(folder / "nowhere", destination))
+    seen["after damage"] = mine.sum().item()
+    return seen
 
 
-def test_trouble_on_one_rank_is_told_to_all(tmp_path):
-    first, second = run_distributed(trouble, 2, tmp_path)
+def test_an_error_on_one_rank_is_raised_on_all(tmp_path):
+    first, second = run_distributed(errors_on_one_rank, 2, tmp_path)
     for what in set(first) - {"left", "loaded by one"}:
         assert first[what] == second[what], what
     kept = "the checkpoint of step 2 was not saved in .*; earlier ones are as they were. "
@@ -215,10 +215,10 @@ def save_and_lose_a_rank(rank: int, folder: Path) -> None:
     save(folder / "run", 1, halves(1.0, rank), {"step": 1})
     if rank == 1:
         die_before_change(2)
-    (folder / "told").write_text(message(lambda: save(folder / "run", 2, halves(2.0, rank), {})))
+    (folder / "error").write_text(message(lambda: save(folder / "run", 2, halves(2.0, rank), {})))
 
 
-def test_a_rank_killed_while_it_saves_is_noticed(tmp_path):
+def test_a_rank_that_is_killed_during_a_save_is_an_error_on_the_other(tmp_path):
     context = multiprocessing.get_context("spawn")
     processes = [context.Process(target=save_and_lose_a_rank, args=(rank, tmp_path)) for rank in (0, 1)]
     for process in processes:
@@ -228,10 +228,10 @@ def test_a_rank_killed_while_it_saves_is_noticed(tmp_path):
     alive = [process.is_alive() for process in processes]
     for process in processes:
         process.kill()
-    assert alive == [False, False], "the survivor must not wait for the dead"
+    assert alive == [False, False], "the other rank must not wait for the dead one"
     assert processes[1].exitcode == -9
-    assert "step 2 was not saved" in (tmp_path / "told").read_text()
-    assert "Rank 0 lost contact" in (tmp_path / "told").read_text()
+    assert "step 2 was not saved" in (tmp_path / "error").read_text()
+    assert "Rank 0 lost contact" in (tmp_path / "error").read_text()
     tensor = torch.zeros(2000)
     assert load(tmp_path / "run", [ShardedTensor("w", (2000,), torch.float32, [Box((0,), tensor)])]) == {"step": 1}
     assert (tensor == 1).all()

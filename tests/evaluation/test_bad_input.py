@@ -1,4 +1,4 @@
-"""What is damaged, missing, full or interrupted: an error that names it, and nothing half-written."""
+"""Damaged or missing input, full disks and interruptions: errors name them, and no file is half-written."""
 
 import contextlib
 import json
@@ -108,7 +108,7 @@ def test_damaged_data(tmp_path, task, file, content, message):
     assert message in str(caught.value)
 
 
-def test_no_place_for_the_results(wanted, tmp_path, monkeypatch):
+def test_an_output_folder_that_cannot_be_written(wanted, tmp_path, monkeypatch):
     def model(*_: object) -> None:
         raise AssertionError("the model was loaded first")
 
@@ -127,7 +127,7 @@ def test_no_place_for_the_results(wanted, tmp_path, monkeypatch):
     assert not (tmp_path / "new").exists()
 
 
-def test_a_disk_that_fills_up_costs_no_answer(wanted):
+def test_a_disk_that_fills_up_loses_no_answer(wanted):
     """The limit on the size of a file stands for the disk."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     log = Path(wanted.output) / "requests.jsonl"
@@ -178,7 +178,7 @@ def test_a_log_of_something_else_is_refused(wanted, change, message):
     assert log.read_bytes() == content
 
 
-def test_a_second_evaluation_is_kept_out(wanted):
+def test_a_second_evaluation_into_the_same_folder_is_refused(wanted):
     """And gets in when the first one has ended, without its answers being lost."""
     log = Path(wanted.output) / "requests.jsonl"
     with contextlib.closing(RequestLog(log, {})) as first:
@@ -192,7 +192,7 @@ def test_a_second_evaluation_is_kept_out(wanted):
 
 
 @pytest.mark.exhaustive  # starts the tool twice; tests/slurm kills a process of a job
-def test_a_killed_evaluation_goes_on(wanted, tmp_path):
+def test_a_killed_evaluation_is_resumed(wanted, tmp_path):
     lines = ({"text": f"w{n % 120} w{n // 120} w{n % 7}"} for n in range(500))
     (tmp_path / "data" / "lambada_test_openai.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     words = ["--load", wanted.load, "--output", wanted.output, "--data-dir", wanted.data_dir, "--device", "cpu"]

@@ -21,7 +21,7 @@ def as_before(monkeypatch):
     torch.backends.cudnn.deterministic = False
 
 
-def test_torch_is_strict_and_libraries_are_told():
+def test_torch_and_the_libraries_are_configured():
     make_deterministic()
     assert torch.are_deterministic_algorithms_enabled()
     assert not torch.is_deterministic_algorithms_warn_only_enabled()  # attention heeds the strict mode only
@@ -41,7 +41,7 @@ def test_torch_is_strict_and_libraries_are_told():
         ("NCCL_ALGO", "ring; allreduce:tree,ring"),
     ],
 )
-def test_what_the_user_has_set_stays(monkeypatch, name, value):
+def test_the_users_values_are_kept(monkeypatch, name, value):
     monkeypatch.setenv(name, value)
     make_deterministic()
     assert os.environ[name] == value
@@ -59,7 +59,7 @@ def test_what_the_user_has_set_stays(monkeypatch, name, value):
         ("NCCL_ALGO", "ring;allreduce:nvls"),
     ],
 )
-def test_what_does_not_repeat_is_refused(monkeypatch, name, value):
+def test_values_that_are_not_deterministic_are_refused(monkeypatch, name, value):
     monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=f"--deterministic: {name} is '.*'.*unset it"):
         make_deterministic()

@@ -116,13 +116,13 @@ def test_every_rank_finds_its_own_groups(world, tensor, pipeline, degrees, shard
         assert grid.group_of(world // pipeline, "embedding") == []
 
 
-def test_replicated_experts_join_the_tensor_ranks():
+def test_expert_data_groups_of_replicated_experts_span_the_tensor_ranks():
     groups = Grid(8, tensor=2).groups("expert_data", 2)
     assert groups.tolist() == [[0, 1, 4, 5], [2, 3, 6, 7]]
     assert Grid(8, tensor=2, shard_experts=True).groups("expert_data", 2).tolist() == [[0, 4], [1, 5], [2, 6], [3, 7]]
 
 
-def test_one_ranks_groups_of_16384_cost_little():
+def test_the_groups_of_one_rank_of_16384_take_little_memory():
     grid = Grid(16384, tensor=8, pipeline=16)
     tracemalloc.start()
     begin = time.perf_counter()
@@ -147,6 +147,6 @@ def test_one_ranks_groups_of_16384_cost_little():
         (lambda: Grid(8).groups("context"), "no kind of group 'context'; there are tensor, pipeline"),
     ],
 )
-def test_what_does_not_fit_is_said_with_its_equation(make, message):
+def test_sizes_that_do_not_fit_are_reported_with_the_equation(make, message):
     with pytest.raises(ValueError, match=message):
         make()

@@ -33,7 +33,7 @@ def build(monkeypatch):
     ("rank", "world", "tensor", "pipeline", "degrees"),
     [(77, 128, 1, 1, (32, 64, 64)), (1000, 1024, 8, 2, (16, 64)), (9999, 16384, 8, 16, (64, 128))],
 )
-def test_a_rank_of_many_knows_its_place_and_its_groups(build, rank, world, tensor, pipeline, degrees):
+def test_a_rank_of_many_has_its_coordinates_and_groups(build, rank, world, tensor, pipeline, degrees):
     from megatron.core import parallel_state
 
     begin = time.perf_counter()
@@ -69,7 +69,7 @@ def test_a_rank_of_many_knows_its_place_and_its_groups(build, rank, world, tenso
         parallel_state.get_expert_model_parallel_group()
 
 
-def test_one_degree_is_known_to_megatron_core_and_equal_groups_are_one(build):
+def test_megatron_core_gets_a_single_degree_and_equal_groups_are_shared(build):
     from megatron.core import parallel_state
 
     topology = build(5, 8, tensor_model_parallel_size=2, enable_expert_tensor_parallelism=True)
@@ -80,7 +80,7 @@ def test_one_degree_is_known_to_megatron_core_and_equal_groups_are_one(build):
     assert parallel_state.get_expert_data_parallel_group() is topology.data_parallel_group
 
 
-def test_a_process_has_a_gpu_of_its_own_unless_they_are_shared(monkeypatch):
+def test_each_process_has_its_own_gpu_unless_gpus_are_shared(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert [choose_device(None, rank).index for rank in range(2)] == [0, 1]

@@ -18,7 +18,7 @@ def test_torchrun():
     assert (launch.rank, launch.world_size, launch.local_rank, launch.launcher) == (5, 8, 1, "torchrun")
 
 
-def test_srun_meets_at_the_first_host_of_the_step():
+def test_the_rendezvous_of_srun_is_the_first_host_of_the_step():
     env = {
         "SLURM_PROCID": "3",
         "SLURM_NTASKS": "8",
@@ -52,12 +52,12 @@ def test_node_of_torchrun_deepspeed_and_others(extra, node):
     assert Launch.from_environment(env | extra).node == node
 
 
-def test_node_of_srun_with_ranks_dealt_out_in_turn():
+def test_node_of_srun_with_cyclic_distribution():
     env = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1", "SLURM_STEP_NODELIST": "gpu[1-2]"}
     assert Launch.from_environment(env | {"SLURM_NODEID": "1"}).node == 1
 
 
-def test_half_an_environment_is_an_error_that_names_what_is_missing():
+def test_missing_variables_are_named():
     with pytest.raises(LaunchError, match="MASTER_ADDR"):
         Launch.from_environment({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_PORT": "1"})
 

@@ -1,4 +1,4 @@
-"""How an expert group is cut by node, and why it may not be."""
+"""Splitting an expert group by node, and the reasons why it cannot be split."""
 
 import logging
 
@@ -9,7 +9,7 @@ from distributed.spawn import run_distributed
 from megatron.parallel.nodes import build_node_groups, split_by_node
 
 
-def test_one_row_for_each_node_in_the_order_of_places():
+def test_one_row_for_each_node_in_order():
     assert split_by_node(range(8), [0, 0, 0, 0, 1, 1, 1, 1]) == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert split_by_node([1, 3, 5, 7], [9, 9, 9, 9, 4, 4, 4, 4]) == [[1, 3], [5, 7]]
 
@@ -23,7 +23,7 @@ def test_one_row_for_each_node_in_the_order_of_places():
         ([0, 1, 0, 1], "does not go node by node; number ranks so, with srun: --distribution=block"),
     ],
 )
-def test_what_cannot_be_cut(node_of, message):
+def test_groups_that_cannot_be_split_by_node(node_of, message):
     with pytest.raises(ValueError, match=message):
         split_by_node(range(4), node_of)
 
@@ -41,7 +41,7 @@ def build() -> tuple[list[str], list]:
 
 
 @pytest.mark.distributed
-def test_each_rank_gets_its_groups_and_the_first_says_why_there_are_none():
+def test_each_rank_gets_its_groups_and_rank_0_logs_why_there_are_none():
     results = run_distributed(build, 4)
     lines = results[0][0]
     assert len(lines) == 2

@@ -66,7 +66,7 @@ def test_nothing_fits():
     assert nearest(run, fitting(run, plan.machine, VOCAB)) is None
 
 
-def test_the_layout_that_the_run_has_does_not_matter():
+def test_the_runs_own_layout_does_not_matter():
     run = run_of(
         "1.3B:1", global_batch_size=48, tensor_model_parallel_size=8, sequence_parallel=True, train_tokens=10**9
     )
@@ -84,13 +84,13 @@ def test_the_layout_that_the_run_has_does_not_matter():
         ({"num_layers": 2}, 5, "must be a multiple of --micro-batch-size 4 x 5 processes"),
     ],
 )
-def test_a_run_that_is_wrong_in_every_layout_is_told_why(changes, world, said):
+def test_a_run_that_is_wrong_in_every_layout_is_an_error_with_the_reason(changes, world, said):
     run = run_of("350M+8:4", global_batch_size=32, train_tokens=10**9, **changes)
     with pytest.raises(ConfigError, match=said):
         fitting(run, Machine(world, world, A100), VOCAB)
 
 
-def test_a_search_that_takes_too_long_tells_what_it_looked_at(monkeypatch):
+def test_a_search_that_takes_too_long_reports_how_much_it_has_seen(monkeypatch):
     whole = fitting(RUN, Machine(8, 8, A100), VOCAB)
     assert whole.in_words == f"{len(list(layouts(RUN, 8, 8)))} layouts"
     monkeypatch.setattr(search, "SECONDS", 0.0)

@@ -1,4 +1,4 @@
-"""What follows from the facts of all ranks."""
+"""The verdict on the facts of all ranks."""
 
 import dataclasses
 import itertools
@@ -41,8 +41,8 @@ def test_each_node_is_in_two_pairs_of_different_rounds(nodes):
 @pytest.mark.parametrize("nodes", [3, 4, 5, 8])
 def test_a_slow_node_is_found_and_its_neighbours_are_not_blamed(nodes):
     for slow in range(nodes):
-        told = judge(links_of(nodes, slow), None, on_gpu=True).slow
-        assert [line.split(":")[0] for line in told] == [f"node {slow} (host gpu{slow})"] * 2
+        reported = judge(links_of(nodes, slow), None, on_gpu=True).slow
+        assert [line.split(":")[0] for line in reported] == [f"node {slow} (host gpu{slow})"] * 2
     assert judge(links_of(nodes, None), None, on_gpu=True).slow == []
 
 
@@ -57,17 +57,17 @@ def test_a_slow_gpu_is_named_by_its_rank_and_the_node_by_its_row():
     assert judge(everyone, None, on_gpu=False).slow == [], "a CPU's cores serve others too"
 
 
-def test_what_differs_from_the_others_is_broken():
+def test_a_difference_from_the_other_nodes_is_broken():
     everyone = [facts(rank) for rank in range(3)]
     everyone[1] = facts(1, versions={"torch": "2.12.0", "driver": "1"}, device="NVIDIA A100", clock=-3.0)
-    told = judge(everyone, None, on_gpu=True).broken
-    assert [line.split(": ", 1)[1] for line in told] == [
+    reported = judge(everyone, None, on_gpu=True).broken
+    assert [line.split(": ", 1)[1] for line in reported] == [
         "torch 2.12.0, others have 2.13.0",
         "driver 1, others have none",
         "device NVIDIA A100, others have NVIDIA H100",
         "its clock is 3 s behind the others'",
     ]
-    assert all("1 (host gpu1" in line for line in told)
+    assert all("1 (host gpu1" in line for line in reported)
 
 
 @pytest.mark.parametrize(
@@ -79,11 +79,11 @@ def test_what_differs_from_the_others_is_broken():
         (5, Need(10 * GB, 3, False), 1, 0),
     ],
 )
-def test_the_disk_must_hold_what_the_run_cannot_do_without(free, need, broken, notes):
+def test_the_disk_must_hold_the_necessary_checkpoints(free, need, broken, notes):
     outcome = judge([facts(0, disk_free=free * GB)], need, on_gpu=True)
     assert (len(outcome.broken), len(outcome.notes)) == (broken, notes), outcome.words
 
 
-def test_versions_name_what_must_be_equal():
+def test_versions_that_must_be_equal():
     assert {"python", "torch", "deepspeed", "megatron-core", "this code"} <= versions().keys()
     assert len(code_version()) == 12
