@@ -40,7 +40,6 @@ def test_merging_is_preprocessing_of_all(tmp_path, monkeypatch):
 
 def test_datasets_of_other_tools_keep_their_sequences(tmp_path):
     import torch
-
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     def build(name: str, *documents: list[int]) -> str:

@@ -46,7 +46,6 @@ def test_text_to_files_to_text(make, append_eod, tmp_path):
 def test_files_are_those_of_megatrons_own_builder(tmp_path):
     """As Megatron's tool calls it: an empty document adds to the documents but not to the sequences."""
     import torch
-
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     run(tmp_path, TEXTS)
