@@ -20,7 +20,8 @@ import torch
 import torch.distributed as dist
 
 from megatron.config import RunConfig
-from megatron.data.dataset_checks import corpora_of, open_problems
+from megatron.data.corpora import find_corpora
+from megatron.data.dataset_checks import open_problems
 from megatron.parallel.initialize import Topology
 from megatron.preflight.speed import Links
 
@@ -111,7 +112,7 @@ def read_data(config: RunConfig) -> tuple[dict[str, int], list[str]]:
     from megatron.data.core_datasets import IndexedDataset
 
     sizes, problems = {}, []
-    for prefix, flag in corpora_of(config.data).prefixes().items():
+    for prefix, flag in find_corpora(config.data).prefixes().items():
         found = open_problems(prefix, flag)
         problems += found
         if found:

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron.checkpoint import CheckpointError
-from megatron.config.flags import build_parser, to_dict
-from megatron.config.options import OPTIONS, Option, build, flatten
+from megatron.config.flags import build_parser
+from megatron.config.option import Option
+from megatron.config.run import OPTIONS, build, flatten, to_dict
 from megatron.training.resume import check, check_base
 
 FILE = Path(__file__).with_name("command_line.txt")

@@ -1,15 +1,14 @@
 """Each rule: what it accepts, and a message with the numbers and a fix."""
 
 import dataclasses
-import re
 
 import pytest
 from config.problems import GOOD, MOE, problems
 
 from megatron.config import ModelConfig, RunConfig
 from megatron.config.flags import parse_args
-from megatron.config.options import OPTIONS, build
-from megatron.config.validation import _RANGES, ConfigError, validate, validate_numbers
+from megatron.config.run import build
+from megatron.config.validation import ConfigError, validate, validate_numbers
 
 GRAPHS = {"cuda_graphs": True, "device": "cuda"}
 
@@ -40,6 +39,8 @@ GRAPHS = {"cuda_graphs": True, "device": "cuda"}
         ({"split": "0.9, 0.05, 0.05"}, 4),
         ({"split": "98,2"}, 4),
         ({"split": "1", "eval_interval": 0}, 4),
+        ({"split": "1"}, 4),
+        ({"split": "98,0,2"}, 4),
         ({"lr": 1, "min_lr": 1}, 4),
         ({"save_interval": 5}, 4),
         ({"async_save": True, "keep_last": 2, "save": "checkpoints"}, 4),
@@ -234,11 +235,6 @@ def test_valid(values, world_size):
             " the data; drop one of the two",
         ),
         (
-            {"split": "98,0,2"}, 4,
-            "--split '98,0,2' leaves no documents for the validation every --eval-interval 100 updates; use 98,2,0, or"
-            " --eval-interval 0 to never validate",
-        ),
-        (
             {"async_save": True}, 4,
             "--async-save must have a folder to save in, and --save is not given; add --save DIR or drop --async-save",
         ),
@@ -258,17 +254,17 @@ def test_valid(values, world_size):
             {"skip_samples": ("0-16", "24-8")}, 4,
             "--skip-samples: got '24-8'; expected FIRST-END with FIRST below END, such as 96-160 for 96 to 159",
         ),
-        ({"watchdog_factor": 1.0}, 4, "--watchdog-factor 1.0 must be above 1; use 10 or more or leave it out"),
+        ({"watchdog_factor": 1.0}, 4, "--watchdog-factor 1.0 must be above 1, or be left out"),
         ({}, 0, "got 0 processes; a run needs at least 1"),
         (
             {"hidden_dropout": 1.0}, 4,
-            "--hidden-dropout 1.0 must be at least 0 and below 1; use a fraction, such as the default 0.1",
+            "--hidden-dropout 1.0 must be at least 0 and below 1, such as the default 0.1",
         ),
         (
             {"moe_eval_capacity_factor": 0.0}, 4,
-            "--moe-eval-capacity-factor 0.0 must be above 0; use a positive number or leave it out",
+            "--moe-eval-capacity-factor 0.0 must be above 0, or be left out",
         ),
-        ({"num_experts": (8, 0)}, 4, "--num-experts 8 0 must be at least 1; use 1 or more, such as the default 1"),
+        ({"num_experts": (8, 0)}, 4, "--num-experts 8 0 must be at least 1, such as the default 1"),
         ({"lr": "fast"}, 4, "--lr: got 'fast'; expected a number"),
         ({"num_layers": "4"}, 4, "--num-layers: got '4'; expected int"),
         ({"num_experts": [8]}, 4, "--num-experts: got [8]; expected a tuple"),
@@ -297,20 +293,6 @@ def test_documents_kept_apart_where_attention_can(values):
 def test_wrong_splits(split):
     (problem,) = problems({"split": split})
     assert problem.startswith(f"--split {split!r} must be up to three numbers")
-
-
-def test_every_number_has_a_range():
-    ranged = [name for *_, fields in _RANGES for name in fields.split()]
-    assert sorted(ranged) == sorted(name for name, option in OPTIONS.items() if option.kind in (int, float))
-
-
-@pytest.mark.parametrize("name", [name for *_, fields in _RANGES for name in fields.split()])
-def test_negative_numbers_are_found_once_and_alone(name):
-    option = OPTIONS[name]
-    value = (option.kind(-1),) * 3 if option.many else option.kind(-1)
-    extra = {"save": "checkpoints"} if name == "keep_last" else {}
-    (problem,) = problems({name: value} | extra)
-    assert re.match(rf"{option.flag} [-1.0 ]+ must be ", problem)
 
 
 def test_all_problems_are_reported_in_one_error():

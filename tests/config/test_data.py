@@ -2,8 +2,9 @@
 
 import pytest
 
-from megatron.config.options import build
-from megatron.config.validation import ConfigError, validate_files
+from megatron.config.errors import ConfigError
+from megatron.config.run import build
+from megatron.config.validation import validate
 
 
 @pytest.fixture
@@ -17,9 +18,14 @@ def data(tmp_path):
 
 def file_problems(folder, **values) -> tuple[str, ...]:
     """Problems with data fields whose names of files are relative to ``folder``."""
-    base = {"vocab_file": f"{folder}/vocab.json", "merge_file": f"{folder}/merges.txt", "data_path": (f"{folder}/web",)}
+    base = {
+        "train_tokens": 10**9,
+        "vocab_file": f"{folder}/vocab.json",
+        "merge_file": f"{folder}/merges.txt",
+        "data_path": (f"{folder}/web",),
+    }
     try:
-        validate_files(build(base | values))
+        validate(build(base | values), 1)
     except ConfigError as error:
         return tuple(problem.replace(f"{folder}/", "") for problem in error.problems)
     return ()
@@ -67,7 +73,7 @@ def test_data_path_messages(words, message, data):
         ),
         (
             {"merge_file": "/no/m.txt"},
-            "--merge-file /no/m.txt: no such file; give the file that the dataset was tokenized with",
+            "--merge-file /no/m.txt: no such file; give the tokenizer's own",
         ),
         (
             {"tokenizer_type": "SentencePieceTokenizer"},

@@ -4,8 +4,8 @@ import pytest
 from config.problems import problems
 
 from megatron.config import DataConfig
-from megatron.config.corpora import Blend, Source, find_corpora
-from megatron.config.errors import ConfigError
+from megatron.data.corpora import Blend, Source, find_corpora
+from megatron.data.errors import DataError
 
 
 def names(words: tuple[str, ...]) -> dict[str, list[str]]:
@@ -87,6 +87,16 @@ def test_names_of_validation_sets(words, expected):
             {"train_data_path": ("a",), "valid_data_path": ("b",), "eval_interval": 0},
             "--valid-data-path is never read with --eval-interval 0; use 1 or more, or drop --valid-data-path",
         ),
+        (
+            {"data_path": ("a",), "split": "98,0,2", "eval_interval": 50},
+            "--eval-interval 50 has no effect: --split '98,0,2' leaves nothing for validation; use --split 98,2,0, or"
+            " drop --eval-interval",
+        ),
+        (
+            {"train_data_path": ("a",), "eval_interval": 50},
+            "--eval-interval 50 has no effect: --train-data-path alone leaves nothing for validation; add"
+            " --valid-data-path, or drop --eval-interval",
+        ),
         ({"data_path": ("a",), "split": "0,50,50"}, "--split '0,50,50' leaves nothing for training; use 98,2,0"),
     ],
 )
@@ -99,5 +109,5 @@ def test_training_alone_has_no_validation():
 
 
 def test_without_words_it_is_missing():
-    with pytest.raises(ConfigError, match="--data-path is missing"):
+    with pytest.raises(DataError, match="--data-path is missing"):
         find_corpora(DataConfig())
