@@ -135,7 +135,7 @@ def _add_option(group: argparse._ArgumentGroup, option: Option) -> None:
                 f"--{precision}", dest=option.name, action="store_const", const=precision, help=text,
                 default=option.default,
             )  # fmt: skip
-    elif option.kind is bool:
+    elif option.opposite is not None:
         add = {"dest": option.name, "action": "store_const", "default": option.default}
         help_text = f"{help_text} (default: off; undo: {option.opposite})"
         group.add_argument(option.flag, const=not option.default, help=help_text, **add)

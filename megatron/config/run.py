@@ -165,7 +165,7 @@ def _read_keys() -> dict[str, tuple[str, Any]]:
     """Key of a file -> (field name, what ``true`` stands for, or None where the key takes the value itself)."""
     keys: dict[str, tuple[str, Any]] = {precision: ("precision", precision) for precision in PRECISIONS}
     for name, option in OPTIONS.items():
-        if option.kind is bool:
+        if option.opposite is not None:
             for flag, value in ((option.flag, not option.default), (option.opposite, option.default)):
                 keys[flag.removeprefix("--").replace("-", "_")] = (name, value)
         keys[name] = (name, None)

@@ -73,13 +73,14 @@ def build_core_datasets(
     contents = [identities[prefix].content for prefix in blend.prefixes]
     identity = {"kind": tokenizer.kind, "fingerprint": tokenizer.fingerprint, "contents": contents}
     weights = weights_of(blend) if len(blend.prefixes) > 1 else None
-    core = GPTDatasetConfig(
+    facts: Any = _CoreTokenizer(tokenizer.vocab_size, tokenizer.eod, identity)
+    core: Any = GPTDatasetConfig(
         random_seed=seed,
         sequence_length=config.model.seq_length,
         blend=(blend.prefixes, weights),
         split=config.data.split,
         path_to_cache=str(cache),
-        tokenizer=_CoreTokenizer(tokenizer.vocab_size, tokenizer.eod, identity),
+        tokenizer=facts,
         reset_position_ids=False,
         reset_attention_mask=False,
         eod_mask_loss=False,
@@ -127,7 +128,7 @@ class CachedGPTDataset(_LightPickle, GPTDataset):
     ) -> None:
         # A blend of n datasets rounds each share up and its running choice overshoots by less than one sample, so it
         # takes fewer than n samples more than its share from each.
-        parts = len(config.blend[0])
+        parts = len((config.blend or [()])[0])
         super().__init__(dataset, path, documents, num_samples + (parts if parts > 1 else 0), split, config)
 
     def __getstate__(self) -> dict[str, Any]:

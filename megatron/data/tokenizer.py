@@ -356,14 +356,14 @@ def _end_of_document(
     default = next((name for name in names if name in vocab), None)
     if wanted is not None and wanted not in vocab:
         raise DataError(f"--eod-token {wanted} is no token of {where}; give one of its vocabulary")
-    if wanted is None and default is None:
+    if wanted is not None and wanted != default:
+        return vocab[wanted], {"eod_token": wanted}
+    if default is None:
         raise DataError(
             f"{where} has no end-of-document token: looked for {', '.join(names)}. Name its own by --eod-token, or add "
             "one of them to the tokenizer"
         )
-    if wanted is None or wanted == default:
-        return vocab[default], {}
-    return vocab[wanted], {"eod_token": wanted}
+    return vocab[default], {}
 
 
 def _checked(ids: Sequence[Any], vocab_size: int) -> list[int]:

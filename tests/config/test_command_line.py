@@ -18,8 +18,8 @@ from megatron.training.resume import check, check_base
 
 FILE = Path(__file__).with_name("command_line.txt")
 HEADER = """\
-# The command line of pretrain_gpt_moe.py: flags, type, default, choices. After each option: may it change when a run is
-# resumed, and when a new run starts from the weights (--finetune)? yes; warns; no, the checkpoint is refused.
+# The command line of pretrain_gpt_moe.py: flags, type, default, choices, range. After each option: may it change when a
+# run is resumed, and when a new run starts from the weights (--finetune)? yes; warns; no, the checkpoint is refused.
 """
 # Of a model with experts, so that options of experts count.
 BASE: dict[str, Any] = {"num_experts": (2,)}
@@ -66,6 +66,8 @@ def option_line(option: Option, actions: list[argparse.Action]) -> str:
     words = [", ".join(map(flag_words, actions)), f"{value} = {option.default!r}"]
     if option.choices:
         words.append(f"choices {', '.join(option.choices)}")
+    if option.range:
+        words.append(str(option.range))
     words.append(f"resume: {outcome(check, option)}")
     words.append(f"finetune: {outcome(check_base, option)}")
     return f"{option.name}: {'; '.join(words)}"

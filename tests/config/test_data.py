@@ -18,12 +18,8 @@ def data(tmp_path):
 
 def file_problems(folder, **values) -> tuple[str, ...]:
     """Problems with data fields whose names of files are relative to ``folder``."""
-    base = {
-        "train_tokens": 10**9,
-        "vocab_file": f"{folder}/vocab.json",
-        "merge_file": f"{folder}/merges.txt",
-        "data_path": (f"{folder}/web",),
-    }
+    base = {"vocab_file": f"{folder}/vocab.json", "merge_file": f"{folder}/merges.txt", "data_path": (f"{folder}/web",)}
+    base["train_tokens"] = 10**9
     try:
         validate(build(base | values), 1)
     except ConfigError as error:
