@@ -64,6 +64,20 @@ class ParallelConfig:
     )  # fmt: skip
 
     @property
+    def layers_of_stages(self) -> tuple[int, ...] | None:
+        """``--pipeline-layer-split``, read; None if it is not given.
+
+        Raises:
+            ValueError: it is not positive whole numbers with commas between them.
+        """
+        if self.pipeline_layer_split is None:
+            return None
+        words = [word.strip() for word in self.pipeline_layer_split.split(",")]
+        if not all(word.isascii() and word.isdigit() and int(word) > 0 for word in words):
+            raise ValueError("must be positive whole numbers with commas between them")
+        return tuple(map(int, words))
+
+    @property
     def timeout(self) -> datetime.timedelta:
         """``--distributed-timeout-minutes``."""
         return datetime.timedelta(minutes=self.distributed_timeout_minutes)
@@ -136,22 +150,20 @@ def sequence_parallel(config: "RunConfig", world_size: int) -> Iterator[str]:
 @rule("num_layers", "pipeline_model_parallel_size", "pipeline_layer_split")
 def pipeline(config: "RunConfig", world_size: int) -> Iterator[str]:
     """Every pipeline stage has layers, together all of them."""
-    stages = config.parallel.pipeline_model_parallel_size
-    layers, split = config.model.num_layers, config.parallel.pipeline_layer_split
-    flag = f"--pipeline-model-parallel-size {stages}"
+    stages, layers = config.parallel.pipeline_model_parallel_size, config.model.num_layers
     if stages > layers:
-        yield f"{flag} must not exceed --num-layers {layers}: every stage needs a layer; use {layers} or fewer"
-    if split is not None:
-        yield from _split_problems(split, stages, layers)
-
-
-def _split_problems(split: str, stages: int, layers: int) -> Iterator[str]:
-    flag, even = f"--pipeline-layer-split {split}", ",".join(map(str, _even(layers, stages)))
-    words = split.split(",")
-    if not all(word.strip().isascii() and word.strip().isdigit() and int(word) > 0 for word in words):
-        yield f"{flag} must be positive whole numbers with commas between them; use {even}, or leave it out"
+        yield (
+            f"--pipeline-model-parallel-size {stages} must not exceed --num-layers {layers}: every stage needs a layer;"
+            f" use {layers} or fewer"
+        )
+    flag, even = f"--pipeline-layer-split {config.parallel.pipeline_layer_split}", _even(layers, stages)
+    try:
+        numbers = config.parallel.layers_of_stages
+    except ValueError as error:
+        yield f"{flag} {error}; use {even}, or leave it out"
         return
-    numbers = [int(word) for word in words]
+    if numbers is None:
+        return
     if len(numbers) != stages:
         yield (
             f"{flag} has {len(numbers)} numbers, and --pipeline-model-parallel-size is {stages}; give one number for"
@@ -162,9 +174,9 @@ def _split_problems(split: str, stages: int, layers: int) -> Iterator[str]:
         yield f"{flag}: {sum_} = {sum(numbers)} must be --num-layers {layers}; use {even}, or leave it out"
 
 
-def _even(layers: int, stages: int) -> list[int]:
+def _even(layers: int, stages: int) -> str:
     """As even a split as there is."""
-    return [layers // stages + (stage < layers % stages) for stage in range(stages)]
+    return ",".join(str(layers // stages + (stage < layers % stages)) for stage in range(stages))
 
 
 @rule(

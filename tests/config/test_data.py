@@ -1,10 +1,16 @@
 """Each rule of files: what it accepts, and a message with a fix."""
 
+import corpus
 import pytest
 
+from megatron.config import DataConfig
 from megatron.config.errors import ConfigError
-from megatron.config.run import build
+from megatron.config.run import OPTIONS, build
 from megatron.config.validation import validate
+from megatron.data import merging
+from megatron.data.errors import DataError
+from megatron.data.preprocess import preprocess
+from megatron.data.tokenizer import build_tokenizer
 
 
 @pytest.fixture
@@ -92,3 +98,29 @@ def test_files_of_every_set_are_looked_for(data):
         "--valid-data-path none: no file none.idx or none.bin; write the dataset with tools/preprocess_data.py",
         "--test-data-path half: no file half.bin; write the dataset with tools/preprocess_data.py",
     )
+
+
+def said(call, *args) -> tuple[str, ...]:
+    """The lines of the DataError of a call; none if it succeeds."""
+    try:
+        call(*args)
+    except DataError as error:
+        return tuple(str(error).splitlines())
+    return ()
+
+
+@pytest.mark.parametrize("kind", OPTIONS["tokenizer_type"].choices)
+@pytest.mark.parametrize("eod_token", [None, "</s>"])
+def test_a_tokenizer_is_refused_for_preprocessing_as_for_training(kind, eod_token, data):
+    options = {"tokenizer_type": kind, "tokenizer_model": "missing", "vocab_file": None, "eod_token": eod_token}
+    told = file_problems(data, **options)
+    assert told == said(build_tokenizer, DataConfig(**options, merge_file=f"{data}/merges.txt"))
+    assert (told == ()) == (kind == "ByteTokenizer" and eod_token is None)
+
+
+@pytest.mark.parametrize("split", ["1", "100,0,0", "98,2", "98;2", "0,0,0", ""])
+def test_a_split_is_refused_by_tools_as_by_training(split, data):
+    corpus.write_jsonl(data / "in.jsonl", ["text"] * 100)
+    preprocess([str(data / "in.jsonl")], str(data / "d"), DataConfig(tokenizer_type="ByteTokenizer"), workers=0)
+    prefix = f"{data}/d_text_document"
+    assert file_problems(data, data_path=(prefix,), split=split) == said(merging.split, prefix, f"{data}/cut", split)
