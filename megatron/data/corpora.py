@@ -69,7 +69,8 @@ def find_corpora(data: DataConfig) -> Corpora:
         )
     if not data.data_path and not given:
         raise DataError(
-            "--data-path is missing; give a PREFIX of tools/preprocess_data.py, or a blend 0.7 PREFIX1 0.3 PREFIX2"
+            "--data-path is missing (launch scripts: DATA_PATH); make a dataset with tools/preprocess_data.py and give"
+            " its PREFIX, or a blend 0.7 PREFIX1 0.3 PREFIX2"
         )
     if data.data_path:
         blend, shares = parse_blend(data.data_path), parse_split(data.split)

@@ -289,9 +289,7 @@ def build_tokenizer(data: DataConfig, *, split_special_tokens: bool = True) -> T
         return SentencePieceTokenizer(model_file, eod_token)
     if kind == TiktokenTokenizer.kind:
         return TiktokenTokenizer(model_file)
-    if kind == ByteTokenizer.kind:
-        return ByteTokenizer()
-    raise DataError(f"--tokenizer-type {kind!r} is not known; choose one of {', '.join(TOKENIZERS)}")
+    return ByteTokenizer()
 
 
 def tokenizer_problems(data: DataConfig) -> list[str]:
@@ -307,6 +305,8 @@ def tokenizer_problems(data: DataConfig) -> list[str]:
 def option_problems(data: DataConfig) -> list[str]:
     """What is wrong with the options of the tokenizer by themselves."""
     kind, problems = data.tokenizer_type, []
+    if kind not in TOKENIZERS:
+        return [f"--tokenizer-type {kind!r} is not known; choose one of {', '.join(TOKENIZERS)}"]
     if data.eod_token is not None and kind in (ByteTokenizer.kind, TiktokenTokenizer.kind):
         problems.append(
             f"--eod-token has no meaning for --tokenizer-type {kind}, whose end of a document is fixed; drop it"

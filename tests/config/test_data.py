@@ -45,7 +45,11 @@ def test_valid_files(data):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ((), "--data-path is missing; give a PREFIX of tools/preprocess_data.py, or a blend 0.7 PREFIX1 0.3 PREFIX2"),
+        (
+            (),
+            "--data-path is missing (launch scripts: DATA_PATH); make a dataset with tools/preprocess_data.py and give"
+            " its PREFIX, or a blend 0.7 PREFIX1 0.3 PREFIX2",
+        ),
         (("@none",), "--data-path none: no file none.idx or none.bin; write the dataset with tools/preprocess_data.py"),
         (("@half",), "--data-path half: no file half.bin; write the dataset with tools/preprocess_data.py"),
         (("@code",), "--data-path code: no file code.idx or code.bin; use code_text_document"),

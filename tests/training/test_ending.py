@@ -77,7 +77,7 @@ def test_flags_with_which_no_run_can_start(ended):
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (2, "")
     assert [line.split(":")[1].split(";")[0].strip() for line in done.stderr.splitlines()] == [
-        "--data-path is missing",
+        "--data-path is missing (launch scripts",
         "--tokenizer-type GPT2BPETokenizer needs --vocab-file, which is missing",
         "--tokenizer-type GPT2BPETokenizer needs --merge-file, which is missing",
     ]
