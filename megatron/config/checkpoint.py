@@ -52,7 +52,7 @@ def saving(config: "RunConfig", world_size: int) -> Iterator[str]:
         return
     for flag, given in (("--async-save", config.checkpoint.async_save), ("--keep-last", config.checkpoint.keep_last)):
         if given:
-            yield f"{flag} must have a folder to save in, and --save is not given; add --save DIR or drop {flag}"
+            yield f"{flag} requires a folder to save in, and --save is not given; add --save DIR or drop {flag}"
 
 
 @rule("finetune", "finetune_load_optim", "load", "save")

@@ -49,6 +49,6 @@ def spikes(config: "RunConfig", world_size: int) -> Iterator[str]:
     if config.guard.spike_sigmas is None:
         return
     if checkpoint.save is None or checkpoint.save_interval == 0:
-        yield "--spike-sigmas must have checkpoints to go back to; add --save DIR, with --save-interval above 0"
+        yield "--spike-sigmas requires checkpoints to go back to; add --save DIR, with --save-interval above 0"
     if checkpoint.keep_last == 1:
-        yield "--spike-sigmas must have a checkpoint from before the spike, and --keep-last 1 keeps none; use 2 or more"
+        yield "--spike-sigmas requires a checkpoint from before the spike, and --keep-last 1 keeps none; use 2 or more"

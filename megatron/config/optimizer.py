@@ -104,7 +104,7 @@ def gradient_reduction(config: "RunConfig", world_size: int) -> Iterator[str]:
     """Gradients can be reduced in bf16 in bf16 runs alone."""
     precision = config.optimizer.precision
     if config.optimizer.grad_reduce_in_bf16 and precision != "bf16":
-        yield f"--grad-reduce-in-bf16 must have --bf16, and the precision is {precision}; drop it, or use --bf16"
+        yield f"--grad-reduce-in-bf16 requires --bf16, and the precision is {precision}; drop it, or use --bf16"
 
 
 @rule("precision", "optimizer_name", "optimizer_cpu_offload", "exp_avg_dtype", "exp_avg_sq_dtype")
@@ -113,7 +113,7 @@ def optimizer_state(config: "RunConfig", world_size: int) -> Iterator[str]:
     optimizer = config.optimizer.optimizer_name
     if config.optimizer.optimizer_cpu_offload and optimizer != "adamw":
         yield (
-            f"--optimizer-cpu-offload must have --optimizer adamw, and the optimizer is {optimizer}; 8-bit moments are"
+            f"--optimizer-cpu-offload requires --optimizer adamw, and the optimizer is {optimizer}; 8-bit moments are"
             f" for GPU memory: use --optimizer adamw, or drop --optimizer-cpu-offload"
         )
     for flag, dtype in (
@@ -124,7 +124,7 @@ def optimizer_state(config: "RunConfig", world_size: int) -> Iterator[str]:
             continue
         if config.optimizer.precision != "bf16":
             yield (
-                f"{flag} {dtype} must have --bf16, and the precision is {config.optimizer.precision}; drop it, or use"
+                f"{flag} {dtype} requires --bf16, and the precision is {config.optimizer.precision}; drop it, or use"
                 f" --bf16"
             )
         if optimizer != "adamw" or config.optimizer.optimizer_cpu_offload:

@@ -137,7 +137,7 @@ def sequence_parallel(config: "RunConfig", world_size: int) -> Iterator[str]:
         return
     if size == 1:
         yield (
-            "--sequence-parallel must have tensor-parallel processes to split the sequence over; use"
+            "--sequence-parallel requires tensor-parallel processes to split the sequence over; use"
             " --tensor-model-parallel-size 2 or more, or drop it"
         )
     elif length % size:
@@ -215,7 +215,7 @@ def all_to_all(config: "RunConfig", world_size: int) -> Iterator[str]:
         return
     if parallel.enable_expert_tensor_parallelism and parallel.tensor_model_parallel_size == 1:
         yield (
-            "--enable-expert-tensor-parallelism must have tensor-parallel processes to share experts over; use"
+            "--enable-expert-tensor-parallelism requires tensor-parallel processes to share experts over; use"
             " --tensor-model-parallel-size 2 or more, or drop it"
         )
     chunks = f"--moe-overlap-chunks {parallel.moe_overlap_chunks}"
@@ -225,11 +225,11 @@ def all_to_all(config: "RunConfig", world_size: int) -> Iterator[str]:
     ):
         if given and max(parallel.moe_expert_parallel_size) == 1:
             yield (
-                f"{flag} must have processes that exchange tokens; use --moe-expert-parallel-size 2 or more, or drop it"
+                f"{flag} requires processes that exchange tokens; use --moe-expert-parallel-size 2 or more, or drop it"
             )
     if parallel.moe_overlap_chunks > 1 and not moe.moe_token_dropping:
         yield (
-            f"{chunks} must have buffers of fixed capacity to cut, and --disable-moe-token-dropping has none; use"
+            f"{chunks} requires buffers of fixed capacity to cut, and --disable-moe-token-dropping has none; use"
             " --moe-overlap-chunks 1, or let tokens be dropped"
         )
 
@@ -238,7 +238,7 @@ def all_to_all(config: "RunConfig", world_size: int) -> Iterator[str]:
 def backend(config: "RunConfig", world_size: int) -> Iterator[str]:
     """NCCL has GPUs."""
     if config.training.device == "cpu" and config.parallel.distributed_backend == "nccl":
-        yield "--distributed-backend nccl must have GPUs, and --device is cpu; use --distributed-backend gloo"
+        yield "--distributed-backend nccl requires GPUs, and --device is cpu; use --distributed-backend gloo"
 
 
 @rule("deepspeed_config", files=True)

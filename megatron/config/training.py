@@ -147,9 +147,9 @@ def cuda_graphs(config: "RunConfig", world_size: int) -> Iterator[str]:
         return
     flag = "--cuda-graphs"
     if training.device == "cpu":
-        yield f"{flag} must have a GPU, and --device is cpu; drop one of the two"
+        yield f"{flag} requires a GPU, and --device is cpu; drop one of the two"
     if config.optimizer.precision != "bf16":
-        yield f"{flag} must have --bf16, and the precision is {config.optimizer.precision}; drop it, or use --bf16"
+        yield f"{flag} requires --bf16, and the precision is {config.optimizer.precision}; drop it, or use --bf16"
     if config.optimizer.optimizer_cpu_offload:
         yield f"{flag} does not go with --optimizer-cpu-offload, which takes gradients one by one; drop one of the two"
     for size_flag, size in (
@@ -158,7 +158,7 @@ def cuda_graphs(config: "RunConfig", world_size: int) -> Iterator[str]:
     ):
         if size > 1:
             yield (
-                f"{flag} must have neither tensor nor pipeline parallelism, and {size_flag} is {size}; use {size_flag}"
+                f"{flag} supports neither tensor nor pipeline parallelism, and {size_flag} is {size}; use {size_flag}"
                 f" 1, or drop {flag}"
             )
     if config.data.reset_attention_mask:
@@ -170,7 +170,7 @@ def cuda_graphs(config: "RunConfig", world_size: int) -> Iterator[str]:
         return
     if not moe.moe_token_dropping:
         yield (
-            f"{flag} must have experts of fixed capacity, and --disable-moe-token-dropping gives them as many rows as"
+            f"{flag} requires experts of fixed capacity, and --disable-moe-token-dropping gives them as many rows as"
             " there are tokens; drop one of the two"
         )
     elif moe.topk == 1 and moe.moe_rts and moe.moe_noise_policy is not None:

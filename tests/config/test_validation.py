@@ -99,25 +99,25 @@ def test_valid(values, world_size):
         ),
         (
             GRAPHS | {"device": "cpu"}, 4,
-            "--cuda-graphs must have a GPU, and --device is cpu; drop one of the two",
+            "--cuda-graphs requires a GPU, and --device is cpu; drop one of the two",
         ),
         (
             GRAPHS | {"precision": "fp16"}, 4,
-            "--cuda-graphs must have --bf16, and the precision is fp16; drop it, or use --bf16",
+            "--cuda-graphs requires --bf16, and the precision is fp16; drop it, or use --bf16",
         ),
         (
             GRAPHS | {"tensor_model_parallel_size": 2}, 4,
-            "--cuda-graphs must have neither tensor nor pipeline parallelism, and --tensor-model-parallel-size is 2;"
+            "--cuda-graphs supports neither tensor nor pipeline parallelism, and --tensor-model-parallel-size is 2;"
             " use --tensor-model-parallel-size 1, or drop --cuda-graphs",
         ),
         (
             GRAPHS | {"pipeline_model_parallel_size": 2}, 4,
-            "--cuda-graphs must have neither tensor nor pipeline parallelism, and --pipeline-model-parallel-size is 2;"
+            "--cuda-graphs supports neither tensor nor pipeline parallelism, and --pipeline-model-parallel-size is 2;"
             " use --pipeline-model-parallel-size 1, or drop --cuda-graphs",
         ),
         (
             GRAPHS | {"num_experts": (8,), "moe_token_dropping": False}, 4,
-            "--cuda-graphs must have experts of fixed capacity, and --disable-moe-token-dropping gives them as many"
+            "--cuda-graphs requires experts of fixed capacity, and --disable-moe-token-dropping gives them as many"
             " rows as there are tokens; drop one of the two",
         ),
         (
@@ -187,7 +187,7 @@ def test_valid(values, world_size):
         ),
         (
             {"sequence_parallel": True}, 4,
-            "--sequence-parallel must have tensor-parallel processes to split the sequence over; use"
+            "--sequence-parallel requires tensor-parallel processes to split the sequence over; use"
             " --tensor-model-parallel-size 2 or more, or drop it",
         ),
         (
@@ -197,22 +197,22 @@ def test_valid(values, world_size):
         ),
         (
             MOE | {"enable_expert_tensor_parallelism": True}, 4,
-            "--enable-expert-tensor-parallelism must have tensor-parallel processes to share experts over; use"
+            "--enable-expert-tensor-parallelism requires tensor-parallel processes to share experts over; use"
             " --tensor-model-parallel-size 2 or more, or drop it",
         ),
         (
             MOE | {"moe_expert_parallel_size": (1,), "moe_hierarchical_all_to_all": True}, 4,
-            "--moe-hierarchical-all-to-all must have processes that exchange tokens; use --moe-expert-parallel-size 2"
+            "--moe-hierarchical-all-to-all requires processes that exchange tokens; use --moe-expert-parallel-size 2"
             " or more, or drop it",
         ),
         (
             MOE | {"moe_expert_parallel_size": (1,), "moe_overlap_chunks": 2}, 4,
-            "--moe-overlap-chunks 2 must have processes that exchange tokens; use --moe-expert-parallel-size 2 or more,"
+            "--moe-overlap-chunks 2 requires processes that exchange tokens; use --moe-expert-parallel-size 2 or more,"
             " or drop it",
         ),
         (
             MOE | {"moe_overlap_chunks": 2, "moe_token_dropping": False}, 4,
-            "--moe-overlap-chunks 2 must have buffers of fixed capacity to cut, and --disable-moe-token-dropping has"
+            "--moe-overlap-chunks 2 requires buffers of fixed capacity to cut, and --disable-moe-token-dropping has"
             " none; use --moe-overlap-chunks 1, or let tokens be dropped",
         ),
         (
@@ -222,7 +222,7 @@ def test_valid(values, world_size):
         ),
         (
             {"device": "cpu", "distributed_backend": "nccl"}, 4,
-            "--distributed-backend nccl must have GPUs, and --device is cpu; use --distributed-backend gloo",
+            "--distributed-backend nccl requires GPUs, and --device is cpu; use --distributed-backend gloo",
         ),
         (
             {"reset_attention_mask": True}, 4,
@@ -236,19 +236,19 @@ def test_valid(values, world_size):
         ),
         (
             {"async_save": True}, 4,
-            "--async-save must have a folder to save in, and --save is not given; add --save DIR or drop --async-save",
+            "--async-save requires a folder to save in, and --save is not given; add --save DIR or drop --async-save",
         ),
         (
             {"keep_last": 3}, 4,
-            "--keep-last must have a folder to save in, and --save is not given; add --save DIR or drop --keep-last",
+            "--keep-last requires a folder to save in, and --save is not given; add --save DIR or drop --keep-last",
         ),
         (
             {"spike_sigmas": 6.0}, 4,
-            "--spike-sigmas must have checkpoints to go back to; add --save DIR, with --save-interval above 0",
+            "--spike-sigmas requires checkpoints to go back to; add --save DIR, with --save-interval above 0",
         ),
         (
             {"spike_sigmas": 6.0, "save": "checkpoints", "keep_last": 1}, 4,
-            "--spike-sigmas must have a checkpoint from before the spike, and --keep-last 1 keeps none; use 2 or more",
+            "--spike-sigmas requires a checkpoint from before the spike, and --keep-last 1 keeps none; use 2 or more",
         ),
         (
             {"skip_samples": ("0-16", "24-8")}, 4,
