@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePath
 
-from megatron.config import DataConfig, TrainingConfig
+from megatron.config import DataConfig
 from megatron.data.errors import DataError
 
 _PATHS = ("train_data_path", "valid_data_path", "test_data_path")
@@ -173,16 +173,12 @@ def word_problems(data: DataConfig, eval_interval: int) -> Iterator[str]:
     if not data.data_path and not any(getattr(data, name) for name in _PATHS):
         data = dataclasses.replace(data, data_path=("PREFIX",))  # file_problems reports that none is given
     try:
-        corpora = find_corpora(data)
+        find_corpora(data)
     except DataError as error:
         yield str(error)
         return
     if data.valid_data_path and eval_interval == 0:
         yield "--valid-data-path is never read with --eval-interval 0; use 1 or more, or drop --valid-data-path"
-    if not corpora.valid and eval_interval not in (0, TrainingConfig.eval_interval):
-        fix = "use --split 98,2,0" if data.data_path else "add --valid-data-path"
-        why = f"--split {data.split!r} leaves nothing" if data.data_path else "--train-data-path alone leaves nothing"
-        yield f"--eval-interval {eval_interval} has no effect: {why} for validation; {fix}, or drop --eval-interval"
 
 
 def file_problems(data: DataConfig) -> Iterator[str]:

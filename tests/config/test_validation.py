@@ -39,8 +39,6 @@ GRAPHS = {"cuda_graphs": True, "device": "cuda"}
         ({"split": "0.9, 0.05, 0.05"}, 4),
         ({"split": "98,2"}, 4),
         ({"split": "1", "eval_interval": 0}, 4),
-        ({"split": "1"}, 4),
-        ({"split": "98,0,2"}, 4),
         ({"lr": 1, "min_lr": 1}, 4),
         ({"save_interval": 5}, 4),
         ({"async_save": True, "keep_last": 2, "save": "checkpoints"}, 4),

@@ -87,16 +87,6 @@ def test_names_of_validation_sets(words, expected):
             {"train_data_path": ("a",), "valid_data_path": ("b",), "eval_interval": 0},
             "--valid-data-path is never read with --eval-interval 0; use 1 or more, or drop --valid-data-path",
         ),
-        (
-            {"data_path": ("a",), "split": "98,0,2", "eval_interval": 50},
-            "--eval-interval 50 has no effect: --split '98,0,2' leaves nothing for validation; use --split 98,2,0, or"
-            " drop --eval-interval",
-        ),
-        (
-            {"train_data_path": ("a",), "eval_interval": 50},
-            "--eval-interval 50 has no effect: --train-data-path alone leaves nothing for validation; add"
-            " --valid-data-path, or drop --eval-interval",
-        ),
         ({"data_path": ("a",), "split": "0,50,50"}, "--split '0,50,50' leaves nothing for training; use 98,2,0"),
     ],
 )
@@ -104,8 +94,10 @@ def test_messages(values, message):
     assert problems(values) == (message,)
 
 
-def test_training_alone_has_no_validation():
-    assert problems({"train_data_path": ("a",)}) == ()
+@pytest.mark.parametrize("data", [{"train_data_path": ("a",)}, {"split": "1"}, {"split": "98,0,2"}])
+def test_training_alone_has_no_validation(data):
+    assert problems(data | {"eval_interval": 50}) == ()
+    assert not find_corpora(DataConfig(**{"data_path": ("a",)} | data if "split" in data else data)).valid
 
 
 def test_without_words_it_is_missing():
