@@ -23,7 +23,7 @@ import numpy as np
 
 from benchmarks.output import make_parser, markdown, number, write_json
 from megatron.config import DataConfig, RunConfig
-from megatron.config.fields import parse_count
+from megatron.config.option import parse_count
 from megatron.data.files import crc32
 from megatron.data.index_file import write_index
 

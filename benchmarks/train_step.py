@@ -34,7 +34,7 @@ import yaml
 
 from benchmarks.output import device_name, make_parser, markdown, number, one_line, write_json
 from megatron.config import RunConfig
-from megatron.config.options import read_mapping
+from megatron.config.run import read_mapping
 from megatron.data.documents import with_documents
 from megatron.parallel.determinism import make_deterministic
 from megatron.planning.flops import model_flops_per_token, peak_tflops

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.output import make_parser, markdown, number, write_json
-from megatron.config.model_flags import add_tokenizer_files, tokenizer_files
+from megatron.config.flags import add_tokenizer_files, tokenizer_files
 from megatron.evaluation import report
 
 ROOT = Path(__file__).resolve().parent.parent

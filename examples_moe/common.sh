@@ -136,34 +136,19 @@ add_data() { # FLAG WORDS: adds them to the array data, if there are words
     if [[ ${#words[@]} -gt 0 ]]; then data+=("$1" "${words[@]}"); fi
 }
 
-find_data() { # sets the array data
+find_data() { # sets the array data; what is missing or wrong is the trainer's to say
     data=()
     add_data --data-path "${DATA_PATH:-}"
     add_data --train-data-path "${TRAIN_DATA_PATH:-}"
     add_data --valid-data-path "${VALID_DATA_PATH:-}"
     add_data --test-data-path "${TEST_DATA_PATH:-}"
-    if [[ -z "${DATA_PATH:-}${TRAIN_DATA_PATH:-}" ]]; then
-        if [[ -z "${DRY_RUN:-}" ]]; then
-            fail "DATA_PATH is not set: nothing says which tokens to train on." \
-                "Make a dataset from JSON lines with a field \"text\":" \
-                "  python tools/preprocess_data.py --input corpus.jsonl --output-prefix corpus --append-eod --workers 8 \\" \
-                "      --tokenizer-type GPT2BPETokenizer --vocab-file gpt2-vocab.json --merge-file gpt2-merges.txt" \
-                "and give its prefix:" \
-                "  DATA_PATH=corpus_text_document bash $script" \
-                "Or look at the plan first: DRY_RUN=1 bash $script"
-        fi
-        [[ ${#data[@]} -gt 0 ]] || data=(--data-path DATA_PATH)
-    fi
+    if [[ "${DRY_RUN:-}" == 1 && ${#data[@]} -eq 0 ]]; then data=(--data-path DATA_PATH); fi
     : "${TOKENIZER_TYPE:=GPT2BPETokenizer}"
-    data+=(--tokenizer-type "$TOKENIZER_TYPE")
     if [[ "$TOKENIZER_TYPE" == GPT2BPETokenizer ]]; then
-        data+=(--vocab-file "${VOCAB_FILE:-gpt2-vocab.json}" --merge-file "${MERGE_FILE:-gpt2-merges.txt}")
-    elif [[ "$TOKENIZER_TYPE" != ByteTokenizer ]]; then
-        [[ -n "${TOKENIZER_MODEL:-}" ]] ||
-            fail "TOKENIZER_TYPE is '$TOKENIZER_TYPE', and TOKENIZER_MODEL is not set; give its file, or another type:" \
-                "GPT2BPETokenizer takes VOCAB_FILE and MERGE_FILE, ByteTokenizer no file"
-        data+=(--tokenizer-model "$TOKENIZER_MODEL")
+        : "${VOCAB_FILE:=gpt2-vocab.json}" "${MERGE_FILE:=gpt2-merges.txt}"
     fi
+    data+=(--tokenizer-type "$TOKENIZER_TYPE" ${VOCAB_FILE:+--vocab-file "$VOCAB_FILE"}
+        ${MERGE_FILE:+--merge-file "$MERGE_FILE"} ${TOKENIZER_MODEL:+--tokenizer-model "$TOKENIZER_MODEL"})
 }
 
 find_layout() { # PRESET'S TP PP EP: sets TP, PP, EP; what was published is lowered to what this many processes allow

@@ -94,7 +94,7 @@ else
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 fi
 
-total="$("$PYTHON" -c 'import sys; from megatron.config.fields import parse_count; print(parse_count(sys.argv[1]))' \
+total="$("$PYTHON" -c 'import sys; from megatron.config.option import parse_count; print(parse_count(sys.argv[1]))' \
     "$tokens")" || fail "--tokens $tokens is no count; write 2400000 or 2.4M"
 batch=32
 micro_batch=$((batch / processes < 16 ? batch / processes : 16))

@@ -12,7 +12,8 @@ import pytest
 import zstandard
 
 from megatron.config import DataConfig
-from megatron.data.dataset_checks import document_range, parse_split
+from megatron.data.corpora import parse_split
+from megatron.data.dataset_checks import document_range
 from megatron.data.index_file import read_index
 
 ROOT = Path(__file__).parents[1]

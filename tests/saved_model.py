@@ -8,7 +8,7 @@ import torch
 
 from megatron.checkpoint import Box, ShardedTensor, save
 from megatron.config import DataConfig, ModelConfig, MoEConfig, RunConfig
-from megatron.config.flags import to_dict
+from megatron.config.run import to_dict
 from megatron.data.tokenizer import build_tokenizer
 from megatron.model.gpt import GPTModel
 

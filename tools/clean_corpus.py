@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout that is not installed
 
-from megatron.config.fields import parse_count
+from megatron.config.option import parse_count
 from megatron.data.cleaning import Filters, clean
 from megatron.data.errors import DataError
 

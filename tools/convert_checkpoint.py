@@ -10,9 +10,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout that is not installed
 
-from megatron.config.model_flags import add_tokenizer_files
+from megatron.config.flags import add_tokenizer_files
+from megatron.config.run import OPTIONS, PRECISIONS
 
-TOKENIZERS = ("GPT2BPETokenizer", "SentencePieceTokenizer", "HFTokenizer")
 WRITTEN = ("native", "hf", "megatron-deepspeed")
 READ = (*WRITTEN, "megatron-lm")
 _MMAP_THRESHOLD = -3  # glibc's M_MMAP_THRESHOLD
@@ -32,7 +32,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--save", required=True, metavar="DIR", help="Where to; a new folder.")
     add("--from", dest="source", choices=READ, help="Format of --load (default: found out).")
     add("--to", dest="target", choices=WRITTEN, required=True, help="Format of --save.")
-    add("--dtype", choices=("fp32", "bf16", "fp16"), help="Number format of the weights (default: as they are).")
+    add("--dtype", choices=PRECISIONS, help="Number format of the weights (default: as they are).")
     add(
         "--drop-optimizer",
         action="store_true",
@@ -58,13 +58,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     experts.add_argument("--num-experts", type=int, nargs="+", metavar="N")
     experts.add_argument("--expert-interval", type=int, metavar="N")
     experts.add_argument("--topk", type=int, metavar="N")
-    experts.add_argument("--mlp-type", choices=("standard", "residual"))
+    experts.add_argument("--mlp-type", choices=OPTIONS["mlp_type"].choices)
     experts.add_argument(
         "--upcycle-noise", type=float, metavar="X", help="Noise on experts, as a part of the weights' std (default: 0)."
     )
     experts.add_argument("--upcycle-seed", type=int, metavar="N", help="Of the noise and the router (default: 0).")
     files = add_tokenizer_files(parser, "Where its files are, if they moved since training or are not in --load.")
-    files.add_argument("--tokenizer-type", choices=TOKENIZERS)
+    files.add_argument("--tokenizer-type", choices=OPTIONS["tokenizer_type"].choices)
     files.add_argument("--eod-token", metavar="TOKEN", help="That ends a document (default: the model's eos_token_id).")
     return parser.parse_args(argv)
 

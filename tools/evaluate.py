@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout that is not installed
 
-from megatron.config.model_flags import TOKENIZER_FILES, add_dtype_flag, add_tokenizer_files, check_counts
+from megatron.config.flags import COUNT, TOKENIZER_FILES, add_dtype_flag, add_tokenizer_files
 
 TASKS = "lambada_openai,piqa,boolq,race,triviaqa,webqs"
 
@@ -27,17 +27,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--output", required=True, metavar="DIR", help="Folder for the results and for requests.jsonl.")
     add("--tasks", default=TASKS, metavar="A,B", help=f"lm-eval's names (default: the published six, {TASKS}).")
     add("--data-dir", metavar="DIR", help="Folder with the tasks' files (default: the hub, as lm-eval does).")
-    add("--limit", type=int, metavar="N", help="Only the first N samples of each task, for a try.")
-    add("--batch-size", type=int, default=8, metavar="N", help="Sequences of one forward pass (default: 8).")
-    add("--max-gen-toks", type=int, metavar="N", help="Longest generated answer (default: the task's, else 256).")
-    add("--expert-parallel", type=int, default=1, metavar="N", help="Processes that share the experts (default: 1).")
+    add("--limit", type=COUNT, metavar="N", help="Only the first N samples of each task, for a try.")
+    add("--batch-size", type=COUNT, default=8, metavar="N", help="Sequences of one forward pass (default: 8).")
+    add("--max-gen-toks", type=COUNT, metavar="N", help="Longest generated answer (default: the task's, else 256).")
+    add("--expert-parallel", type=COUNT, default=1, metavar="N", help="Processes that share the experts (default: 1).")
     add("--device", metavar="NAME", help="cpu or cuda (default: cuda where there is a GPU).")
     add_dtype_flag(parser)
     add("--name", help="The model's name in the tables (default: the folder's).")
     add("--log-samples", action="store_true", help="Keep every sample with its answers too.")
     add_tokenizer_files(parser)
     args = parser.parse_args(argv)
-    check_counts(parser, args, "limit", "batch_size", "max_gen_toks", "expert_parallel")
     args.tasks = tuple(filter(None, (name.strip() for name in args.tasks.split(","))))
     if not args.tasks:
         parser.error(f"--tasks names none; expected some of lm-eval's, such as {TASKS}")

@@ -12,7 +12,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout that is not installed
 
-from megatron.config.model_flags import add_dtype_flag, add_tokenizer_files, check_counts, tokenizer_files
+from megatron.config.flags import COUNT, add_dtype_flag, add_tokenizer_files, number, tokenizer_files
 
 DEFAULT_NEW_TOKENS = 128
 LARGEST_SEED = 2**63 - 1  # what torch takes is twice that, which leaves room for the seeds of further continuations
@@ -43,10 +43,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     add("--prompt-file", metavar="FILE", help="Prompts, one on each line that is not empty.")
     add(
-        "--max-new-tokens", type=int, metavar="N",
+        "--max-new-tokens", type=COUNT, metavar="N",
         help=f"Longest continuation (default: {DEFAULT_NEW_TOKENS}, or what the model's position table leaves).",
     )  # fmt: skip
-    add("--num-samples", type=int, default=1, metavar="N", help="Continuations of each prompt (default: 1).")
+    add("--num-samples", type=COUNT, default=1, metavar="N", help="Continuations of each prompt (default: 1).")
     add(
         "--temperature", type=float, default=1.0, metavar="X",
         help="Divides the logits: below 1 safer, above 1 more varied, 0 greedy (default: 1).",
@@ -58,20 +58,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     add("--greedy", action="store_true", help="Always take the likeliest token.")
     add(
-        "--seed", type=int, default=1234, metavar="N",
+        "--seed", type=number(int, min=0, max=LARGEST_SEED), default=1234, metavar="N",
         help="Seed of the first continuation; each further one has the next number (default: 1234).",
     )  # fmt: skip
-    add("--batch-size", type=int, default=16, metavar="N", help="Continuations computed at a time (default: 16).")
+    add("--batch-size", type=COUNT, default=16, metavar="N", help="Continuations computed at a time (default: 16).")
     add("--device", metavar="NAME", help="cpu, cuda or cuda:N (default: cuda where there is a GPU).")
     add_dtype_flag(parser)
     add("--json", action="store_true", help="Print one JSON object a continuation, each on its own line, in order.")
     add_tokenizer_files(parser)
     args = parser.parse_args(argv)
-    check_counts(parser, args, "max_new_tokens", "num_samples", "batch_size")
     if not args.prompt and args.prompt_file is None:
         parser.error("nothing to continue: give --prompt TEXT or --prompt-file FILE")
-    if not 0 <= args.seed <= LARGEST_SEED:
-        parser.error(f"--seed is {args.seed}; expected 0 to {LARGEST_SEED}")
     return args
 
 

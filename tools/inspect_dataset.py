@@ -11,7 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout that is not installed
 
 from megatron.config import DataConfig
-from megatron.config.tokenizer_flags import add_tokenizer_flags, tokenizer_config
+from megatron.config.flags import add_tokenizer_options, config_from_args
 from megatron.data import manifest
 from megatron.data.errors import DataError
 from megatron.data.inspection import inspect, plot, samples, text_of, verify
@@ -33,14 +33,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1234, help="Of the choice of samples (default: 1234).")
     parser.add_argument("--plot", metavar="FILE", help="Draw the histogram of one dataset, such as lengths.png.")
     parser.add_argument("--json", metavar="FILE", help="Write the counts as JSON.")
-    add_tokenizer_flags(parser)
+    add_tokenizer_options(parser)
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status."""
     args = parse_args(argv)
-    data = tokenizer_config(args)
+    data = config_from_args(args).data
     broken = False
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr] - samples are of any language
     try:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout that is not installed
 
-from megatron.config.model_flags import add_dtype_flag, add_tokenizer_files, check_counts, tokenizer_files
+from megatron.config.flags import COUNT, add_dtype_flag, add_tokenizer_files, tokenizer_files
 
 FIGURES = 1 << 20  # bytes of --output, and more
 
@@ -26,17 +26,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     text.add_argument("--input", nargs="+", metavar="FILE", help="Files, folders or patterns: .jsonl, .txt, .parquet.")
     text.add_argument("--data-path", metavar="PREFIX", help="A tokenized dataset, PREFIX.bin and PREFIX.idx.")
     add("--json-key", default="text", metavar="KEY", help="Field of --input's lines (default: text).")
-    add("--max-documents", type=int, metavar="N", help="Only the first N documents.")
-    add("--max-length", type=int, metavar="N", help="Tokens of a window (default: the model's positions).")
-    add("--stride", type=int, metavar="N", help="Tokens by which a window moves on (default: half a window).")
-    add("--batch-size", type=int, default=8, metavar="N", help="Windows of one forward pass (default: 8).")
-    add("--expert-parallel", type=int, default=1, metavar="N", help="Processes that share the experts (default: 1).")
+    add("--max-documents", type=COUNT, metavar="N", help="Only the first N documents.")
+    add("--max-length", type=COUNT, metavar="N", help="Tokens of a window (default: the model's positions).")
+    add("--stride", type=COUNT, metavar="N", help="Tokens by which a window moves on (default: half a window).")
+    add("--batch-size", type=COUNT, default=8, metavar="N", help="Windows of one forward pass (default: 8).")
+    add("--expert-parallel", type=COUNT, default=1, metavar="N", help="Processes that share the experts (default: 1).")
     add("--device", metavar="NAME", help="cpu or cuda (default: cuda where there is a GPU).")
     add_dtype_flag(parser)
     add("--output", metavar="FILE", help="Write the figures there, as JSON.")
     add_tokenizer_files(parser)
     args = parser.parse_args(argv)
-    check_counts(parser, args, "max_documents", "max_length", "stride", "batch_size", "expert_parallel")
     return args
 
 

@@ -13,20 +13,13 @@ from collections.abc import Sequence
 
 from megatron.config import RunConfig, flags
 from megatron.config.errors import ConfigError
-from megatron.config.options import build
+from megatron.config.flags import COUNT
 from megatron.config.presets import PRESETS
+from megatron.config.run import build
 from megatron.config.validation import validate_numbers
+from megatron.data.tokenizer import planned_vocab_size
 from megatron.planning.communication import PURPOSES, communication
 from megatron.planning.plan import layout, micro_batches
-
-GPT2_VOCAB = 50257
-
-
-def _at_least_1(word: str) -> int:
-    number = int(word)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"got {word}; expected 1 or more")
-    return number
 
 
 def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, RunConfig | None]:
@@ -36,8 +29,8 @@ def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, RunConfig | Non
         epilog="All flags of pretrain_gpt_moe.py describe the run.",
         allow_abbrev=False,
     )
-    parser.add_argument("--world-size", type=_at_least_1, default=64, metavar="N", help="GPUs (default: 64)")
-    parser.add_argument("--gpus-per-node", type=_at_least_1, default=8, metavar="N", help="GPUs of a node (default: 8)")
+    parser.add_argument("--world-size", type=COUNT, default=64, metavar="N", help="GPUs (default: 64)")
+    parser.add_argument("--gpus-per-node", type=COUNT, default=8, metavar="N", help="GPUs of a node (default: 8)")
     args, rest = parser.parse_known_args(argv)
     return args, flags.parse_args(["--train-tokens", "300B", *rest]) if argv else None
 
@@ -75,7 +68,7 @@ def _published() -> list[tuple[str, RunConfig, int]]:
 def _row(name: str, run: RunConfig, world: int, node: int) -> list[str]:
     """The cells of one run, in GB (10^9 bytes)."""
     validate_numbers(run, world)
-    vocab_size = run.model.padded_vocab_size(GPT2_VOCAB, run.parallel.tensor_model_parallel_size)
+    vocab_size = run.model.padded_vocab_size(planned_vocab_size(run.data), run.parallel.tensor_model_parallel_size)
     sent = communication(run, world, vocab_size, node)
     inside, between = (sum(getattr(traffic, link) for traffic in sent.values()) for link in ("inside", "between"))
     volumes = [*(sent[purpose].total for purpose in PURPOSES), inside, between]

@@ -13,7 +13,6 @@ those of files that ``python -m benchmarks.train_step --json FILE`` has written.
 """
 
 import argparse
-import math
 import os
 import shlex
 import subprocess
@@ -25,9 +24,10 @@ from typing import TypeVar
 
 from megatron.config import RunConfig, flags
 from megatron.config.errors import ConfigError
+from megatron.config.flags import COUNT, number
 from megatron.config.validation import validate_numbers
 from megatron.data.data_table import planned_data_table
-from megatron.data.tokenizer import ByteTokenizer
+from megatron.data.tokenizer import planned_vocab_size
 from megatron.planning import measured
 from megatron.planning.devices import DEVICES, find_device
 from megatron.planning.memory import memory
@@ -46,19 +46,8 @@ from megatron.planning.plan import (
 from megatron.planning.search import SearchResult, fitting, flags_of, nearest
 from megatron.training.clock import total_samples
 
-GPT2_VOCAB = 50257
 SCRIPTS = Path(__file__).parents[1] / "examples_moe"
 Number = TypeVar("Number", int, float)
-
-
-def _positive(kind: Callable[[str], Number]) -> Callable[[str], Number]:
-    def read(word: str) -> Number:
-        number = kind(word)
-        if not 0 < number < math.inf:
-            raise argparse.ArgumentTypeError(f"got {word}; expected a number above 0, and not infinite")
-        return number
-
-    return read
 
 
 def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, RunConfig | None]:
@@ -68,20 +57,20 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, R
         epilog="All flags of pretrain_gpt_moe.py describe the run; without --train-tokens it has 300B.",
         allow_abbrev=False,
     )
-    whole, number = _positive(int), _positive(float)
-    parser.add_argument("--world-size", type=whole, default=64, metavar="N", help="GPUs (default: 64)")
-    parser.add_argument("--gpus-per-node", type=whole, default=8, metavar="N", help="GPUs of a node (default: 8)")
+    rate = number(float, above=0)
+    parser.add_argument("--world-size", type=COUNT, default=64, metavar="N", help="GPUs (default: 64)")
+    parser.add_argument("--gpus-per-node", type=COUNT, default=8, metavar="N", help="GPUs of a node (default: 8)")
     parser.add_argument("--gpu", default="A100", help=f"{', '.join(DEVICES)} (default: A100, of 80 GB)")
-    parser.add_argument("--price-per-gpu-hour", type=number, metavar="X", help="adds the cost of the run")
-    parser.add_argument("--network-gb-per-second", type=number, metavar="X", help="a GPU's share of the node's network")
+    parser.add_argument("--price-per-gpu-hour", type=rate, metavar="X", help="adds the cost of the run")
+    parser.add_argument("--network-gb-per-second", type=rate, metavar="X", help="a GPU's share of the node's network")
     parser.add_argument(
-        "--storage-gb-per-second", type=number, default=5.0, metavar="X", help="of all processes together (default: 5)"
+        "--storage-gb-per-second", type=rate, default=5.0, metavar="X", help="of all processes together (default: 5)"
     )
     parser.add_argument(
-        "--vocab-size", type=whole, metavar="N", help="before padding (default: 50257, GPT-2's; with ByteTokenizer 257)"
+        "--vocab-size", type=COUNT, metavar="N", help="before padding (default: 50257, GPT-2's; with ByteTokenizer 257)"
     )
     parser.add_argument("--search", action="store_true", help="rank the layouts that fit")
-    parser.add_argument("--top", type=whole, default=10, metavar="N", help="layouts that --search shows (default: 10)")
+    parser.add_argument("--top", type=COUNT, default=10, metavar="N", help="layouts that --search shows (default: 10)")
     parser.add_argument("--all-scripts", action="store_true", help="a table of the scripts in examples_moe/")
     parser.add_argument(
         "--compare", nargs="*", type=Path, metavar="FILE", help="measured peaks of memory beside planned ones"
@@ -103,12 +92,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         machine = machine_of(args)
         if args.all_scripts:
             runs = [(name, found, replace(machine, world=world, node=node)) for name, found, world, node in scripts()]
-            vocab_size = args.vocab_size or GPT2_VOCAB
-            print(table([(name, plan_of(found, place, vocab_size)) for name, found, place in runs]))
+            sizes = [args.vocab_size or planned_vocab_size(found.data) for _, found, _ in runs]
+            print(table([(name, plan_of(*run, size)) for (name, *run), size in zip(runs, sizes, strict=True)]))
             return 0
         assert run is not None  # only the options above describe none
-        of_bytes = run.data.tokenizer_type == ByteTokenizer.kind
-        vocab_size = args.vocab_size or (ByteTokenizer.vocab_size if of_bytes else GPT2_VOCAB)
+        vocab_size = args.vocab_size or planned_vocab_size(run.data)
         if args.search:
             return _search(fitting(run, machine, vocab_size), args.top)
         return _show(plan_of(run, machine, vocab_size), run)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout that is not installed
 
-from megatron.config.tokenizer_flags import add_tokenizer_flags, tokenizer_config
+from megatron.config.flags import add_tokenizer_options, config_from_args
 from megatron.data.errors import DataError
 from megatron.data.preprocess import preprocess
 from megatron.data.reading import TEXT_DOCUMENTS
@@ -36,7 +36,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--text-documents", choices=TEXT_DOCUMENTS, default=TEXT_DOCUMENTS[0],
         help="What a document of a .txt file is: all of it, or each line that is not empty (default: file).",
     )  # fmt: skip
-    add_tokenizer_flags(parser)
+    add_tokenizer_options(parser)
     parser.add_argument(
         "--workers", type=int, default=1, metavar="N", help="Tokenizing processes; 0: this one (default: 1)."
     )
@@ -62,7 +62,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status."""
     args = parse_args(argv)
-    data = tokenizer_config(args)
+    data = config_from_args(args).data
     start = time.monotonic()
     try:
         done = preprocess(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout that is not installed
 
-from megatron.config.fields import parse_count
+from megatron.config.option import parse_count
 from megatron.data.bpe_training import train_bpe
 from megatron.data.errors import DataError
 from megatron.data.sentencepiece_training import MODEL_TYPES, train

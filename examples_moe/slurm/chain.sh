@@ -30,7 +30,7 @@ finished() { # says so and succeeds if no link has anything to do; what would be
     eval "words=($line)" # quoted by the script
     while [[ ${#words[@]} -gt 0 && "${words[0]}" != */pretrain_gpt_moe.py ]]; do words=("${words[@]:1}"); done
     "$PYTHON" "$root/tools/run_finished.py" "${words[@]:1}" || status=$?
-    if ((status > 1)); then exit 2; fi # a flag that is wrong
+    if ((status > 1)); then exit 2; fi # a flag that is wrong or missing
     return "$status"
 }
 
@@ -52,7 +52,6 @@ case "${DRY_RUN:-}" in "" | 1) ;; *) fail "DRY_RUN is '$DRY_RUN'; expected 1" ;;
 export REQUEUE="${REQUEUE:-0}"
 
 find_python
-find_data
 if finished; then exit 0; fi
 after=()
 for ((link = 1; link <= links; link++)); do

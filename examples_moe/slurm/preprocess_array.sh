@@ -36,7 +36,6 @@ fail() {
 
 [[ -n "${INPUT:-}" ]] || fail "INPUT is not set: files, folders or patterns of the corpus"
 [[ -n "${OUTPUT:-}" ]] || fail "OUTPUT is not set: the prefix of what is written"
-[[ -n "${TOKENIZER:-}" ]] || fail "TOKENIZER is not set: the flags of the tokenizer, such as --tokenizer-type ByteTokenizer"
 key=${JSON_KEY:-text}
 root=${ROOT:-${SLURM_SUBMIT_DIR:-$PWD}} # sbatch runs a copy of this script elsewhere
 [[ -f "$root/tools/preprocess_data.py" ]] || fail "$root is no checkout: submit from there, or set ROOT"
@@ -44,7 +43,7 @@ python=${PYTHON:-$root/.venv/bin/python}
 [[ -x "$python" ]] || python=python3
 set -f # patterns are the tool's to fill in
 read -r -a inputs <<<"$INPUT"
-read -r -a tokenizer <<<"$TOKENIZER"
+read -r -a tokenizer <<<"${TOKENIZER:-}"
 read -r -a more <<<"${EXTRA_ARGS:-}"
 
 requeue() { # what the tool has noted in its journal is where the next start goes on
@@ -63,7 +62,7 @@ case "${1:-shard}" in
         ((shards > 1)) || fail "one task makes no shards that could be merged: give --array=0-1 or more, or NUM_SHARDS"
         "$python" "$root/tools/preprocess_data.py" --input "${inputs[@]}" --output-prefix "$OUTPUT" \
             --json-keys "$key" --append-eod --workers "${SLURM_CPUS_PER_TASK:-1}" \
-            --num-shards "$shards" --shard-index "$shard" "${tokenizer[@]}" ${more[@]+"${more[@]}"} &
+            --num-shards "$shards" --shard-index "$shard" ${tokenizer[@]+"${tokenizer[@]}"} ${more[@]+"${more[@]}"} &
         tool=$!
         trap requeue USR1
         status=0

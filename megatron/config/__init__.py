@@ -1,4 +1,12 @@
-"""Typed configuration of a run: dataclasses, Megatron-style flags, presets, validation."""
+"""Typed configuration of a run. To be read in this order:
+
+1. ``option.py``: what a line with ``option(...)`` says, and ``@rule``;
+2. the sections, each with its rules: ``model``, ``moe``, ``parallel``, ``optimizer``, ``data``, ``training``,
+   ``checkpoint``, ``logging``, ``guard``;
+3. ``run.py``: all sections in one ``RunConfig``, and its values as YAML and JSON;
+4. ``validation.py``: everything that is wrong with a run, at once;
+5. ``flags.py``: the command line; ``presets.py``: the published runs.
+"""
 
 from megatron.config.checkpoint import CheckpointConfig
 from megatron.config.data import DataConfig

@@ -1,21 +1,20 @@
 """The command line of a run, generated from the dataclass fields.
 
 ``parse_args`` fills a :class:`RunConfig` from, in rising precedence: defaults, ``--model`` preset, ``--config`` YAML
-file, flags. Tools reuse parts of it: ``build_parser(["data"])``, then ``config_from_args``.
+file, flags. Tools take some options of a run by :func:`add_options`, and share the flags at the end of this file.
 """
 
 import argparse
-from collections.abc import Collection, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
 import yaml
 
 from megatron.config.errors import ConfigError, nearest
-from megatron.config.options import OPTIONS, PRECISIONS, SECTIONS, Option, build, from_dict, read_mapping, to_dict
+from megatron.config.option import KIND_NAMES, Option, Range, in_words
 from megatron.config.presets import PRESETS
-from megatron.config.run import RunConfig
-
-__all__ = ["build_parser", "config_from_args", "from_dict", "parse_args", "to_dict"]
+from megatron.config.run import OPTIONS, PRECISIONS, SECTIONS, RunConfig, build, read_mapping
 
 _EPILOG = """\
 values:
@@ -84,33 +83,32 @@ def parse_args(argv: Sequence[str] | None = None) -> RunConfig:
     return build(base | from_file | given)
 
 
-def config_from_args(args: argparse.Namespace) -> RunConfig:
-    """The configuration of what a tool parsed with a part of the flags; defaults for the rest."""
-    return build({name: value for name, value in vars(args).items() if name in OPTIONS})
-
-
-def build_parser(
-    sections: Sequence[str] | None = None, fields: Collection[str] | None = None, **kwargs: Any
-) -> argparse.ArgumentParser:
-    """A parser of the flags of some sections, with typed values and defaults.
-
-    Args:
-        sections: names of the sections; by default all, together with ``--model``, ``--config`` and what launchers add.
-        fields: only these of the sections' fields; by default all.
-        **kwargs: for :class:`argparse.ArgumentParser`, such as ``description``.
-    """
-    if sections is None:
-        about = "Pretrain a GPT, dense or with mixtures of experts."
-        kwargs = {"usage": "%(prog)s [flags]", "description": about, "epilog": _EPILOG} | kwargs
-    parser = _Parser(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
-    if sections is None:
-        _add_run_flags(parser)
-    for section in SECTIONS if sections is None else sections:
-        group = parser.add_argument_group(section, SECTIONS[section].__doc__.splitlines()[0].replace("``", ""))
-        for option in OPTIONS.values():
-            if option.section == section and (fields is None or option.name in fields):
-                _add_option(group, option)
+def build_parser() -> argparse.ArgumentParser:
+    """A parser of all flags of a run, with typed values and defaults."""
+    parser = _Parser(
+        usage="%(prog)s [flags]", description="Pretrain a GPT, dense or with mixtures of experts.", epilog=_EPILOG,
+        allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    _add_run_flags(parser)
+    for section, kind in SECTIONS.items():
+        about = (kind.__doc__ or "").splitlines()[0].replace("``", "")
+        add_options(parser, (name for name, option in OPTIONS.items() if option.section == section), section, about)
     return parser
+
+
+def add_options(
+    parser: argparse.ArgumentParser, names: Iterable[str], title: str, about: str | None = None
+) -> argparse._ArgumentGroup:
+    """Add a group with the flags of some options of a run; :func:`config_from_args` reads their values."""
+    group = parser.add_argument_group(title, about)
+    for name in names:
+        _add_option(group, OPTIONS[name])
+    return group
+
+
+def config_from_args(args: argparse.Namespace) -> RunConfig:
+    """The configuration of what a tool parsed with flags of :func:`add_options`; defaults for the rest."""
+    return build({name: value for name, value in vars(args).items() if name in OPTIONS})
 
 
 def _add_run_flags(parser: argparse.ArgumentParser) -> None:
@@ -127,7 +125,7 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
 
 
-def _add_option(group: Any, option: Option) -> None:
+def _add_option(group: argparse._ArgumentGroup, option: Option) -> None:
     help_text = option.help.replace("%", "%%")
     if option.name == "precision":
         exclusive = group.add_mutually_exclusive_group()
@@ -137,23 +135,24 @@ def _add_option(group: Any, option: Option) -> None:
                 f"--{precision}", dest=option.name, action="store_const", const=precision, help=text,
                 default=option.default,
             )  # fmt: skip
-    elif option.kind is bool:
+    elif option.opposite is not None:
         add = {"dest": option.name, "action": "store_const", "default": option.default}
         help_text = f"{help_text} (default: off; undo: {option.opposite})"
         group.add_argument(option.flag, const=not option.default, help=help_text, **add)
         group.add_argument(option.opposite, const=option.default, help=argparse.SUPPRESS, **add)
     else:
         metavar = option.metavar or (f"{{{','.join(option.choices)}}}" if option.choices else _METAVARS[option.kind])
-        if option.default not in (None, ()):
-            shown = " ".join(map(str, option.default)) if option.many else option.default
-            help_text = f"{help_text} (default: {shown})"
+        facts = [] if option.default in (None, ()) else [f"default: {in_words(option.default)}"]
+        facts += [str(option.range)] if option.range else []
+        if facts:
+            help_text = f"{help_text} ({'; '.join(facts)})"
         group.add_argument(
             option.flag, dest=option.name, action=_Store, type=_reader(option.from_word), nargs=option.nargs,
             default=option.default, metavar=metavar, help=help_text,
         )  # fmt: skip
 
 
-def _reader(read: Any) -> Any:
+def _reader(read: Callable[[str], Any]) -> Callable[[str], Any]:
     """``read`` as an argparse type: its ConfigError becomes the parser's error."""
 
     def convert(word: str) -> Any:
@@ -189,3 +188,55 @@ def _read_yaml(path: str) -> tuple[str | None, dict[str, Any]]:
         preset = _read_preset(mapping["model"])
         mapping = {key: value for key, value in mapping.items() if key != "model"}
     return preset, read_mapping(mapping)
+
+
+# -------------------------------------------------------------------------------------------- flags that tools share
+
+TOKENIZER_FILES = ("vocab_file", "merge_file", "tokenizer_model")
+
+
+def add_tokenizer_options(parser: argparse.ArgumentParser) -> None:
+    """Add a group with the options that a run has for its tokenizer."""
+    add_options(parser, ("tokenizer_type", *TOKENIZER_FILES, "eod_token"), "tokenizer")
+
+
+def add_tokenizer_files(
+    parser: argparse.ArgumentParser, about: str = "Where its files are now, if they moved since training."
+) -> argparse._ArgumentGroup:
+    """Add a group with the files of a trained model's tokenizer; returns it. :func:`tokenizer_files` reads them."""
+    group = parser.add_argument_group("tokenizer", about)
+    for name in TOKENIZER_FILES:
+        group.add_argument(OPTIONS[name].flag, metavar=OPTIONS[name].metavar)
+    return group
+
+
+def tokenizer_files(args: argparse.Namespace) -> dict[str, str | None]:
+    """The tokenizer's files by option; None for what was not given."""
+    return {name: getattr(args, name) for name in TOKENIZER_FILES}
+
+
+def add_dtype_flag(parser: argparse.ArgumentParser) -> None:
+    """Add ``--dtype``."""
+    parser.add_argument(
+        "--dtype",
+        choices=PRECISIONS,
+        help="Number format of the model (default: fp32 on a CPU, that of the training run on a GPU).",
+    )
+
+
+def number(kind: type, **bounds: float) -> Callable[[str], Any]:
+    """An argparse type: a number of ``kind`` within the bounds of an option's :class:`Range`."""
+    valid = Range(**bounds)
+
+    def convert(word: str) -> Any:
+        value = kind(word)
+        if not (-math.inf < value < math.inf and value in valid):
+            raise argparse.ArgumentTypeError(f"got {word}; expected {KIND_NAMES[kind]}, {valid}")
+        return value
+
+    convert.__name__ = kind.__name__  # argparse names it where the word is no number
+    return convert
+
+
+COUNT = number(int, min=1)
+"""An argparse type: a whole number, at least 1."""

@@ -15,8 +15,8 @@ import torch
 from torch.utils.data import Dataset
 
 from megatron.config import RunConfig
-from megatron.config.corpora import Blend
 from megatron.data.core_datasets import BlendedDataset, BlendedMegatronDatasetBuilder, GPTDataset, GPTDatasetConfig
+from megatron.data.corpora import Blend
 from megatron.data.dataset_checks import weights_of
 from megatron.data.errors import DataError
 from megatron.data.identity import Identity

@@ -10,8 +10,8 @@ import math
 from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
-from megatron.config.corpora import Source
 from megatron.data.blend_order import BlendOrder
+from megatron.data.corpora import Source
 from megatron.data.dataset_checks import document_range, weights_of
 from megatron.data.errors import DataError
 from megatron.data.index_file import read_index

@@ -6,10 +6,8 @@ Only the .idx files are read: 100 million documents take a second.
 from collections.abc import Iterable, Sequence
 
 from megatron.config import RunConfig
-from megatron.config.corpora import Source
-from megatron.config.files import missing_files
+from megatron.data.corpora import Source, find_corpora, missing_files
 from megatron.data.data_state import CorpusState, DataState, corpus_states
-from megatron.data.dataset_checks import corpora_of
 
 _Row = tuple[str, ...]
 _HEADER = ("data", "documents", "tokens", "sequences", "share", "read", "epochs")
@@ -29,7 +27,7 @@ def data_table(config: RunConfig, samples: int, state: DataState | None = None) 
     Raises:
         DataError: a dataset cannot be read.
     """
-    corpora, seq_length = corpora_of(config.data), config.model.seq_length
+    corpora, seq_length = find_corpora(config.data), config.model.seq_length
     training = corpus_states(corpora.train) if state is None else _as_given(state.corpora, corpora.train)
     rows: list[_Row] = [_HEADER, ("training",)]
     rows += _rows(training, samples - (0 if state is None else state.position), seq_length)
@@ -47,7 +45,7 @@ def data_table(config: RunConfig, samples: int, state: DataState | None = None) 
 
 def planned_data_table(config: RunConfig, samples: int) -> str:
     """:func:`data_table` of a run that may be planned where its data are not; which files are missing, if they are."""
-    if missing := [file for prefix in corpora_of(config.data).prefixes() for file in missing_files(prefix)]:
+    if missing := [file for prefix in find_corpora(config.data).prefixes() for file in missing_files(prefix)]:
         return f"data: not looked at, since there is no {', '.join(missing)}"
     return data_table(config, samples)
 

@@ -1,53 +1,23 @@
 """What can be wrong with datasets is found here, before the first step and with all problems in one message."""
 
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from megatron.config import corpora
-from megatron.config.corpora import Blend, Corpora
-from megatron.config.data import DataConfig
-from megatron.config.errors import ConfigError
-from megatron.config.files import missing_files
+from megatron.config import DataConfig
 from megatron.data import manifest
+from megatron.data.corpora import Blend, find_corpora, missing_problems, parse_split
 from megatron.data.errors import DataError
 from megatron.data.index_file import ANEW, index_problems, read_index
 from megatron.data.tokenizer import Tokenizer
 
 SPLITS = ("train", "valid", "test")
-T = TypeVar("T")
-
-
-def corpora_of(data: DataConfig) -> Corpora:
-    """:func:`megatron.config.corpora.find_corpora`, with this package's error.
-
-    Raises:
-        DataError: with everything that is wrong with the words.
-    """
-    return _as_data_error(lambda: corpora.find_corpora(data))
-
-
-def parse_split(split: str) -> list[float]:
-    """:func:`megatron.config.corpora.parse_split`, with this package's error.
-
-    Raises:
-        DataError: it is no split.
-    """
-    return _as_data_error(lambda: corpora.parse_split(split))
-
-
-def _as_data_error(function: Callable[[], T]) -> T:
-    try:
-        return function()
-    except ConfigError as error:
-        raise DataError(str(error)) from None
 
 
 def open_problems(prefix: str, flag: str = "--data-path") -> list[str]:
     """Why the dataset ``prefix`` cannot be opened; empty where it can."""
-    if missing := missing_files(prefix):
-        return [f"{flag} {prefix}: there is no {' and no '.join(missing)}{_hint(prefix)}"]
+    if missing := missing_problems(prefix, flag):
+        return missing
     try:
         if not len(read_index(prefix).lengths):
             return [f"{flag} {prefix}: the .bin has 0 bytes, so there is nothing to train on"]
@@ -117,7 +87,7 @@ def flag_differences(then: DataConfig, now: DataConfig) -> list[str]:
     """
     if not now.data_path:
         return []  # nothing else goes on in megatron.core's order, which is told elsewhere
-    before, after = corpora_of(then).train.blend, corpora_of(now).train.blend
+    before, after = find_corpora(then).train.blend, find_corpora(now).train.blend
     found = []
     if parse_split(then.split) != parse_split(now.split):
         found.append(f"--split {now.split}, in the checkpoint {then.split}")
@@ -152,11 +122,3 @@ def cache_problems(folder: Path) -> list[str]:
     if not os.access(folder, os.W_OK) and not any(folder.glob("*.npy")):
         return [f"no permission to write the sample index to {folder}. Choose a folder with --data-cache-path"]
     return []
-
-
-def _hint(prefix: str) -> str:
-    for suffix in (".bin", ".idx"):
-        if prefix.endswith(suffix):
-            return f". Give the prefix without {suffix}"
-    near = sorted(str(path)[: -len(".idx")] for path in Path(prefix).parent.glob(f"{Path(prefix).name}*.idx"))
-    return f". Is it {near[0]}?" if near else ""

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from megatron.config import DataConfig
-from megatron.data.dataset_checks import corpora_of
+from megatron.data.corpora import find_corpora
 from megatron.data.errors import DataError
 from megatron.data.index_file import map_tokens, read_index
 from megatron.data.tokenizer import Tokenizer
@@ -97,7 +97,7 @@ def check_documents(data: DataConfig, tokenizer: Tokenizer) -> None:
     if not uses_documents(data):
         return
     problems = []
-    for prefix, flag in corpora_of(data).prefixes().items():
+    for prefix, flag in find_corpora(data).prefixes().items():
         ended, looked_at = _ended(prefix, tokenizer.eod)
         if looked_at and not ended:
             problems.append(

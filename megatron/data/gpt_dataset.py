@@ -14,12 +14,11 @@ import torch.distributed as dist
 from torch.utils.data import Dataset
 
 from megatron.config import DataConfig, RunConfig
-from megatron.config.corpora import Corpora, Source
 from megatron.data.blend_order import BlendOrder
+from megatron.data.corpora import Corpora, Source, find_corpora
 from megatron.data.data_state import CORE, NO_CHANGE_IN_CORE_ORDER, CorpusState, DataState, corpus_states
 from megatron.data.dataset_checks import (
     cache_problems,
-    corpora_of,
     damage_problems,
     flag_differences,
     open_problems,
@@ -172,9 +171,7 @@ def build_datasets(
     Raises:
         DataError: with every problem that was found; the same on all ranks.
     """
-    corpora = corpora_of(config.data)
-    if num_samples[0] and corpora.train.first == corpora.train.last:
-        raise DataError(f"--split {config.data.split!r} leaves nothing for training")
+    corpora = find_corpora(config.data)
     sets = _sets(corpora, num_samples)
     cache = Path(config.data.data_cache_path or Path(corpora.train.blend.prefixes[0]).parent / INDEX_CACHE)
     _check(corpora, sets, cache, config, tokenizer)

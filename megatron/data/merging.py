@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from megatron.data import manifest
-from megatron.data.dataset_checks import SPLITS, parse_split
+from megatron.data.corpora import parse_split
+from megatron.data.dataset_checks import SPLITS
 from megatron.data.errors import DataError
 from megatron.data.files import check_prefix, sha256
 from megatron.data.index_file import CHUNK, Index, index_problems, read_index

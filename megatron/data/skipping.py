@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-from megatron.config.spans import Span, merge, nth_outside
 from megatron.data.errors import DataError
 from megatron.data.loader import Samples
+from megatron.data.spans import Span, merge, nth_outside
 
 
 class SkippingSamples:

@@ -20,6 +20,7 @@ from megatron.config.data import TOKENIZERS
 from megatron.data import tiktoken_backend
 from megatron.data.errors import DataError
 
+GPT2_VOCAB_SIZE = 50257
 END_OF_DOCUMENT = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")
 
 
@@ -275,33 +276,58 @@ def build_tokenizer(data: DataConfig, *, split_special_tokens: bool = True) -> T
             files or a tokenizer.json.
 
     Raises:
-        DataError: a file it needs is not given, missing or broken.
+        DataError: a file it needs is not given, missing or broken, or ``eod_token`` has no meaning for it.
     """
+    if problems := tokenizer_problems(data):
+        raise DataError("\n".join(problems))
+    kind, model_file, eod_token = data.tokenizer_type, str(data.tokenizer_model), data.eod_token
+    if kind == GPT2BPETokenizer.kind:
+        return GPT2BPETokenizer(str(data.vocab_file), str(data.merge_file), eod_token, split_special_tokens)
+    if kind == HFTokenizer.kind:
+        return HFTokenizer(model_file, eod_token, split_special_tokens)
+    if kind == SentencePieceTokenizer.kind:
+        return SentencePieceTokenizer(model_file, eod_token)
+    if kind == TiktokenTokenizer.kind:
+        return TiktokenTokenizer(model_file)
+    return ByteTokenizer()
 
-    def file(field: str) -> str:
-        path, flag = getattr(data, field), "--" + field.replace("_", "-")
-        if path is None:
-            raise DataError(f"--tokenizer-type {data.tokenizer_type} needs {flag} FILE")
-        if not Path(path).is_file():
-            raise DataError(f"{flag} {path}: there is no such file")
-        return path
 
-    kind, eod_token = data.tokenizer_type, data.eod_token
-    if eod_token is not None and kind in (ByteTokenizer.kind, TiktokenTokenizer.kind):
-        raise DataError(
+def tokenizer_problems(data: DataConfig) -> list[str]:
+    """What keeps a tokenizer from being made of the options of ``data``, without opening a file."""
+    problems = option_problems(data)
+    for name in _files_of(data.tokenizer_type):
+        file = getattr(data, name)
+        if file is not None and not Path(file).is_file():
+            problems.append(f"--{name.replace('_', '-')} {file}: no such file; give the tokenizer's own")
+    return problems
+
+
+def option_problems(data: DataConfig) -> list[str]:
+    """What is wrong with the options of the tokenizer by themselves."""
+    kind, problems = data.tokenizer_type, []
+    if kind not in TOKENIZERS:
+        return [f"--tokenizer-type {kind!r} is not known; choose one of {', '.join(TOKENIZERS)}"]
+    if data.eod_token is not None and kind in (ByteTokenizer.kind, TiktokenTokenizer.kind):
+        problems.append(
             f"--eod-token has no meaning for --tokenizer-type {kind}, whose end of a document is fixed; drop it"
         )
-    if kind == GPT2BPETokenizer.kind:
-        return GPT2BPETokenizer(file("vocab_file"), file("merge_file"), eod_token, split_special_tokens)
+    for flag in (f"--{name.replace('_', '-')}" for name in _files_of(kind) if getattr(data, name) is None):
+        problems.append(
+            f"--tokenizer-type {kind} needs {flag}, which is missing; add {flag} FILE or take another tokenizer"
+        )
+    return problems
+
+
+def _files_of(kind: str) -> tuple[str, ...]:
+    """The options that name the files of a kind of tokenizer."""
     if kind == ByteTokenizer.kind:
-        return ByteTokenizer()
-    if kind == HFTokenizer.kind:
-        return HFTokenizer(file("tokenizer_model"), eod_token, split_special_tokens)
-    if kind == SentencePieceTokenizer.kind:
-        return SentencePieceTokenizer(file("tokenizer_model"), eod_token)
-    if kind == TiktokenTokenizer.kind:
-        return TiktokenTokenizer(file("tokenizer_model"))
-    raise DataError(f"--tokenizer-type {kind!r} is not known; choose one of {', '.join(TOKENIZERS)}")
+        return ()
+    return ("vocab_file", "merge_file") if kind == GPT2BPETokenizer.kind else ("tokenizer_model",)
+
+
+def planned_vocab_size(data: DataConfig) -> int:
+    """Vocabulary of a run that is planned, perhaps without the tokenizer's files: GPT-2's where it is not known."""
+    return ByteTokenizer.vocab_size if data.tokenizer_type == ByteTokenizer.kind else GPT2_VOCAB_SIZE
 
 
 _SPACES = re.compile(rf"\s{{{tiktoken_backend.LONG}}}")
@@ -330,14 +356,14 @@ def _end_of_document(
     default = next((name for name in names if name in vocab), None)
     if wanted is not None and wanted not in vocab:
         raise DataError(f"--eod-token {wanted} is no token of {where}; give one of its vocabulary")
-    if wanted is None:
-        wanted = default
-    if wanted is None:
+    if wanted is not None and wanted != default:
+        return vocab[wanted], {"eod_token": wanted}
+    if default is None:
         raise DataError(
             f"{where} has no end-of-document token: looked for {', '.join(names)}. Name its own by --eod-token, or add "
             "one of them to the tokenizer"
         )
-    return vocab[wanted], {} if wanted == default else {"eod_token": wanted}
+    return vocab[default], {}
 
 
 def _checked(ids: Sequence[Any], vocab_size: int) -> list[int]:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from megatron.checkpoint import Box, CheckpointError, ShardedTensor, latest, load, read_meta
 from megatron.config import RunConfig
-from megatron.config.flags import from_dict
+from megatron.config.run import from_dict
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.inference.special_tokens import splits_special_tokens
 from megatron.model.gpt import GPTModel

@@ -16,8 +16,8 @@ from typing import Any
 import yaml
 
 from megatron.config import RunConfig
-from megatron.config.options import OPTIONS, build, read_mapping
 from megatron.config.presets import PRESETS
+from megatron.config.run import OPTIONS, build, read_mapping
 
 DEVICE = "H200"
 VOCAB = 50304

@@ -42,11 +42,7 @@ def place_layers(config: RunConfig, vocab_size: int) -> Placement:
         vocab_size: padded.
     """
     costs = layer_costs(config, vocab_size)
-    split = config.parallel.pipeline_layer_split
-    if split is None:
-        layers = balanced(costs, config.parallel.pipeline_model_parallel_size)
-    else:
-        layers = tuple(int(word) for word in split.split(","))
+    layers = config.parallel.layers_of_stages or balanced(costs, config.parallel.pipeline_model_parallel_size)
     ends = [sum(layers[: stage + 1]) for stage in range(len(layers))]
     starts = [0, *ends[:-1]]
     return Placement(layers, tuple(sum(costs[a:b]) for a, b in zip(starts, ends, strict=True)))

@@ -3,7 +3,7 @@
 import dataclasses
 
 from megatron.config import RunConfig
-from megatron.config.graph_rules import graph_problems
+from megatron.config.training import cuda_graphs
 from megatron.planning.devices import USABLE, Device
 from megatron.planning.flops import model_flops_per_token
 from megatron.planning.memory import Memory, memory
@@ -200,7 +200,7 @@ def _hint(plan: Plan, step: StepEstimate) -> str:
         return ""
     training = dataclasses.replace(plan.config.training, cuda_graphs=True)
     graphed = dataclasses.replace(plan.config, training=training)
-    if any(graph_problems(graphed)) or not make_plan(graphed, plan.machine, plan.vocab_size).fits:
+    if any(cuda_graphs(graphed, plan.machine.world)) or not make_plan(graphed, plan.machine, plan.vocab_size).fits:
         return ""
     return "; --cuda-graphs leaves out the host"
 

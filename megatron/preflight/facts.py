@@ -22,7 +22,8 @@ import torch.cuda.nccl
 import torch.distributed as dist
 
 from megatron.config import RunConfig
-from megatron.data.dataset_checks import corpora_of, open_problems
+from megatron.data.corpora import find_corpora
+from megatron.data.dataset_checks import open_problems
 from megatron.data.index_file import read_index
 from megatron.parallel.initialize import Topology
 from megatron.preflight.speed import LinkSpeeds
@@ -112,7 +113,7 @@ def code_version() -> str:
 def read_data(config: RunConfig) -> tuple[dict[str, int], list[str]]:
     """Sizes of all files of the data, the first and last document of each dataset having been read, and problems."""
     sizes, problems = {}, []
-    for prefix, flag in corpora_of(config.data).prefixes().items():
+    for prefix, flag in find_corpora(config.data).prefixes().items():
         found = open_problems(prefix, flag)
         problems += found
         if found:

@@ -11,13 +11,13 @@ import torch
 from megatron.checkpoint import CheckpointError, Standing
 from megatron.checkpoint.folder import standing
 from megatron.config import RunConfig
-from megatron.config.flags import from_dict, to_dict
-from megatron.config.spans import nth_outside
+from megatron.config.run import from_dict, to_dict
 from megatron.config.validation import validate
 from megatron.data.data_state import DataState
 from megatron.data.data_table import data_table
 from megatron.data.documents import check_documents
 from megatron.data.gpt_dataset import ResumedData, build_datasets
+from megatron.data.spans import nth_outside
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.engine import deepspeed_config
 from megatron.engine.offload import threads_in_words

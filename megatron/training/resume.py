@@ -2,7 +2,7 @@
 
 import dataclasses
 import platform
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,7 @@ import torch
 from megatron.checkpoint import CheckpointError, load
 from megatron.checkpoint.formats.hf_extras import KEY as HUGGINGFACE
 from megatron.config import RunConfig
-from megatron.config.flags import from_dict, to_dict
-from megatron.config.options import OPTIONS
+from megatron.config.run import OPTIONS, SECTIONS, flatten, from_dict, to_dict
 from megatron.data.data_state import DataState
 from megatron.data.tokenizer import Tokenizer
 from megatron.engine.engine import Engine
@@ -20,17 +19,6 @@ from megatron.parallel.initialize import Topology
 from megatron.training.clock import Clock
 from megatron.training.spikes import Detours, SpikeWatch
 
-# Options that may change at a resume without changing how the run goes on.
-_HARMLESS = {
-    # the data are compared by their content, and go on in the order of the checkpoint's seed
-    *("data_path", "train_data_path", "split", "change_blend"),
-    *("device", "num_workers", "data_cache_path", "vocab_file", "merge_file", "tokenizer_model", "tokenizer_type"),
-    *("eod_token", "allow_tokenizer_mismatch"),
-    *("eval_interval", "eval_iters", "checkpoint_activations", "max_skipped_updates", "moe_eval_capacity_factor"),
-    *("skip_samples", "check_replicas", "compile", "optimizer_cpu_offload", "cuda_graphs", "deterministic"),
-    *("ffn_hidden_size", "max_position_embeddings", "num_experts", "expert_interval", "make_vocab_size_divisible_by"),
-}
-_COMPARED = ("model", "moe", "optimizer", "training", "data")
 # Of model and experts, what may change when a new run starts from the weights and says nothing of what they compute.
 _FREE_TO_FINETUNE = {"hidden_dropout", "attention_dropout", "init_method_std"}
 
@@ -76,7 +64,10 @@ def describe_base(config: RunConfig, source: Path, meta: dict[str, Any]) -> dict
 
 
 def _structure(config: RunConfig) -> dict[str, Any]:
-    """What a model must agree in for the tensors of a checkpoint to fit, under the names of the flags."""
+    """What a model must agree in for the tensors of a checkpoint to fit, under the names of the flags.
+
+    It follows from the options that are not resumable.
+    """
     model, moe = config.model, config.moe
     return {
         "--num-layers": model.num_layers,
@@ -104,7 +95,7 @@ def check(meta: dict[str, Any], config: RunConfig, vocab_size: int, tokenizer: T
         CheckpointError: the model or the tokenizer is another one.
     """
     changed = _check_model(meta, config, vocab_size, tokenizer)
-    return _describe(changed | _changed_options(meta, config, _COMPARED, _HARMLESS))
+    return _describe(changed | _changed_options(meta, config))
 
 
 def check_base(meta: dict[str, Any], config: RunConfig, vocab_size: int, tokenizer: Tokenizer) -> list[str]:
@@ -124,7 +115,7 @@ def check_base(meta: dict[str, Any], config: RunConfig, vocab_size: int, tokeniz
             f"--finetune-load-optim: the checkpoint in --load {config.checkpoint.load} holds no optimizer state; leave "
             "the flag out to start the optimizer anew"
         )
-    return _describe(changed | _changed_options(meta, config, ("model", "moe"), _HARMLESS | _FREE_TO_FINETUNE))
+    return _describe(changed | _changed_options(meta, config, ("model", "moe"), _FREE_TO_FINETUNE))
 
 
 def _check_model(
@@ -159,17 +150,17 @@ def _check_model(
 
 
 def _changed_options(
-    meta: dict[str, Any], config: RunConfig, sections: Sequence[str], harmless: set[str]
+    meta: dict[str, Any], config: RunConfig, sections: Collection[str] = tuple(SECTIONS), but: Collection[str] = ()
 ) -> dict[str, tuple[Any, Any]]:
-    """Options that are not as in the checkpoint, by flag; without those that :func:`_check_model` compares."""
-    saved, structure, changed = from_dict(meta["config"]), _structure(config), {}
-    for section in sections:
-        before, after = vars(getattr(saved, section)), vars(getattr(config, section))
-        for name, value in after.items():
-            option = OPTIONS[name]
+    """Options whose change is worth a warning and that are not as in the checkpoint, by flag; without those in ``but``.
+
+    What is not resumable, :func:`_check_model` compares.
+    """
+    before, now, changed = flatten(from_dict(meta["config"])), flatten(config), {}
+    for name, option in OPTIONS.items():
+        if option.section in sections and option.resumable is None and name not in but and before[name] != now[name]:
             flag = f"--{name.replace('_', '-')}" if option.opposite else option.flag
-            if name not in harmless and flag not in structure and before[name] != value:
-                changed[flag] = (before[name], value)
+            changed[flag] = (before[name], now[name])
     return changed
 
 

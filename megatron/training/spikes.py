@@ -25,7 +25,7 @@ from typing import Any
 
 from megatron.checkpoint.folder import complete_checkpoints, read_manifest, standing
 from megatron.config import GuardConfig, RunConfig
-from megatron.config.spans import Span, merge, nth_outside, parse_span
+from megatron.data.spans import Span, merge, nth_outside, parse_span
 
 _LEAST = 1e-3  # of the median, for the deviation
 _OUTLIER_SIGMAS, _FEW, _LEAST_OF_FEW = 10.0, 8, 0.05

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from megatron.checkpoint import latest, read_meta
 from megatron.config import RunConfig
-from megatron.config.checkpoint_rules import saves_where_it_loads
+from megatron.config.checkpoint import saves_where_it_loads
 from megatron.config.errors import ConfigError
 from megatron.data.files import try_lock
 from megatron.parallel.initialize import Topology

@@ -12,9 +12,9 @@ from typing import Any
 from megatron.checkpoint import AsyncSaver, CheckpointError, ContactLost, Standing, save
 from megatron.checkpoint.folder import step_name
 from megatron.config import RunConfig
-from megatron.config.spans import merge, nth_outside
 from megatron.data.gpt_dataset import Datasets, batches
 from megatron.data.skipping import SkippingSamples
+from megatron.data.spans import merge, nth_outside
 from megatron.data.tokenizer import Tokenizer
 from megatron.engine.engine import Engine, LateNumber, StepResult
 from megatron.parallel.initialize import Topology

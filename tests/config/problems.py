@@ -1,6 +1,6 @@
 """A configuration in which nothing is wrong, and what is wrong with it after changes."""
 
-from megatron.config.options import build
+from megatron.config.run import build
 from megatron.config.validation import ConfigError, validate_numbers
 
 GOOD = {"num_layers": 4, "hidden_size": 64, "num_attention_heads": 4, "seq_length": 32, "train_tokens": 10**6}

@@ -2,8 +2,8 @@
 
 import pytest
 
-from megatron.config.options import build
 from megatron.config.presets import PRESETS
+from megatron.config.run import build
 from megatron.config.validation import validate_numbers
 
 # layers, hidden, heads | global batch, micro batch | lr, min lr, decay in billions | experts | init std | tensor

@@ -1,15 +1,14 @@
 """Each rule: what it accepts, and a message with the numbers and a fix."""
 
 import dataclasses
-import re
 
 import pytest
 from config.problems import GOOD, MOE, problems
 
 from megatron.config import ModelConfig, RunConfig
 from megatron.config.flags import parse_args
-from megatron.config.options import OPTIONS, build
-from megatron.config.validation import _RANGES, ConfigError, validate, validate_numbers
+from megatron.config.run import build
+from megatron.config.validation import ConfigError, validate, validate_numbers
 
 GRAPHS = {"cuda_graphs": True, "device": "cuda"}
 
@@ -98,25 +97,25 @@ def test_valid(values, world_size):
         ),
         (
             GRAPHS | {"device": "cpu"}, 4,
-            "--cuda-graphs must have a GPU, and --device is cpu; drop one of the two",
+            "--cuda-graphs requires a GPU, and --device is cpu; drop one of the two",
         ),
         (
             GRAPHS | {"precision": "fp16"}, 4,
-            "--cuda-graphs must have --bf16, and the precision is fp16; drop it, or use --bf16",
+            "--cuda-graphs requires --bf16, and the precision is fp16; drop it, or use --bf16",
         ),
         (
             GRAPHS | {"tensor_model_parallel_size": 2}, 4,
-            "--cuda-graphs must have neither tensor nor pipeline parallelism, and --tensor-model-parallel-size is 2;"
+            "--cuda-graphs supports neither tensor nor pipeline parallelism, and --tensor-model-parallel-size is 2;"
             " use --tensor-model-parallel-size 1, or drop --cuda-graphs",
         ),
         (
             GRAPHS | {"pipeline_model_parallel_size": 2}, 4,
-            "--cuda-graphs must have neither tensor nor pipeline parallelism, and --pipeline-model-parallel-size is 2;"
+            "--cuda-graphs supports neither tensor nor pipeline parallelism, and --pipeline-model-parallel-size is 2;"
             " use --pipeline-model-parallel-size 1, or drop --cuda-graphs",
         ),
         (
             GRAPHS | {"num_experts": (8,), "moe_token_dropping": False}, 4,
-            "--cuda-graphs must have experts of fixed capacity, and --disable-moe-token-dropping gives them as many"
+            "--cuda-graphs requires experts of fixed capacity, and --disable-moe-token-dropping gives them as many"
             " rows as there are tokens; drop one of the two",
         ),
         (
@@ -186,7 +185,7 @@ def test_valid(values, world_size):
         ),
         (
             {"sequence_parallel": True}, 4,
-            "--sequence-parallel must have tensor-parallel processes to split the sequence over; use"
+            "--sequence-parallel requires tensor-parallel processes to split the sequence over; use"
             " --tensor-model-parallel-size 2 or more, or drop it",
         ),
         (
@@ -196,22 +195,22 @@ def test_valid(values, world_size):
         ),
         (
             MOE | {"enable_expert_tensor_parallelism": True}, 4,
-            "--enable-expert-tensor-parallelism must have tensor-parallel processes to share experts over; use"
+            "--enable-expert-tensor-parallelism requires tensor-parallel processes to share experts over; use"
             " --tensor-model-parallel-size 2 or more, or drop it",
         ),
         (
             MOE | {"moe_expert_parallel_size": (1,), "moe_hierarchical_all_to_all": True}, 4,
-            "--moe-hierarchical-all-to-all must have processes that exchange tokens; use --moe-expert-parallel-size 2"
+            "--moe-hierarchical-all-to-all requires processes that exchange tokens; use --moe-expert-parallel-size 2"
             " or more, or drop it",
         ),
         (
             MOE | {"moe_expert_parallel_size": (1,), "moe_overlap_chunks": 2}, 4,
-            "--moe-overlap-chunks 2 must have processes that exchange tokens; use --moe-expert-parallel-size 2 or more,"
+            "--moe-overlap-chunks 2 requires processes that exchange tokens; use --moe-expert-parallel-size 2 or more,"
             " or drop it",
         ),
         (
             MOE | {"moe_overlap_chunks": 2, "moe_token_dropping": False}, 4,
-            "--moe-overlap-chunks 2 must have buffers of fixed capacity to cut, and --disable-moe-token-dropping has"
+            "--moe-overlap-chunks 2 requires buffers of fixed capacity to cut, and --disable-moe-token-dropping has"
             " none; use --moe-overlap-chunks 1, or let tokens be dropped",
         ),
         (
@@ -221,7 +220,7 @@ def test_valid(values, world_size):
         ),
         (
             {"device": "cpu", "distributed_backend": "nccl"}, 4,
-            "--distributed-backend nccl must have GPUs, and --device is cpu; use --distributed-backend gloo",
+            "--distributed-backend nccl requires GPUs, and --device is cpu; use --distributed-backend gloo",
         ),
         (
             {"reset_attention_mask": True}, 4,
@@ -234,41 +233,36 @@ def test_valid(values, world_size):
             " the data; drop one of the two",
         ),
         (
-            {"split": "98,0,2"}, 4,
-            "--split '98,0,2' leaves no documents for the validation every --eval-interval 100 updates; use 98,2,0, or"
-            " --eval-interval 0 to never validate",
-        ),
-        (
             {"async_save": True}, 4,
-            "--async-save must have a folder to save in, and --save is not given; add --save DIR or drop --async-save",
+            "--async-save requires a folder to save in, and --save is not given; add --save DIR or drop --async-save",
         ),
         (
             {"keep_last": 3}, 4,
-            "--keep-last must have a folder to save in, and --save is not given; add --save DIR or drop --keep-last",
+            "--keep-last requires a folder to save in, and --save is not given; add --save DIR or drop --keep-last",
         ),
         (
             {"spike_sigmas": 6.0}, 4,
-            "--spike-sigmas must have checkpoints to go back to; add --save DIR, with --save-interval above 0",
+            "--spike-sigmas requires checkpoints to go back to; add --save DIR, with --save-interval above 0",
         ),
         (
             {"spike_sigmas": 6.0, "save": "checkpoints", "keep_last": 1}, 4,
-            "--spike-sigmas must have a checkpoint from before the spike, and --keep-last 1 keeps none; use 2 or more",
+            "--spike-sigmas requires a checkpoint from before the spike, and --keep-last 1 keeps none; use 2 or more",
         ),
         (
             {"skip_samples": ("0-16", "24-8")}, 4,
             "--skip-samples: got '24-8'; expected FIRST-END with FIRST below END, such as 96-160 for 96 to 159",
         ),
-        ({"watchdog_factor": 1.0}, 4, "--watchdog-factor 1.0 must be above 1; use 10 or more or leave it out"),
+        ({"watchdog_factor": 1.0}, 4, "--watchdog-factor 1.0 must be above 1, or be left out"),
         ({}, 0, "got 0 processes; a run needs at least 1"),
         (
             {"hidden_dropout": 1.0}, 4,
-            "--hidden-dropout 1.0 must be at least 0 and below 1; use a fraction, such as the default 0.1",
+            "--hidden-dropout 1.0 must be at least 0 and below 1, such as the default 0.1",
         ),
         (
             {"moe_eval_capacity_factor": 0.0}, 4,
-            "--moe-eval-capacity-factor 0.0 must be above 0; use a positive number or leave it out",
+            "--moe-eval-capacity-factor 0.0 must be above 0, or be left out",
         ),
-        ({"num_experts": (8, 0)}, 4, "--num-experts 8 0 must be at least 1; use 1 or more, such as the default 1"),
+        ({"num_experts": (8, 0)}, 4, "--num-experts 8 0 must be at least 1, such as the default 1"),
         ({"lr": "fast"}, 4, "--lr: got 'fast'; expected a number"),
         ({"num_layers": "4"}, 4, "--num-layers: got '4'; expected int"),
         ({"num_experts": [8]}, 4, "--num-experts: got [8]; expected a tuple"),
@@ -297,20 +291,6 @@ def test_documents_kept_apart_where_attention_can(values):
 def test_wrong_splits(split):
     (problem,) = problems({"split": split})
     assert problem.startswith(f"--split {split!r} must be up to three numbers")
-
-
-def test_every_number_has_a_range():
-    ranged = [name for *_, fields in _RANGES for name in fields.split()]
-    assert sorted(ranged) == sorted(name for name, option in OPTIONS.items() if option.kind in (int, float))
-
-
-@pytest.mark.parametrize("name", [name for *_, fields in _RANGES for name in fields.split()])
-def test_negative_numbers_are_found_once_and_alone(name):
-    option = OPTIONS[name]
-    value = (option.kind(-1),) * 3 if option.many else option.kind(-1)
-    extra = {"save": "checkpoints"} if name == "keep_last" else {}
-    (problem,) = problems({name: value} | extra)
-    assert re.match(rf"{option.flag} [-1.0 ]+ must be ", problem)
 
 
 def test_all_problems_are_reported_in_one_error():

@@ -5,7 +5,7 @@ import pytest
 import tiny_run
 
 from megatron.config import RunConfig
-from megatron.config.options import build
+from megatron.config.run import build
 from megatron.data.data_table import data_table, planned_data_table
 from megatron.data.dataset_checks import count_tokens
 from megatron.data.gpt_dataset import ResumedData, build_datasets

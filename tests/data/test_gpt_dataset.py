@@ -267,7 +267,7 @@ def test_no_share_for_training(config):
 def test_missing_files_are_all_named_with_a_hint(config):
     good = config.data.data_path[0]
     config.data.data_path = (good.removesuffix("_text_document"), "/no/such", f"{good}.bin")
-    refused(config, f"Is it {good}?", "/no/such.idx and no /no/such.bin", "Give the prefix without .bin")
+    refused(config, f"use {good}\n", "no file /no/such.idx or /no/such.bin", f"without its ending: {good}")
 
 
 def test_splits_without_documents_or_too_short(config):

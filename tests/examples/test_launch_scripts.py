@@ -12,7 +12,9 @@ import pytest
 from tiny_run import make_dataset, make_tokenizer, records
 
 from megatron.config import RunConfig
+from megatron.config.errors import ConfigError
 from megatron.config.flags import parse_args
+from megatron.config.validation import validate
 from megatron.planning.plan import aligned, experiment
 
 ROOT = Path(__file__).parents[2]
@@ -216,7 +218,6 @@ def test_several_nodes_without_slurm():
 @pytest.mark.parametrize(
     ("variables", "said"),
     [
-        ({}, "DATA_PATH is not set"),
         ({"DATA_PATH": "x", "NNODES": "two"}, "NNODES is 'two'; give a whole number"),
         ({"DATA_PATH": "x", "TP": "0"}, "TP is '0'"),
         ({"DATA_PATH": "x", "NNODES": "2"}, "give NODE_RANK, from 0, and MASTER_ADDR"),
@@ -226,12 +227,10 @@ def test_several_nodes_without_slurm():
         ({"DATA_PATH": "x", "DRY_RUN": "yes"}, "expected 1 or command"),
         ({"DATA_PATH": "x", "CONTAINER_IMAGE": "x"}, "CONTAINER_IMAGE is for jobs of SLURM"),
         ({"DATA_PATH": "x", "CONTAINER_MOUNTS": "x"}, "CONTAINER_IMAGE is not"),
-        ({"DATA_PATH": "x", "TOKENIZER_TYPE": "HFTokenizer"}, "and TOKENIZER_MODEL is not set; give its file"),
         ({"DATA_PATH": "x", "NNODES": "99999999999999999999"}, "a whole number from 1 to 999999"),
         ({"DATA_PATH": "x", "NNODES": 2, "NODE_RANK": 2, "MASTER_ADDR": "a"}, "a whole number from 0 to 1, one less"),
         ({"DATA_PATH": "x", "NNODES": 2, "NODE_RANK": -1, "MASTER_ADDR": "a"}, "NODE_RANK is '-1'"),
         ({"DATA_PATH": "x", "MASTER_PORT": "free"}, "MASTER_PORT is 'free'; give the number of a free port"),
-        ({"VALID_DATA_PATH": "x"}, "DATA_PATH is not set"),
         ({"DATA_PATH": "x", "MASTER_PORT": 65536}, "from 1 to 65535"),
         ({"DATA_PATH": "x", "PYTHON": "/none/python"}, "PYTHON is '/none/python', which is no program here"),
         ({"DATA_PATH": "x", "PYTHON": "false"}, "which has no torch; activate the environment that has it"),
@@ -287,10 +286,13 @@ def test_a_dry_run_for_other_nodes_has_the_gpus_of_the_header():
     assert "srun" not in starter
 
 
-def test_a_missing_dataset_says_how_to_make_one():
-    said = start(MOE).stderr
-    assert "tools/preprocess_data.py --input" in said
-    assert f"DATA_PATH=corpus_text_document bash {MOE}" in said
+def test_what_is_missing_is_the_trainers_to_say():
+    _, run = parts(command(MOE, TOKENIZER_TYPE="HFTokenizer"))
+    with pytest.raises(ConfigError) as error:
+        validate(run, 64)
+    first, second = error.value.problems
+    assert first.startswith("--data-path is missing (launch scripts: DATA_PATH); make a dataset with tools/prepro")
+    assert second.startswith("--tokenizer-type HFTokenizer needs --tokenizer-model, which is missing")
 
 
 def test_a_dry_run_prints_the_plan_and_the_command():

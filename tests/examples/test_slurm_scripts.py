@@ -166,7 +166,7 @@ def test_a_dry_run_of_a_chain_submits_nothing(slurm):
         (("2", str(FOLDER / "quickstart.sh")), {}, "is not a launch script"),
         (("2", str(MOE)), {"DEPENDENCY": "after"}, "expected afterany or afterok"),
         (("2", str(MOE)), {"DRY_RUN": "yes"}, "DRY_RUN is 'yes'"),
-        (("2", str(MOE)), {"DATA_PATH": ""}, "DATA_PATH is not set"),
+        (("2", str(MOE)), {"DATA_PATH": ""}, "error: --data-path is missing (launch scripts: DATA_PATH)"),
         (("2", str(MOE), "--nonsense", "3"), {}, "unknown flag --nonsense"),
         (("2", str(MOE)), {"TP": "x"}, "TP is 'x'"),
         (("2", "--qos=refused", str(MOE)), {}, "link 1 of 2 could not be submitted"),

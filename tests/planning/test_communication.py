@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from megatron.config.options import build
 from megatron.config.presets import PRESETS
+from megatron.config.run import build
 from megatron.planning.communication import communication
 
 # 2 layers, the second with 4 experts; H = 4, F = 16, V = 8, 8 positions; a micro-batch is 2 x 8 = 16 tokens

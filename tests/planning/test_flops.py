@@ -3,8 +3,8 @@
 import pytest
 
 from megatron.config import ModelConfig, MoEConfig
-from megatron.config.options import build
 from megatron.config.presets import PRESETS
+from megatron.config.run import build
 from megatron.planning.flops import model_flops_per_token, peak_tflops
 
 V = 50304

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from megatron.config.options import build
 from megatron.config.presets import PRESETS
+from megatron.config.run import build
 from megatron.planning.measured import PEAKS, STEPS, between, peaks_in, run_of
 
 

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from megatron.config.options import build
 from megatron.config.presets import PRESETS
+from megatron.config.run import build
 from megatron.model.gpt import GPTModel
 from megatron.parallel.groups import ExpertGroup, TensorGroup
 from megatron.planning.measured import PEAKS, VOCAB, run_of

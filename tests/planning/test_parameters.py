@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from megatron.config import ModelConfig, MoEConfig
-from megatron.config.options import build
 from megatron.config.presets import PRESETS
+from megatron.config.run import build
 from megatron.planning.parameters import count_parameters
 
 

@@ -72,7 +72,7 @@ def test_a_given_split_wins_and_is_shown_with_its_costs():
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_published_models_can_be_placed(preset):
-    import megatron.config.options as options
+    import megatron.config.run as options
 
     config = options.build(PRESETS[preset] | {"pipeline_model_parallel_size": 4})
     assert max(place_layers(config, 50304).costs) < 0.35

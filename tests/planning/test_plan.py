@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from megatron.config.options import build
 from megatron.config.presets import PRESETS
+from megatron.config.run import build
 from megatron.planning.devices import USABLE, find_device
 from megatron.planning.measured import VOCAB, run_of
 from megatron.planning.memory import memory

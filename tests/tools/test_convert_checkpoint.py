@@ -48,7 +48,7 @@ def test_flags_without_effect_are_refused_and_files_that_moved_are_recorded(tmp_
         (("--topk", 2, "--upcycle-noise", 0.1), "--topk, --upcycle-noise: of --upcycle"),
         (("--max-shard-size", "1GB"), "--max-shard-size has no meaning for --to native"),
         (("--gelu-as-tanh",), "--gelu-as-tanh has no meaning for"),
-        (("--tokenizer-model", "/nowhere"), "--tokenizer-model /nowhere: there is no such file"),
+        (("--tokenizer-model", "/nowhere"), "--tokenizer-model /nowhere: no such file"),
     ):
         assert run("convert_checkpoint", *flags, *more) == 1
         assert message in capsys.readouterr().err

@@ -104,8 +104,12 @@ def test_an_empty_prompt_begins_a_document(run, saved):
     ("flags", "status", "message"),
     [
         ([], 2, "nothing to continue"),
-        (["--prompt", "w1", "--num-samples", "0"], 2, "--num-samples is 0"),
-        (["--prompt", "w1", "--max-new-tokens", "-1"], 2, "--max-new-tokens is -1"),
+        (
+            ["--prompt", "w1", "--num-samples", "0"],
+            2,
+            "argument --num-samples: got 0; expected a whole number, at least 1",
+        ),
+        (["--prompt", "w1", "--max-new-tokens", "-1"], 2, "argument --max-new-tokens: got -1; expected"),
         (["--prompt", "w1", "--top-p", "2"], 2, "top-p is 2.0"),
         (["--prompt", "w1", "--wrong"], 2, "--wrong"),
         (["--prompt", "w1", "--max-new-tokens", "48"], 1, "--max-new-tokens 47 or less"),
@@ -115,7 +119,11 @@ def test_an_empty_prompt_begins_a_document(run, saved):
         (["--prompt", "\udcff"], 1, "is not UTF-8"),
         (["--prompt", "w1", "--tokenizer-model", "/nowhere.json"], 1, "--tokenizer-model /nowhere.json"),
         (["--prompt", "w1", "--device", "gpu"], 1, "--device gpu is not known"),
-        (["--prompt", "w1", "--seed", str(2**63)], 2, f"--seed is {2**63}; expected 0 to {2**63 - 1}"),
+        (
+            ["--prompt", "w1", "--seed", str(2**63)],
+            2,
+            f"argument --seed: got {2**63}; expected a whole number, at least 0 and at most {2**63 - 1}",
+        ),
     ],
     ids=str,
 )

@@ -61,9 +61,23 @@ def test_a_folder_that_takes_nothing_does_no_harm(tmp_path):
 @pytest.mark.parametrize(("tokens", "status"), [("1000", 0), ("2000", 1)])
 def test_the_command_line(ended, tokens, status):
     words = ["--save", str(ended), "--seq-length", "10", "--global-batch-size", "8", "--micro-batch-size", "1"]
+    words += ["--data-path", "absent", "--tokenizer-type", "ByteTokenizer"]
     done = subprocess.run(
         [sys.executable, str(ROOT / "tools" / "run_finished.py"), *words, "--train-tokens", tokens],
         capture_output=True, text=True, cwd=ROOT, env={"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (status, "")
     assert ("finished" in done.stdout) == (status == 0)
+
+
+def test_flags_with_which_no_run_can_start(ended):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tools" / "run_finished.py"), "--save", str(ended), "--train-tokens", "1M"],
+        capture_output=True, text=True, cwd=ROOT, env={"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, "")
+    assert [line.split(":")[1].split(";")[0].strip() for line in done.stderr.splitlines()] == [
+        "--data-path is missing (launch scripts",
+        "--tokenizer-type GPT2BPETokenizer needs --vocab-file, which is missing",
+        "--tokenizer-type GPT2BPETokenizer needs --merge-file, which is missing",
+    ]

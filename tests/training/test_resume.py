@@ -7,7 +7,7 @@ from corpus import byte_level, gpt2
 
 from megatron.checkpoint import CheckpointError
 from megatron.config import RunConfig
-from megatron.config.flags import to_dict
+from megatron.config.run import to_dict
 from megatron.data.tokenizer import build_tokenizer
 from megatron.training.resume import carried, check, check_base
 

@@ -9,7 +9,7 @@ import torch
 from megatron.checkpoint.errors import CheckpointError
 from megatron.checkpoint.formats.contents import MODEL, Contents, Lazy, some, without_optimizer
 from megatron.config import ModelConfig, MoEConfig, ParallelConfig, RunConfig, TrainingConfig
-from megatron.config.flags import to_dict
+from megatron.config.run import to_dict
 from megatron.config.validation import validate_numbers
 
 

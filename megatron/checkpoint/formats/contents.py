@@ -11,7 +11,7 @@ import torch
 
 from megatron.checkpoint.errors import CheckpointError
 from megatron.config import ModelConfig, MoEConfig, RunConfig
-from megatron.config.flags import from_dict
+from megatron.config.run import from_dict
 from megatron.model.gpt import GPTModel
 
 MODEL, MOMENTS = "model.", ("exp_avg.", "exp_avg_sq.")

@@ -30,7 +30,7 @@ from megatron.checkpoint.formats.shards import read_json, read_shards, write_sha
 from megatron.checkpoint.tensors import Deferred, dtype_name
 from megatron.config import DataConfig, ParallelConfig, RunConfig
 from megatron.config.errors import ConfigError
-from megatron.config.flags import from_dict, to_dict
+from megatron.config.run import from_dict, to_dict
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
 
 SIDECAR = "megatron_moe.json"

@@ -75,7 +75,7 @@ def new_meta(
     """The metadata of a model that came from elsewhere: a run at its start, without optimizer state.
 
     Args:
-        config: as :func:`megatron.config.flags.to_dict` gives it.
+        config: as :func:`megatron.config.run.to_dict` gives it.
         vocab_size: rows of the token table.
         tokenizer: its ``vocab_size`` and ``fingerprint``.
         seq_length: of the clock.

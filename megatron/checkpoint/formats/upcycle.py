@@ -28,7 +28,7 @@ from megatron.checkpoint.errors import CheckpointError
 from megatron.checkpoint.formats.changes import check_model
 from megatron.checkpoint.formats.contents import MODEL, MOMENTS, Contents, Lazy, parameter_shapes
 from megatron.config import MoEConfig, ParallelConfig
-from megatron.config.flags import to_dict
+from megatron.config.run import to_dict
 from megatron.moe.initialization import named_generator
 
 LOGIT_SIZE = 1e-7

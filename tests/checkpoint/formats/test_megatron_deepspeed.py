@@ -20,7 +20,7 @@ from megatron.checkpoint.formats.inspect import inspect
 from megatron.checkpoint.formats.megatron_deepspeed import write_megatron_deepspeed
 from megatron.checkpoint.formats.native import new_meta, read_native, write_native
 from megatron.config import ModelConfig, MoEConfig, RunConfig
-from megatron.config.flags import to_dict
+from megatron.config.run import to_dict
 from megatron.inference.load import find_checkpoint, load_model
 
 JOB = Path(__file__).with_name("deepspeed_job.py")

@@ -10,7 +10,7 @@ import torch
 from megatron.checkpoint.errors import CheckpointError
 from megatron.checkpoint.formats.contents import some
 from megatron.config import MoEConfig, RunConfig
-from megatron.config.flags import from_dict
+from megatron.config.run import from_dict
 
 # what a model here is, as arguments of Megatron: another value is another model
 _FIXED: dict[str, tuple[Any, ...]] = {

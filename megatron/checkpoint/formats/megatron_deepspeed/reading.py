@@ -20,7 +20,7 @@ from megatron.checkpoint.formats.megatron_deepspeed.names import EXPERTS, TABLE,
 from megatron.checkpoint.formats.native import new_meta
 from megatron.checkpoint.tensors import dtype_name
 from megatron.config import DataConfig, ModelConfig, RunConfig
-from megatron.config.flags import to_dict
+from megatron.config.run import to_dict
 from megatron.data.tokenizer import build_tokenizer
 
 

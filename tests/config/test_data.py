@@ -1,9 +1,16 @@
 """Each rule of files: what it accepts, and a message with a fix."""
 
+import corpus
 import pytest
 
-from megatron.config.options import build
-from megatron.config.validation import ConfigError, validate_files
+from megatron.config import DataConfig
+from megatron.config.errors import ConfigError
+from megatron.config.run import OPTIONS, build
+from megatron.config.validation import validate
+from megatron.data import merging
+from megatron.data.errors import DataError
+from megatron.data.preprocess import preprocess
+from megatron.data.tokenizer import build_tokenizer
 
 
 @pytest.fixture
@@ -18,8 +25,9 @@ def data(tmp_path):
 def file_problems(folder, **values) -> tuple[str, ...]:
     """Problems with data fields whose names of files are relative to ``folder``."""
     base = {"vocab_file": f"{folder}/vocab.json", "merge_file": f"{folder}/merges.txt", "data_path": (f"{folder}/web",)}
+    base["train_tokens"] = 10**9
     try:
-        validate_files(build(base | values))
+        validate(build(base | values), 1)
     except ConfigError as error:
         return tuple(problem.replace(f"{folder}/", "") for problem in error.problems)
     return ()
@@ -37,7 +45,11 @@ def test_valid_files(data):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ((), "--data-path is missing; give a PREFIX of tools/preprocess_data.py, or a blend 0.7 PREFIX1 0.3 PREFIX2"),
+        (
+            (),
+            "--data-path is missing (launch scripts: DATA_PATH); make a dataset with tools/preprocess_data.py and give"
+            " its PREFIX, or a blend 0.7 PREFIX1 0.3 PREFIX2",
+        ),
         (("@none",), "--data-path none: no file none.idx or none.bin; write the dataset with tools/preprocess_data.py"),
         (("@half",), "--data-path half: no file half.bin; write the dataset with tools/preprocess_data.py"),
         (("@code",), "--data-path code: no file code.idx or code.bin; use code_text_document"),
@@ -67,7 +79,7 @@ def test_data_path_messages(words, message, data):
         ),
         (
             {"merge_file": "/no/m.txt"},
-            "--merge-file /no/m.txt: no such file; give the file that the dataset was tokenized with",
+            "--merge-file /no/m.txt: no such file; give the tokenizer's own",
         ),
         (
             {"tokenizer_type": "SentencePieceTokenizer"},
@@ -90,3 +102,29 @@ def test_files_of_every_set_are_looked_for(data):
         "--valid-data-path none: no file none.idx or none.bin; write the dataset with tools/preprocess_data.py",
         "--test-data-path half: no file half.bin; write the dataset with tools/preprocess_data.py",
     )
+
+
+def said(call, *args) -> tuple[str, ...]:
+    """The lines of the DataError of a call; none if it succeeds."""
+    try:
+        call(*args)
+    except DataError as error:
+        return tuple(str(error).splitlines())
+    return ()
+
+
+@pytest.mark.parametrize("kind", OPTIONS["tokenizer_type"].choices)
+@pytest.mark.parametrize("eod_token", [None, "</s>"])
+def test_a_tokenizer_is_refused_for_preprocessing_as_for_training(kind, eod_token, data):
+    options = {"tokenizer_type": kind, "tokenizer_model": "missing", "vocab_file": None, "eod_token": eod_token}
+    told = file_problems(data, **options)
+    assert told == said(build_tokenizer, DataConfig(**options, merge_file=f"{data}/merges.txt"))
+    assert (told == ()) == (kind == "ByteTokenizer" and eod_token is None)
+
+
+@pytest.mark.parametrize("split", ["1", "100,0,0", "98,2", "98;2", "0,0,0", ""])
+def test_a_split_is_refused_by_tools_as_by_training(split, data):
+    corpus.write_jsonl(data / "in.jsonl", ["text"] * 100)
+    preprocess([str(data / "in.jsonl")], str(data / "d"), DataConfig(tokenizer_type="ByteTokenizer"), workers=0)
+    prefix = f"{data}/d_text_document"
+    assert file_problems(data, data_path=(prefix,), split=split) == said(merging.split, prefix, f"{data}/cut", split)

@@ -4,8 +4,8 @@ import pytest
 from config.problems import problems
 
 from megatron.config import DataConfig
-from megatron.config.corpora import Blend, Source, find_corpora
-from megatron.config.errors import ConfigError
+from megatron.data.corpora import Blend, Source, find_corpora
+from megatron.data.errors import DataError
 
 
 def names(words: tuple[str, ...]) -> dict[str, list[str]]:
@@ -94,10 +94,12 @@ def test_messages(values, message):
     assert problems(values) == (message,)
 
 
-def test_training_alone_has_no_validation():
-    assert problems({"train_data_path": ("a",)}) == ()
+@pytest.mark.parametrize("data", [{"train_data_path": ("a",)}, {"split": "1"}, {"split": "98,0,2"}])
+def test_training_alone_has_no_validation(data):
+    assert problems(data | {"eval_interval": 50}) == ()
+    assert not find_corpora(DataConfig(**{"data_path": ("a",)} | data if "split" in data else data)).valid
 
 
 def test_without_words_it_is_missing():
-    with pytest.raises(ConfigError, match="--data-path is missing"):
+    with pytest.raises(DataError, match="--data-path is missing"):
         find_corpora(DataConfig())

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from megatron.config.spans import merge, nth_outside, parse_span
+from megatron.data.spans import merge, nth_outside, parse_span
 
 
 def test_a_span_is_first_to_before_end():

@@ -28,7 +28,7 @@ from config.problems import problems
         ),
         (
             {"optimizer_name": "adamw8bit", "optimizer_cpu_offload": True}, 4,
-            "--optimizer-cpu-offload must have --optimizer adamw, and the optimizer is adamw8bit; 8-bit moments are for"
+            "--optimizer-cpu-offload requires --optimizer adamw, and the optimizer is adamw8bit; 8-bit moments are for"
             " GPU memory: use --optimizer adamw, or drop --optimizer-cpu-offload",
         ),
     ],
