@@ -1,6 +1,5 @@
 """The engine: one model, its optimizer, and what a training step is, behind a narrow seam over DeepSpeed."""
 
-import contextlib
 import dataclasses
 import functools
 import math
@@ -12,20 +11,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from megatron.checkpoint import Box, ShardedTensor, flat_boxes
 from megatron.config import MoEConfig, RunConfig
 from megatron.engine.cuda_graphs import GraphedMicroBatches
-from megatron.engine.eight_bit import AdamW8bit, Stretch, warn_of_slow_decay
-from megatron.engine.loss_scale import leeway, load_scaler_state, scaler_state
+from megatron.engine.eight_bit import AdamW8bit, warn_of_slow_decay
+from megatron.engine.loss_scale import leeway
 from megatron.engine.offload import use_cores
 from megatron.engine.schedule import learning_rate
+from megatron.engine.state import ShardedState
 from megatron.model.gpt import GPTModel
 from megatron.model.randomness import seed_generators
 from megatron.parallel.initialize import Topology
 from megatron.parallel.replicas import check_replicas
-from megatron.parallel.sharding import global_shape, place, shards_of
 
-MODEL, EXP_AVG, EXP_AVG_SQ = "model.", "exp_avg.", "exp_avg_sq."
 # tensors of a micro-batch; the second ones where a run keeps documents apart (see megatron.data.documents)
 FIELDS, DOCUMENTS = ("tokens", "labels", "loss_mask"), ("position_ids", "cu_seqlens")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -116,8 +113,8 @@ def micro_batch_seed(seed: int, sample_index: int) -> int:
     return random.Random(f"{seed}/{sample_index}").getrandbits(63)
 
 
-class Engine:
-    """Trains a model: forward, backward, gradient reduction, clipping, ZeRO-1 update; and gives its state away."""
+class Engine(ShardedState):
+    """Trains a model: forward, backward, gradient reduction, clipping, ZeRO-1 update; its state is that of ZeRO-1."""
 
     def __init__(self, model: nn.Module, config: RunConfig, topology: Topology) -> None:
         os.environ.setdefault("DS_ACCELERATOR", topology.device.type)
@@ -132,9 +129,6 @@ class Engine:
         self._config = config
         self._topology = topology
         self._decay_tokens = config.optimizer.lr_decay_tokens or config.training.train_tokens or 1
-        self._shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-        self._experts = {name for name, p in model.named_parameters() if getattr(p, "is_expert", False)}
-        self._shards = {name: shards_of(p) for name, p in model.named_parameters()}
         unit = deepspeed_internals.ModelParallelUnit(topology)
         deepspeed_internals.start()
         deepspeed_internals.register_groups(topology, unit, config.expert_parallel_degrees())
@@ -160,7 +154,8 @@ class Engine:
         deepspeed_internals.create_adam_state(self._adam, *moments)
         deepspeed_internals.let_loss_scale_rest(self._optimizer)
         deepspeed_internals.offload_from_where_gradients_are_reduced(self._optimizer)
-        self.model = model
+        scaler = self._optimizer.loss_scaler if config.optimizer.precision == "fp16" else None
+        super().__init__(model, self._adam, scaler)
         self._graphs = GraphedMicroBatches(module, model, topology.device) if config.training.cuda_graphs else None
 
     def _trained_module(self, model: nn.Module, marker: nn.Module | None) -> nn.Module:
@@ -260,83 +255,3 @@ class Engine:
                     f"{option} is {getattr(data, option)}, but the micro-batch has {', '.join(map(repr, batch))}; make "
                     "micro-batches by megatron.data.documents.with_documents under the options of the run"
                 )
-
-    # ------------------------------------------------------------------------------------------------- state
-
-    def _global_shape(self, name: str) -> tuple[int, ...]:
-        return global_shape(self._shapes[name], self._shards[name])
-
-    def _boxes(self, name: str, start: int, flat: torch.Tensor) -> list[Box]:
-        """Cut ``flat``, which lies at ``start`` of this rank's flattened parameter, into boxes of the global tensor."""
-        shape = self._shapes[name]
-        boxes = []
-        for offsets, sizes, at in flat_boxes(shape, start, flat.numel()):
-            count = torch.Size(sizes).numel()
-            box = flat.narrow(0, at, count).view(sizes)
-            boxes.extend(Box(*placed) for placed in place(offsets, box, shape, self._shards[name]))
-        return boxes
-
-    def _fragments(self):
-        return self._internals.fragments(self.model, self._adam)
-
-    def saved_tensors(self) -> list[ShardedTensor]:
-        """This rank's share of fp32 weights and Adam moments, as views: nothing is copied or communicated.
-
-        Moments of 8 bits are decoded when they are written, one box at a time.
-        """
-        entries = []
-        for name, _, fragment in self._fragments():
-            if fragment is None:
-                continue
-            parts = ((MODEL, fragment.master), (EXP_AVG, fragment.exp_avg), (EXP_AVG_SQ, fragment.exp_avg_sq))
-            for prefix, flat in parts:
-                cut = functools.partial(self._boxes, name, fragment.start)
-                boxes = flat.boxes(cut) if isinstance(flat, Stretch) else cut(flat)
-                entries.append(ShardedTensor(prefix + name, self._global_shape(name), flat.dtype, boxes))
-        return entries
-
-    @contextlib.contextmanager
-    def loading(self, moments: bool = True):
-        """Yields the tensors to load into; on leaving without an error the loaded weights are taken over.
-
-        Weights are read in full (each rank computes with all of its parameters), moments only as far as this rank
-        keeps them; without ``moments`` they are set to 0, as at the start of a run.
-        """
-        entries, weights = [], {}
-        for name, parameter, fragment in self._fragments():
-            weights[name] = torch.empty(parameter.shape, dtype=torch.float32)
-            whole = self._boxes(name, 0, weights[name].view(-1))
-            entries.append(ShardedTensor(MODEL + name, self._global_shape(name), torch.float32, whole))
-            if fragment is None:
-                continue
-            for prefix, flat in ((EXP_AVG, fragment.exp_avg), (EXP_AVG_SQ, fragment.exp_avg_sq)):
-                to_fill = flat.to_fill() if isinstance(flat, Stretch) else flat
-                if not moments:
-                    to_fill.zero_()
-                    continue
-                boxes = self._boxes(name, fragment.start, to_fill)
-                entries.append(ShardedTensor(prefix + name, self._global_shape(name), to_fill.dtype, boxes))
-        yield entries
-        with torch.no_grad():
-            for name, parameter, fragment in self._fragments():
-                parameter.copy_(weights[name])
-                if fragment is not None:
-                    fragment.master.copy_(weights[name].view(-1).narrow(0, fragment.start, fragment.numel))
-        if isinstance(self._adam, AdamW8bit):
-            self._adam.take_filled()
-
-    def scalar_state(self) -> dict[str, Any]:
-        """What the optimizer keeps besides tensors, JSON-able."""
-        flat = self._adam.param_groups[0]["params"][0]
-        state: dict[str, Any] = {"adam_step": int(self._adam.state[flat]["step"])}
-        if self._config.optimizer.precision == "fp16":
-            state["loss_scaler"] = scaler_state(self._optimizer.loss_scaler)
-        return state
-
-    def load_scalar_state(self, state: Mapping[str, Any] | None) -> None:
-        """Take over what :meth:`scalar_state` gave; None is the start of a run."""
-        state = {"adam_step": 0} if state is None else state
-        for entry in self._adam.state.values():
-            entry["step"].fill_(state["adam_step"])
-        if self._config.optimizer.precision == "fp16":
-            load_scaler_state(self._optimizer.loss_scaler, state.get("loss_scaler"))

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from megatron.checkpoint import ShardedTensor
 from megatron.config import RunConfig
 from megatron.engine.engine import DOCUMENTS, FIELDS, Engine, LossSums, StepResult, micro_batch_seed
 from megatron.model.gpt import GPTModel
@@ -38,7 +37,6 @@ class PipelineEngine(Engine):
         if compiles(config, topology):
             compile_layers(self._module.stage.layers.values())
         super().__init__(self._module.stage, config, topology)
-        self._replicas = {name for name, p in self.model.named_parameters() if deepspeed_internals.is_tied_replica(p)}
 
     def _trained_module(self, model: nn.Module, marker: nn.Module | None) -> nn.Module:
         self._module.marker = marker
@@ -84,10 +82,6 @@ class PipelineEngine(Engine):
         for batch in micro_batches:
             on_device = self._to_device(batch, FIELDS)
             yield on_device["tokens"], (on_device["labels"], on_device["loss_mask"])
-
-    def saved_tensors(self) -> list[ShardedTensor]:
-        """As :meth:`Engine.saved_tensors`, without the last stage's copy of the token table."""
-        return [entry for entry in super().saved_tensors() if entry.name.split(".", 1)[1] not in self._replicas]
 
 
 def build_engine(config: RunConfig, topology: Topology, vocab_size: int) -> Engine:

@@ -201,8 +201,8 @@ def inspect_pipeline() -> dict:
         "data": (ranks(grid.get_data_parallel_group()), ranks(topology.data_parallel_group)),
         "experts": (ranks(groups._get_expert_parallel_group("ep_size_2")), ranks(topology.expert_parallel_groups[2])),
         "optimizer groups": [group["name"] for group in made._adam.param_groups],
-        "has experts": bool(made._experts),
-        "replicas": made._replicas,
+        "has experts": any(".experts." in name for name, _ in made.model.named_parameters()),
+        "saved": {tensor.name for tensor in made.saved_tensors()},
         "names": {name for name, _ in made.model.named_parameters()},
         "marker": [float(p.abs().sum()) for p in made._module.marker.parameters()],
     }
@@ -223,8 +223,11 @@ def test_a_pipeline_has_our_groups_our_steps_and_one_token_table_too_many():
     assert (first["has experts"], last["has experts"]) == (False, True)
     assert first["marker"] == [0.0, 0.0]
     assert last["marker"] == []
-    assert first["replicas"] == set()
-    assert last["replicas"] == first["names"] & last["names"] == {"embedding.word_embeddings.weight"}
+    assert first["names"] & last["names"] == {"embedding.word_embeddings.weight"}
+    saved = set.union(*(seen["saved"] for seen in stages))
+    for name in (f"{prefix}.embedding.word_embeddings.weight" for prefix in ("model", "exp_avg", "exp_avg_sq")):
+        assert name in saved
+        assert name not in last["saved"]
 
 
 def test_what_offloading_overrides_is_there():
