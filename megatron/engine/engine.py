@@ -13,19 +13,20 @@ from torch import nn
 
 from megatron.config import MoEConfig, RunConfig
 from megatron.engine.cuda_graphs import GraphedMicroBatches
-from megatron.engine.eight_bit import AdamW8bit, warn_of_slow_decay
 from megatron.engine.loss_scale import leeway
 from megatron.engine.offload import use_cores
+from megatron.engine.optim import OPTIMIZERS
+from megatron.engine.optim.groups import parameter_groups
 from megatron.engine.schedule import learning_rate
 from megatron.engine.state import ShardedState
 from megatron.model.gpt import GPTModel
 from megatron.model.randomness import seed_generators
 from megatron.parallel.initialize import Topology
 from megatron.parallel.replicas import check_replicas
+from megatron.parallel.sharding import collect_layouts
 
 # tensors of a micro-batch; the second ones where a run keeps documents apart (see megatron.data.documents)
 FIELDS, DOCUMENTS = ("tokens", "labels", "loss_mask"), ("position_ids", "cu_seqlens")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclasses.dataclass
@@ -122,8 +123,7 @@ class Engine(ShardedState):
         from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 
         from megatron.engine import deepspeed_config, deepspeed_internals
-        from megatron.engine.optimizer import build_adam
-        from megatron.engine.update import Update
+        from megatron.engine.bf16_update import BF16Update
 
         self._internals = deepspeed_internals
         self._config = config
@@ -132,30 +132,33 @@ class Engine(ShardedState):
         unit = deepspeed_internals.ModelParallelUnit(topology)
         deepspeed_internals.start()
         deepspeed_internals.register_groups(topology, unit, config.expert_parallel_degrees())
-        marker = deepspeed_internals.mark_experts(config, model) if config.moe.enabled else None
-        deepspeed_internals.mark_model_parallel(model)
+        marker = deepspeed_internals.expert_markers(config, collect_layouts(model)) if config.moe.enabled else None
         module = self._trained_module(model, marker).to(topology.device)
         if config.optimizer.optimizer_cpu_offload and topology.device.type == "cuda":
             use_cores(topology.launch.world_size)
-        self._adam = build_adam(module, config.optimizer, config.training.compile)
-        if isinstance(self._adam, AdamW8bit) and topology.launch.rank == 0:
-            warn_of_slow_decay((config.optimizer.adam_beta1, config.optimizer.adam_beta2))
+        layouts = collect_layouts(module)
+        deepspeed_internals.mark_parameters(module, layouts)
+        groups = parameter_groups(module, layouts, config.optimizer)
+        deepspeed_internals.mark_groups(groups)
+        optimizer_class = OPTIMIZERS[config.optimizer.optimizer_name]
+        optimizer = optimizer_class.from_config(groups, config.optimizer, config.training.compile)
+        if topology.launch.rank == 0:
+            optimizer.log_warnings()
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=module,
-            optimizer=self._adam,
+            optimizer=optimizer,
             config=deepspeed_config.build(config, topology.data_parallel_size),
             mpu=None if topology.pipeline_parallel_size > 1 else unit,  # a pipeline has its own
             dist_init_required=False,
         )
         bf16 = isinstance(self._optimizer, BF16_Optimizer)
-        self._update = Update(self._optimizer, config.optimizer, topology) if bf16 else None
-        moments = (DTYPES[config.optimizer.exp_avg_dtype], DTYPES[config.optimizer.exp_avg_sq_dtype])
-        # after Update has given back the memory of gradients' sums, which may never be needed
-        deepspeed_internals.create_adam_state(self._adam, *moments)
+        by_parameter = {parameter: layouts[name] for name, parameter in module.named_parameters()}
+        self._update = BF16Update(self._optimizer, by_parameter, config.optimizer, topology) if bf16 else None
+        optimizer.init_state()  # after BF16Update has freed the gradients' fp32 sums, which may never be needed
         deepspeed_internals.let_loss_scale_rest(self._optimizer)
         deepspeed_internals.offload_from_where_gradients_are_reduced(self._optimizer)
         scaler = self._optimizer.loss_scaler if config.optimizer.precision == "fp16" else None
-        super().__init__(model, self._adam, scaler)
+        super().__init__(model, optimizer, scaler)
         self._graphs = GraphedMicroBatches(module, model, topology.device) if config.training.cuda_graphs else None
 
     def _trained_module(self, model: nn.Module, marker: nn.Module | None) -> nn.Module:
@@ -200,7 +203,7 @@ class Engine(ShardedState):
 
     def _set_learning_rate(self, tokens_after: int) -> float:
         lr = learning_rate(self._config.optimizer, tokens_after, self._decay_tokens)
-        for group in self._adam.param_groups:
+        for group in self._sharded_optimizer.param_groups:
             group["lr"] = lr
         return lr
 
@@ -235,7 +238,7 @@ class Engine(ShardedState):
 
     def check_replicas(self) -> None:
         """Compare the parameters that several ranks hold; see :func:`megatron.parallel.replicas.check_replicas`."""
-        check_replicas(self.model.named_parameters(), self._topology)
+        check_replicas(self.model.named_parameters(), self._layouts, self._topology)
 
     def _loss_scale(self) -> float:
         return float(self._optimizer.loss_scaler.cur_scale) if self._config.optimizer.precision == "fp16" else 1.0

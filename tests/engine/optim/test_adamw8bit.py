@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from megatron.checkpoint import Box, data_of, flat_boxes
-from megatron.engine import eight_bit
-from megatron.engine.eight_bit import AdamW8bit, Stretch
+from megatron.engine.optim import adamw8bit
+from megatron.engine.optim.adamw8bit import AdamW8bit, QuantizedSlice
 
 pytest.importorskip("torchao", reason="needs the extra [8bit]")
 
@@ -21,7 +21,7 @@ def gradient(step: int, numel: int = NUMEL) -> torch.Tensor:
 
 def made(numel: int = NUMEL) -> tuple[AdamW8bit, torch.Tensor]:
     flat = torch.nn.Parameter(torch.linspace(-1, 1, numel))
-    group = {"params": [flat], "weight_decay": 0.1, "eight_bit": True}
+    group = {"params": [flat], "weight_decay": 0.1, "matrices": True}
     adam = AdamW8bit([group], compiled=True, **OPTIONS)
     adam.state[flat].update(adam.new_state(flat, adam.param_groups[0]))
     return adam, flat
@@ -40,12 +40,12 @@ def moments(adam: AdamW8bit, flat: torch.Tensor) -> list[torch.Tensor]:
 def kept(beta2: float, share: float) -> float:
     """What is left, after 200 gradients of 0, of a second moment that was a ``share`` of its block's largest one, which
     large gradients keep up. In fp32 it would be beta2^200, 0.13 or less."""
-    numel = eight_bit.FEWEST
+    numel = adamw8bit.FEWEST
     flat = torch.nn.Parameter(torch.zeros(numel))
-    adam = AdamW8bit([{"params": [flat], "eight_bit": True}], compiled=True, lr=1e-3, betas=(0.9, beta2))
+    adam = AdamW8bit([{"params": [flat], "matrices": True}], compiled=True, lr=1e-3, betas=(0.9, beta2))
     adam.state[flat].update(adam.new_state(flat, adam.param_groups[0]))
-    adam.state[flat]["exp_avg_sq"].to_fill().fill_(share)[::256] = 1.0
-    adam.take_filled()
+    adam.state[flat]["exp_avg_sq"].load_buffer().fill_(share)[::256] = 1.0
+    adam.finish_loading()
     before = moments(adam, flat)[1][1]
     for _ in range(200):
         flat.grad = torch.zeros(numel)
@@ -56,14 +56,14 @@ def kept(beta2: float, share: float) -> float:
 
 @pytest.mark.parametrize(("beta2", "share"), [(0.95, 0.1), (0.99, 1.0)])
 def test_moments_fall_above_the_bound_and_not_below_it(beta2: float, share: float):
-    assert kept(beta2, 0.9 * eight_bit.cannot_fall(beta2, signed=False)) == 1.0
+    assert kept(beta2, 0.9 * adamw8bit.cannot_fall(beta2, signed=False)) == 1.0
     assert kept(beta2, share) < 0.8
 
 
 def test_betas_whose_moments_cannot_follow_are_warned_of(caplog):
-    eight_bit.warn_of_slow_decay((0.9, 0.95))
+    adamw8bit.warn_of_slow_decay((0.9, 0.95))
     assert not caplog.records
-    eight_bit.warn_of_slow_decay((0.9, 0.99))
+    adamw8bit.warn_of_slow_decay((0.9, 0.99))
     (record,) = caplog.records
     assert "0.07 with --adam-beta2 0.99." in record.getMessage()
     assert "--adam-beta1" not in record.getMessage()
@@ -107,8 +107,8 @@ def test_many_updates_stay_close_to_adamw():
 def test_chunks_and_parts_change_nothing(monkeypatch):
     whole, flat = made()
     train(whole, flat, 3)
-    monkeypatch.setattr(eight_bit, "EAGER_CHUNK", 1536)
-    monkeypatch.setattr(eight_bit, "PART", 512)
+    monkeypatch.setattr(adamw8bit, "EAGER_CHUNK", 1536)
+    monkeypatch.setattr(adamw8bit, "PART", 512)
     cut, pieces = made()
     train(cut, pieces, 3)
     assert [chunk.numel() for chunk in cut.state[pieces]["exp_avg"].chunks] == [1536, 1536, 1536, 512, 37]
@@ -132,13 +132,13 @@ def test_few_numbers_have_fp32_moments_and_the_update_of_adamw():
     torch.testing.assert_close(moments(adam, flat)[1], reference.state[exact]["exp_avg_sq"], rtol=1e-5, atol=1e-12)
 
 
-def test_what_is_filled_in_is_encoded_and_decoded_box_by_box():
+def test_what_is_loaded_is_encoded_and_decoded_box_by_box():
     adam, flat = made()
     moment = adam.state[flat]["exp_avg"]
     shape, start, numel = (7, 5, 9), 11, 300
     values = torch.randn(numel, generator=torch.Generator().manual_seed(3))
-    moment.narrow(0, 100, numel).to_fill().copy_(values)
-    adam.take_filled()
+    moment.narrow(0, 100, numel).load_buffer().copy_(values)
+    adam.finish_loading()
     assert not moment.decode(0, 100).any()
     assert not moment.decode(100 + numel, NUMEL - 100 - numel).any()
 
@@ -154,14 +154,14 @@ def test_what_is_filled_in_is_encoded_and_decoded_box_by_box():
         assert (box.tensor.shape, box.tensor.dtype) == (exact.tensor.shape, torch.float32)
         assert torch.equal(data_of(box.tensor), exact.tensor)
     again = moment.decode(0, NUMEL)
-    adam.take_filled()  # nothing new was filled in
+    adam.finish_loading()  # nothing new was loaded
     assert torch.equal(moment.decode(0, NUMEL), again)
 
 
-def test_a_stretch_outside_of_the_moment_is_an_error():
+def test_a_slice_outside_of_the_moment_is_an_error():
     adam, flat = made()
     moment = adam.state[flat]["exp_avg"]
-    assert isinstance(moment.narrow(0, NUMEL - 1, 1), Stretch)
+    assert isinstance(moment.narrow(0, NUMEL - 1, 1), QuantizedSlice)
     for start, numel in ((NUMEL, 1), (-1, 1), (3, -1)):
         for take in (moment.decode, lambda *stretch: moment.narrow(0, *stretch)):
             with pytest.raises(ValueError, match=f"among the moment's {NUMEL} numbers"):
@@ -173,7 +173,7 @@ def test_a_stretch_outside_of_the_moment_is_an_error():
 def test_groups_that_do_not_ask_for_it_have_fp32_moments():
     flat, vector = (torch.nn.Parameter(torch.ones(8192)) for _ in range(2))
     adam = AdamW8bit(
-        [{"params": [flat], "eight_bit": True}, {"params": [vector], "eight_bit": False}], compiled=True, **OPTIONS
+        [{"params": [flat], "matrices": True}, {"params": [vector], "matrices": False}], compiled=True, **OPTIONS
     )
     adam.state[flat].update(adam.new_state(flat, adam.param_groups[0]))
     both = adam.param_groups

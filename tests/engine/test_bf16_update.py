@@ -16,7 +16,7 @@ UPDATES = 4
 class LeftToDeepSpeed:
     """In the place of our update: DeepSpeed's."""
 
-    def __init__(self, optimizer, config, topology) -> None:
+    def __init__(self, optimizer, layouts, config, topology) -> None:
         self._optimizer = optimizer
 
     def begin(self, micro_batches: int) -> None:
@@ -29,14 +29,14 @@ class LeftToDeepSpeed:
 
 def train(micro_batches: int, ours: bool, options: dict) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Updates of which the second has a parameter without gradient and the third one that is not finite."""
-    from megatron.engine import update
+    from megatron.engine import bf16_update
 
-    original = update.Update
-    update.Update = original if ours else LeftToDeepSpeed
+    original = bf16_update.BF16Update
+    bf16_update.BF16Update = original if ours else LeftToDeepSpeed
     try:
         made = engine(**options)
     finally:
-        update.Update = original
+        bf16_update.BF16Update = original
     norms = []
     for step in range(UPDATES):
         made.model.final_layernorm.bias.requires_grad_(step != 1)
@@ -67,9 +67,9 @@ def test_updates_are_deepspeeds(processes: int, micro_batches: int, expert_size:
 
 def directly() -> tuple[dict, dict]:
     """Whether groups of large parameters, of one process, keep bf16 gradients: with one micro-batch and with two."""
-    from megatron.engine import update
+    from megatron.engine import bf16_update
 
-    update.MANY = 64
+    bf16_update.MANY = 64
     made = engine()
     seen = []
     for micro_batches in (1, 2, 1):

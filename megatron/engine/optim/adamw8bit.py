@@ -1,12 +1,12 @@
-"""AdamW with moments of 8 bits a number, for the flat fp32 pieces that ZeRO gives to an optimizer.
+"""AdamW with moments of 8 bits a number.
 
 The arithmetic and the number format are torchao's (``torchao.optim.AdamW8bit``): blocks of 256 numbers share an fp32
 scale, the largest absolute value among them, and each number is one of 256 levels that are dense around zero (Dettmers
 et al., 8-bit Optimizers via Block-wise Quantization, arXiv 2110.02861). The update itself is computed in fp32. A second
 moment below 1.6e-7 of the largest in its block becomes zero, the first one only below 2.8e-7 of its largest.
 
-A flat piece is cut into chunks, so that what an update needs beside its result does not grow with the model, and one
-compilation serves all chunks of a size. Moments are read and filled in stretches: a checkpoint holds them in fp32.
+A shard is cut into chunks, so that what an update needs beside its result does not grow with the model, and one
+compilation serves all chunks of a size. A checkpoint holds fp32 moments, which are decoded and encoded slice by slice.
 """
 
 import bisect
@@ -15,18 +15,22 @@ import functools
 import itertools
 import logging
 import warnings
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
 
-from megatron.checkpoint import Box, Deferred
+from megatron.config import OptimizerConfig
+from megatron.engine.optim.base import ShardedOptimizer
+
+if TYPE_CHECKING:
+    from megatron.checkpoint import Box
 
 logger = logging.getLogger(__name__)
 
 BLOCK = 256  # numbers that share a scale
-FEWEST = 4096  # a piece of fewer numbers keeps fp32 moments: torchao's rule too
+FEWEST = 4096  # a shard of fewer numbers keeps fp32 moments: torchao's rule too
 TOO_LARGE = 0.01  # of a block's largest moment: smaller ones that cannot fall are worth a warning
 COMPILED_CHUNK, EAGER_CHUNK = (
     2**26,
@@ -84,20 +88,22 @@ def warn_of_slow_decay(betas: tuple[float, float]) -> None:
         )
 
 
-class Stretch:
-    """Consecutive numbers of a :class:`Moment`, which stand there encoded."""
+class QuantizedSlice:
+    """Consecutive numbers of a :class:`QuantizedState`."""
 
     dtype = torch.float32  # once decoded
 
-    def __init__(self, moment: "Moment", start: int, numel: int) -> None:
-        self._moment, self._start, self._numel = moment, start, numel
+    def __init__(self, state: "QuantizedState", start: int, numel: int) -> None:
+        self._state, self._start, self._numel = state, start, numel
 
     def numel(self) -> int:
-        """How many there are."""
+        """Number of elements."""
         return self._numel
 
-    def boxes(self, cut: Callable[[torch.Tensor], list[Box]]) -> list[Box]:
+    def boxes(self, cut: "Callable[[torch.Tensor], list[Box]]") -> "list[Box]":
         """The boxes that ``cut`` makes of these numbers in one dimension, each decoded when it is written."""
+        from megatron.checkpoint import Box, Deferred
+
         outline = torch.empty(self._numel, device="meta")
         return [
             Box(offsets, Deferred(part.shape, part.dtype, functools.partial(self._read, part)))
@@ -107,27 +113,27 @@ class Stretch:
     def _read(self, part: torch.Tensor) -> torch.Tensor:
         first = part.storage_offset()
         span = 1 + sum((size - 1) * stride for size, stride in zip(part.shape, part.stride(), strict=True))
-        return self._moment.decode(self._start + first, span).as_strided(part.shape, part.stride())
+        return self._state.decode(self._start + first, span).as_strided(part.shape, part.stride())
 
-    def to_fill(self) -> torch.Tensor:
-        """fp32 numbers in CPU memory in place of these, until :meth:`AdamW8bit.take_filled` encodes them."""
-        return self._moment.to_fill().narrow(0, self._start, self._numel)
+    def load_buffer(self) -> torch.Tensor:
+        """fp32 numbers in CPU memory that :meth:`AdamW8bit.finish_loading` encodes in place of these."""
+        return self._state.load_buffer().narrow(0, self._start, self._numel)
 
 
-class Moment:
-    """A moment of a flat piece, one chunk after another: 8-bit ones of whole blocks, then fp32 for the rest."""
+class QuantizedState:
+    """A moment of a shard, one chunk after another: 8-bit ones of whole blocks, then fp32 for the rest."""
 
     def __init__(self, chunks: list[torch.Tensor]) -> None:
         self.chunks = chunks
         *self._begins, self.numel = itertools.accumulate((chunk.numel() for chunk in chunks), initial=0)
-        self._filled: torch.Tensor | None = None
+        self._loaded: torch.Tensor | None = None
 
-    def narrow(self, dim: int, start: int, numel: int) -> Stretch:
+    def narrow(self, dim: int, start: int, numel: int) -> QuantizedSlice:
         """As :meth:`torch.Tensor.narrow` of the whole moment; it has one dimension, 0."""
         if dim != 0:
             raise ValueError(f"dimension {dim}, but a moment has one dimension only; use 0")
         self._check(start, numel)
-        return Stretch(self, start, numel)
+        return QuantizedSlice(self, start, numel)
 
     def _check(self, start: int, numel: int) -> None:
         if not 0 <= start <= start + numel <= self.numel:
@@ -142,20 +148,20 @@ class Moment:
             out[at - start : at - start + count] = numbers[skipped : skipped + count]
         return out
 
-    def to_fill(self) -> torch.Tensor:
-        """The whole moment as fp32 zeros in CPU memory, for :meth:`take_filled`."""
-        if self._filled is None:
-            self._filled = torch.zeros(self.numel)
-        return self._filled
+    def load_buffer(self) -> torch.Tensor:
+        """The whole moment as fp32 zeros in CPU memory, to load into before :meth:`finish_loading`."""
+        if self._loaded is None:
+            self._loaded = torch.zeros(self.numel)
+        return self._loaded
 
     @torch.no_grad()
-    def take_filled(self) -> None:
-        """Encode what was filled in since :meth:`to_fill`, and give its memory back."""
-        if self._filled is None:
+    def finish_loading(self) -> None:
+        """Encode what was loaded since :meth:`load_buffer`, and give its memory back."""
+        if self._loaded is None:
             return
         for at, blocks, _, count in self._parts(0, self.numel):
-            blocks.copy_(self._filled[at : at + count].to(blocks.device))
-        self._filled = None
+            blocks.copy_(self._loaded[at : at + count].to(blocks.device))
+        self._loaded = None
 
     def _parts(self, start: int, end: int) -> Iterator[tuple[int, torch.Tensor, int, int]]:
         """[start, end) bit by bit: where a part begins, the blocks it is in, and its place and length among them."""
@@ -169,10 +175,8 @@ class Moment:
             at = stop
 
 
-class AdamW8bit(torch.optim.AdamW):
-    """AdamW whose moments are 8-bit numbers in the groups that say ``eight_bit``, and fp32 in the others.
-
-    It is for flat pieces: a group's parameters are one-dimensional fp32 tensors when :meth:`new_state` is called.
+class AdamW8bit(ShardedOptimizer, torch.optim.AdamW):
+    """AdamW whose moments are 8-bit numbers in the groups of ``matrices``, and fp32 in the others.
 
     Args:
         groups: as :class:`torch.optim.AdamW` takes them.
@@ -180,45 +184,64 @@ class AdamW8bit(torch.optim.AdamW):
         options: of :class:`torch.optim.AdamW`.
     """
 
-    def __init__(self, groups: list[dict], *, compiled: bool, **options: Any) -> None:
+    states: ClassVar[Mapping[str, int]] = {"exp_avg": 1, "exp_avg_sq": 2}
+
+    def __init__(self, groups: Sequence[dict[str, Any]], *, compiled: bool, **options: Any) -> None:
         super().__init__(groups, **options)
         self._compiled = compiled
         self._inner: dict[torch.Tensor, torch.optim.Optimizer] = {}
 
-    def new_state(self, flat: torch.Tensor, group: dict) -> dict[str, Any]:
-        """Moments of zero for a piece of an ``eight_bit`` group, in the form of an optimizer's state."""
+    @classmethod
+    def from_config(cls, groups: Sequence[dict[str, Any]], config: OptimizerConfig, compiled: bool) -> "AdamW8bit":
+        """See :meth:`ShardedOptimizer.from_config`."""
+        betas = (config.adam_beta1, config.adam_beta2)
+        return cls(groups, compiled=compiled, lr=0.0, betas=betas, eps=config.adam_eps, fused=True)
+
+    @classmethod
+    def state_bytes(cls, config: OptimizerConfig) -> float:
+        """Bytes of both moments for each weight: 8 bits, and an fp32 scale for each block."""
+        return 2 * (1 + 4 / BLOCK)
+
+    def log_warnings(self) -> None:
+        """Warn of betas with which 8-bit moments are far from fp32 ones."""
+        warn_of_slow_decay(self.defaults["betas"])
+
+    def new_state(self, shard: torch.Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
+        """Moments of zero: quantized in a group of ``matrices``, else fp32."""
+        if not group["matrices"]:
+            return super().new_state(shard, group)
         inner, state_8bit = _torchao()
-        whole = flat.numel() // BLOCK * BLOCK if flat.numel() >= FEWEST else 0
-        size = COMPILED_CHUNK if self._compiled and flat.is_cuda else EAGER_CHUNK
+        whole = shard.numel() // BLOCK * BLOCK if shard.numel() >= FEWEST else 0
+        size = COMPILED_CHUNK if self._compiled and shard.is_cuda else EAGER_CHUNK
         ends = [
             *range(size, whole, size),
             *([whole] if whole else []),
-            *([flat.numel()] if whole < flat.numel() else []),
+            *([shard.numel()] if whole < shard.numel() else []),
         ]
-        chunks = [nn.Parameter(flat.detach()[a:b]) for a, b in itertools.pairwise([0, *ends])]
+        chunks = [nn.Parameter(shard.detach()[a:b]) for a, b in itertools.pairwise([0, *ends])]
         optimizer = inner(
             chunks, lr=0.0, betas=group["betas"], eps=group["eps"], weight_decay=group["weight_decay"], block_size=BLOCK
         )
         for chunk in chunks:
             eight = chunk.numel() % BLOCK == 0 and chunk.numel() <= whole
             moments = [
-                state_8bit.zeros(chunk.shape, signed, BLOCK, flat.device, torch.float32)
+                state_8bit.zeros(chunk.shape, signed, BLOCK, shard.device, torch.float32)
                 if eight
                 else torch.zeros_like(chunk, requires_grad=False)
                 for signed in (True, False)
             ]
-            optimizer.state[chunk] = dict(zip(("exp_avg", "exp_avg_sq"), moments, strict=True), step=torch.zeros(()))
-        self._inner[flat] = optimizer
+            optimizer.state[chunk] = dict(zip(self.states, moments, strict=True), step=torch.zeros(()))
+        self._inner[shard] = optimizer
         states = [optimizer.state[chunk] for chunk in chunks]
-        moments = {name: Moment([state[name] for state in states]) for name in ("exp_avg", "exp_avg_sq")}
+        moments = {name: QuantizedState([state[name] for state in states]) for name in self.states}
         return {"step": torch.zeros(()), **moments}
 
-    def take_filled(self) -> None:
-        """Encode the moments that were filled through :meth:`Stretch.to_fill`."""
-        for state in self.state.values():
-            for moment in state.values():
-                if isinstance(moment, Moment):
-                    moment.take_filled()
+    def finish_loading(self) -> None:
+        """Encode the moments that were loaded through :meth:`QuantizedSlice.load_buffer`."""
+        for states in self.state.values():
+            for state in states.values():
+                if isinstance(state, QuantizedState):
+                    state.finish_loading()
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None) -> None:
@@ -226,28 +249,28 @@ class AdamW8bit(torch.optim.AdamW):
         if closure is not None:
             raise ValueError("a closure is not supported; compute gradients before step()")
         groups = self.param_groups
-        self.param_groups = [group for group in groups if not group.get("eight_bit")]
+        self.param_groups = [group for group in groups if not group["matrices"]]
         try:
             super().step()
         finally:
             self.param_groups = groups
         for group in groups:
-            if group.get("eight_bit"):
-                for flat in group["params"]:
-                    self._update(flat, group["lr"])
+            if group["matrices"]:
+                for shard in group["params"]:
+                    self._update_shard(shard, group["lr"])
 
-    def _update(self, flat: torch.Tensor, lr: float) -> None:
-        if flat.grad is None:
+    def _update_shard(self, shard: torch.Tensor, lr: float) -> None:
+        if shard.grad is None:
             return
-        optimizer, step = self._inner[flat], self.state[flat]["step"]
+        optimizer, step = self._inner[shard], self.state[shard]["step"]
         (inner,) = optimizer.param_groups
         inner["lr"].fill_(lr)
         begin = 0
         for chunk in inner["params"]:
-            chunk.grad = flat.grad[begin : begin + chunk.numel()]
+            chunk.grad = shard.grad[begin : begin + chunk.numel()]
             optimizer.state[chunk]["step"].copy_(step)  # which a checkpoint may have set
             begin += chunk.numel()
-        compiled = self._compiled and flat.is_cuda
+        compiled = self._compiled and shard.is_cuda
         with contextlib.nullcontext() if compiled else torch.compiler.set_stance("force_eager"):
             optimizer.step()
         optimizer.zero_grad()
