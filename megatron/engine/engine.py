@@ -1,7 +1,6 @@
-"""The engine: one model, its optimizer, and what a training step is, behind a narrow seam over DeepSpeed."""
+"""The engine over DeepSpeed: ZeRO-1, for models that are not cut into pipeline stages."""
 
 import dataclasses
-import functools
 import math
 import os
 import random
@@ -12,8 +11,9 @@ import torch
 from torch import nn
 
 from megatron.config import MoEConfig, RunConfig
+from megatron.engine.base import AsyncScalar, StepResult
 from megatron.engine.cuda_graphs import GraphedMicroBatches
-from megatron.engine.loss_scale import leeway
+from megatron.engine.loss_scale import headroom
 from megatron.engine.offload import use_cores
 from megatron.engine.optim import OPTIMIZERS
 from megatron.engine.optim.groups import parameter_groups
@@ -50,44 +50,6 @@ class LossSums:
         )
 
 
-class LateNumber:
-    """A number that the device has yet to compute; reading it waits for that alone, not for later work."""
-
-    def __init__(self, value: torch.Tensor) -> None:
-        self._value, self._there = value, None
-        if value.is_cuda:
-            self._value = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
-            self._value.copy_(value, non_blocking=True)
-            self._there = torch.cuda.Event()
-            self._there.record()
-
-    def __float__(self) -> float:
-        if self._there is not None:
-            self._there.synchronize()
-        return float(self._value)
-
-
-@dataclasses.dataclass(frozen=True)
-class StepResult:
-    """What one optimizer update did. The device may not have done it yet: read the properties as late as you can."""
-
-    sums: LossSums
-    lr: float
-    norm: float | LateNumber
-    scale_fell: bool = False  # skipped for fp16's loss scale, which falls now or soon: nothing is wrong
-
-    @functools.cached_property
-    def grad_norm(self) -> float:
-        """Before clipping; inf when the update was skipped."""
-        norm = float(self.norm)
-        return norm if math.isfinite(norm) else math.inf
-
-    @property
-    def skipped(self) -> bool:
-        """Whether a gradient was not finite; weights and moments are then as before."""
-        return self.grad_norm == math.inf
-
-
 class _TrainedModule(nn.Module):
     """The model with its total loss, in the form DeepSpeed trains."""
 
@@ -114,7 +76,7 @@ def micro_batch_seed(seed: int, sample_index: int) -> int:
     return random.Random(f"{seed}/{sample_index}").getrandbits(63)
 
 
-class Engine(ShardedState):
+class DeepSpeedEngine(ShardedState):
     """Trains a model: forward, backward, gradient reduction, clipping, ZeRO-1 update; its state is that of ZeRO-1."""
 
     def __init__(self, model: nn.Module, config: RunConfig, topology: Topology) -> None:
@@ -184,7 +146,7 @@ class Engine(ShardedState):
             sums = new if sums is None else sums + new
         if sums is None:
             raise ValueError("a step needs at least one micro-batch; got none")
-        before = self._leeway()
+        before = self._headroom()
         self._engine.step()
         return self._result(sums, lr, before)
 
@@ -212,12 +174,12 @@ class Engine(ShardedState):
             self._update.begin(micro_batches)
 
     def _result(self, sums: LossSums, lr: float, before: tuple[float, int] | None) -> StepResult:
-        """What the update just done was; ``before``: what :meth:`_leeway` gave before it."""
+        """What the update just done was; ``before``: what :meth:`_headroom` gave before it."""
         if self._update is not None:
-            return StepResult(sums, lr, LateNumber(self._update.norm))
+            return StepResult(sums, lr, AsyncScalar(self._update.norm))
         skipped = bool(self._optimizer.overflow)
         norm = math.inf if skipped else float(self._optimizer._global_grad_norm)
-        return StepResult(sums, lr, norm, scale_fell=skipped and before is not None and self._leeway() < before)
+        return StepResult(sums, lr, norm, scale_fell=skipped and before is not None and self._headroom() < before)
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Iterable[Mapping[str, Any]]) -> LossSums:
@@ -243,9 +205,9 @@ class Engine(ShardedState):
     def _loss_scale(self) -> float:
         return float(self._optimizer.loss_scaler.cur_scale) if self._config.optimizer.precision == "fp16" else 1.0
 
-    def _leeway(self) -> tuple[float, int] | None:
+    def _headroom(self) -> tuple[float, int] | None:
         """How far fp16's loss scale is from its end; None in other formats."""
-        return leeway(self._optimizer.loss_scaler) if self._config.optimizer.precision == "fp16" else None
+        return headroom(self._optimizer.loss_scaler) if self._config.optimizer.precision == "fp16" else None
 
     def _to_device(self, batch: Mapping[str, Any], names: Sequence[str] = (*FIELDS, *DOCUMENTS)) -> dict[str, Any]:
         return {name: batch[name].to(self._topology.device, non_blocking=True) for name in names if name in batch}

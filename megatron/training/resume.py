@@ -15,7 +15,7 @@ from megatron.config.flags import from_dict, to_dict
 from megatron.config.options import OPTIONS
 from megatron.data.data_state import DataState
 from megatron.data.tokenizer import Tokenizer
-from megatron.engine.engine import Engine
+from megatron.engine.base import Engine
 from megatron.parallel.initialize import Topology
 from megatron.training.clock import Clock
 from megatron.training.spikes import Detours, SpikeWatch

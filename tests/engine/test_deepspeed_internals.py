@@ -15,7 +15,7 @@ VOCAB, SEQ, MICRO = 32, 8, 2
 
 
 def engine(expert_size: int | None = None, clip: float = 1.0, **optimizer):
-    from megatron.engine.engine import Engine
+    from megatron.engine.engine import DeepSpeedEngine
     from megatron.model.gpt import GPTModel
     from megatron.parallel.initialize import build_groups
     from megatron.parallel.launch import Launch
@@ -29,7 +29,7 @@ def engine(expert_size: int | None = None, clip: float = 1.0, **optimizer):
         training=TrainingConfig(train_tokens=10_000, micro_batch_size=MICRO, global_batch_size=MICRO * size),
     )
     topology = build_groups(run.parallel, Launch(rank, size, rank, "127.0.0.1", 0, "test"), torch.device("cpu"))
-    return Engine(GPTModel(run.model, run.moe, VOCAB, topology.expert_group), run, topology)
+    return DeepSpeedEngine(GPTModel(run.model, run.moe, VOCAB, topology.expert_group), run, topology)
 
 
 def batch(rank: int) -> dict:
