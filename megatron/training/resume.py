@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from megatron.checkpoint import CheckpointError, load
-from megatron.checkpoint.formats.hf_extras import KEY as HUGGINGFACE
 from megatron.config import RunConfig
 from megatron.config.flags import from_dict, to_dict
 from megatron.config.options import OPTIONS
+from megatron.conversion.hf_extras import KEY as HUGGINGFACE
 from megatron.data.data_state import DataState
 from megatron.data.tokenizer import Tokenizer
 from megatron.engine.base import Engine
