@@ -112,7 +112,7 @@ def _generation(
     extras: Mapping[str, Any], ids: Mapping[str, Any], tokenizer: Tokenizer, vocab_size: int
 ) -> dict[str, Any]:
     """The content of generation_config.json: as it came, or the ids; without the table's padding rows."""
-    own = extras.get("generation_config")
+    own: dict[str, Any] | None = extras.get("generation_config")
     if own is None:
         own = {"pad_token_id": tokenizer.eod} | {key: token for key, token in ids.items() if token is not None}
     padding = range(tokenizer.vocab_size, vocab_size)

@@ -157,8 +157,12 @@ def _sizes(content: dict[str, Any], where: str, *, with_experts: bool) -> dict[s
 
 def _experts(content: dict[str, Any], layers: int, where: str) -> MoEConfig:
     experts = content.get("experts_per_layer")
-    numbers = isinstance(experts, list) and all(isinstance(count, int) for count in experts)
-    if not numbers or len(experts) != layers or max(experts, default=1) < 2:
+    if (
+        not isinstance(experts, list)
+        or not all(isinstance(count, int) for count in experts)
+        or len(experts) != layers
+        or max(experts, default=1) < 2
+    ):
         raise CheckpointError(
             f"{where}: experts_per_layer is {experts!r}; expected a number for each layer, one above 1"
         )

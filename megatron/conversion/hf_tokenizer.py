@@ -4,6 +4,7 @@ The ids are the same for every text. So ``split_special_tokens`` is set for a to
 that happens to spell ``<|endoftext|>`` is text. A tokenizer that came from Hugging Face goes out as it came.
 """
 
+import importlib
 import json
 import re
 import shutil
@@ -106,11 +107,11 @@ def _gpt2(files: Mapping[str, str], end: int) -> Any:
 
 def _sentencepiece(file: str, tokenizer: Tokenizer) -> Any:
     """A unigram model that keeps text as it is, as tools/train_tokenizer.py makes them, in the tokenizers library."""
-    from sentencepiece import sentencepiece_model_pb2
     from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
     from tokenizers import Tokenizer as Backend
 
-    model = sentencepiece_model_pb2.ModelProto.FromString(Path(file).read_bytes())
+    protobuf = importlib.import_module("sentencepiece.sentencepiece_model_pb2")
+    model = protobuf.ModelProto.FromString(Path(file).read_bytes())
     trained, normal = model.trainer_spec, model.normalizer_spec
     fits = {
         "a unigram model": trained.model_type == trained.UNIGRAM,
@@ -130,8 +131,10 @@ def _sentencepiece(file: str, tokenizer: Tokenizer) -> Any:
     backend.normalizer = normalizers.Replace(" ", _SPACE)
     special = [piece.piece for piece in model.pieces if piece.type in (piece.CONTROL, piece.UNKNOWN)]
     normal = [piece.piece for piece in model.pieces if piece.type == piece.NORMAL]
-    splits = [_never_whole(text, "", normal) for text in special] + [_never_whole("<0x", "[0-9A-F]{2}>", normal)]
-    if None in splits:
+    beginnings = [(text, "") for text in special] + [("<0x", "[0-9A-F]{2}>")]
+    found = [_never_whole(text, rest, normal) for text, rest in beginnings]
+    splits = [split for split in found if split is not None]
+    if len(splits) < len(found):
         raise CheckpointError(
             f"--tokenizer-model {file} cannot be exported: its pieces overlap the names of special ones"
         )

@@ -41,10 +41,10 @@ def find_tokenizer(
         ValueError: a file is wrong.
         CheckpointError: there is none, or it would give other ids than there.
     """
-    options: dict[str, Any] = {"tokenizer_type": DataConfig().tokenizer_type} | given
+    options: dict[str, Any] = {"tokenizer_type": DataConfig().tokenizer_type} | dict(given)
     if not given.keys() - {"eod_token"}:
         try:
-            options = _in_folder(folder, extras) | given
+            options = _in_folder(folder, extras) | dict(given)
         except (KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 f"{folder}: the tokenizer's files are not as transformers writes them: {error!r}; {_WRITE_IT}"
@@ -120,12 +120,14 @@ def _check_settings(folder: Path, content: dict[str, Any], extras: Mapping[str, 
 
 def _added_elsewhere(folder: Path, settings: Mapping[str, Any]) -> list[tuple[str, dict[str, tuple[int, bool | None]]]]:
     """Added tokens by file: id, and whether special where that is told."""
-    found = []
+    found: list[tuple[str, dict[str, tuple[int, bool | None]]]] = []
     if (folder / "added_tokens.json").is_file():
         added = read_json(folder / "added_tokens.json")
         found.append(("added_tokens.json", {name: (token, None) for name, token in added.items()}))
     decoder = settings.get("added_tokens_decoder") or {}
-    told = {token["content"]: (int(number), bool(token.get("special"))) for number, token in decoder.items()}
+    told: dict[str, tuple[int, bool | None]] = {
+        token["content"]: (int(number), bool(token.get("special"))) for number, token in decoder.items()
+    }
     return [*found, ("tokenizer_config.json", told)]
 
 

@@ -15,7 +15,7 @@ from megatron.checkpoint import Box, CheckpointError, Deferred, ShardedTensor, l
 from megatron.checkpoint.coverage import coverage_problems
 from megatron.checkpoint.folder import INDEX, META, damage, read_manifest, remedy
 from megatron.checkpoint.loading import read_meta
-from megatron.checkpoint.storage import BoxLoadPlanner, Reader, read_index
+from megatron.checkpoint.storage import BoxLoadPlanner, Reader, read_index, stored_tensor
 from megatron.conversion.contents import Contents, Lazy, is_stacked, some
 from megatron.conversion.output import staged
 
@@ -55,7 +55,7 @@ def read_native(folder: str | os.PathLike, verify: bool = True) -> Contents:
 
 
 def _lazy(path: Path, index: Metadata, name: str) -> Lazy:
-    stored = index.state_dict_metadata[name]
+    stored = stored_tensor(index, name)
     shape, dtype = tuple(stored.size), stored.properties.dtype
 
     def read(row: int | None) -> torch.Tensor:

@@ -14,6 +14,7 @@ over all weights is felt, so this takes its place:
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,6 +28,7 @@ from megatron.moe.kernels import usable
 from megatron.parallel.initialize import Topology
 from megatron.parallel.sharding import ParamLayout
 
+HP_GRAD = "_hp_grad"  # DeepSpeed's pipeline adds up gradients of tied parameters under this name
 MANY = 1 << 16  # elements of a group's mean parameter above which its gradients are worth a kernel each
 
 
@@ -38,7 +40,8 @@ class ParameterGroup:
     ) -> None:
         self.options = optimizer.optimizer.param_groups[number]
         self.parameters: list[nn.Parameter] = optimizer.bf16_groups[number]
-        self.peers: dist.ProcessGroup = optimizer.real_dp_process_group[number]
+        peers: Any = optimizer.real_dp_process_group[number]
+        self.peers: dist.ProcessGroup = peers
         self.size, rank = dist.get_world_size(self.peers), dist.get_rank(self.peers)
         self.flat: torch.Tensor = optimizer.fp32_groups_flat_partition[number]  # what the optimizer updates
         self.master = self.flat.detach()
@@ -79,7 +82,8 @@ class ParameterGroup:
             sum_.add_(new)
         else:
             sum_.copy_(new)
-        parameter._hp_grad, self.accumulated[number] = sum_, True  # the pipeline adds up tied parameters by this name
+        setattr(parameter, HP_GRAD, sum_)
+        self.accumulated[number] = True
         parameter.grad = None
 
     def reduce(self, dtype: torch.dtype) -> None:
@@ -160,10 +164,10 @@ class BF16Update:
         for group in self._groups:
             for number, parameter in enumerate(group.parameters):
                 parameter.register_post_accumulate_grad_hook(_accumulator(group, number))
-        optimizer.step = self.step
-        optimizer.get_grads_for_reduction = lambda: ([], {})
-        for unneeded in ("update_hp_grads", "clear_hp_grads", "clear_lp_grads"):
-            setattr(optimizer, unneeded, lambda *_, **__: None)
+        replaced = {"step": self.step, "get_grads_for_reduction": lambda: ([], {})}
+        unneeded = ("update_hp_grads", "clear_hp_grads", "clear_lp_grads")
+        for name, method in (replaced | dict.fromkeys(unneeded, lambda *_, **__: None)).items():
+            setattr(optimizer, name, method)
 
     def begin(self, micro_batches: int) -> None:
         """Get ready for the gradients of so many micro-batches."""
@@ -223,7 +227,7 @@ def _forget_history(optimizer: BF16_Optimizer, number: int) -> torch.Tensor:
 
 def square_sum(tensors: list[torch.Tensor]) -> torch.Tensor:
     """The sum of the squares of all elements, a float64 scalar."""
-    norms = torch._foreach_norm(tensors, 2, dtype=torch.float32)
+    norms = [torch.linalg.vector_norm(x, dtype=torch.float32) for x in tensors]
     return torch.stack(norms).double().square().sum()
 
 

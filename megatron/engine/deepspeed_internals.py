@@ -197,9 +197,9 @@ class Fragment:
     states: Mapping[str, StateSlice]
 
 
-def let_loss_scale_rest(optimizer: object) -> None:
+def let_loss_scale_rest(optimizer: Any) -> None:
     """At its smallest value let fp16's loss scale stay there instead of raising: the trainer counts skipped updates."""
-    scaler = getattr(optimizer, "loss_scaler", None)
+    scaler: Any = getattr(optimizer, "loss_scaler", None)
     if hasattr(scaler, "raise_error_at_min_scale"):
         scaler.raise_error_at_min_scale = False
 
@@ -244,12 +244,12 @@ def accumulated(parameter: nn.Parameter) -> object:
     return parameter if apart is None else types.SimpleNamespace(grad=apart)
 
 
-def end_backward(engine: object) -> None:
+def end_backward(engine: Any) -> None:
     """What ``engine`` does after a backward pass of its own: add up gradients, and after the last one reduce them."""
     engine._backward_epilogue()
 
 
-def offload_from_where_gradients_are_reduced(optimizer: object) -> None:
+def offload_from_where_gradients_are_reduced(optimizer: Any) -> None:
     """With the optimizer's state in CPU memory, let gradients go there from the buffer in which they are reduced.
 
     DeepSpeed puts one more fp32 buffer for this rank's share of a group between the two. ZeRO-1 has no use for it: it

@@ -72,15 +72,18 @@ def _groups(
     layouts: Mapping[str, ParamLayout], topology: Topology
 ) -> list[tuple[dist.ProcessGroup | None, list[str | None]]]:
     """The groups in which copies stand, each with the names of what its members share, in the same order on all."""
-    outside = [name for name, layout in layouts.items() if not layout.is_expert]
+    outside: list[str | None] = [name for name, layout in layouts.items() if not layout.is_expert]
     table = "embedding.word_embeddings.weight"  # on the first and the last stage of a pipeline
     groups: list[tuple[dist.ProcessGroup | None, list[str | None]]] = [
         (topology.data_parallel_group, outside),
-        (topology.tensor_parallel_group, [name for name in outside if not layouts[name].shards]),
+        (
+            topology.tensor_parallel_group,
+            [name for name, layout in layouts.items() if not layout.is_expert and not layout.shards],
+        ),
         (topology.pipeline_parallel_group, [table if table in layouts else None]),
     ]
     for degree in sorted(topology.expert_data_groups):
-        experts = [name for name, layout in layouts.items() if layout.expert_degree == degree]
+        experts: list[str | None] = [name for name, layout in layouts.items() if layout.expert_degree == degree]
         groups.append((topology.expert_data_group(degree), experts))
     return groups
 

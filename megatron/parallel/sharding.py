@@ -79,7 +79,7 @@ def collect_layouts(model: nn.Module) -> dict[str, ParamLayout]:
     for prefix, module in model.named_modules():
         if isinstance(module, ShardedModule):
             for name, layout in module.param_layouts().items():
-                module.get_parameter(name)
+                _ = getattr(module, name)
                 full_name = f"{prefix}.{name}" if prefix else name
                 if full_name in layouts:  # a tied parameter is listed under its first name only
                     layouts[full_name] = layout

@@ -40,7 +40,7 @@ class PlainEngine:
         first, *others = [self.losses(batch) for batch in micro_batches]
         lr = learning_rate(self.config, tokens_after, 10_000)
         with torch.no_grad():
-            grads = {name: p.grad / len(micro_batches) for name, p in self.model.named_parameters()}
+            grads = {n: p.grad / len(micro_batches) for n, p in self.model.named_parameters() if p.grad is not None}
             norm = torch.stack([grad.norm() for grad in grads.values()]).norm()
             for name, p in self.model.named_parameters():
                 p -= lr * self.momentum[name].mul_(0.9).add_(grads[name])

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import nn
+from torch.jit._trace import is_tracing
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 
@@ -26,7 +27,7 @@ try:
         raise ImportError("experts without a gate came with transformers 5.4")
 except ImportError:
 
-    def use_experts_implementation(**_: bool) -> Any:
+    def use_experts_implementation(*_: Any, **__: Any) -> Any:
         """Before transformers 5.4: the experts' own ``forward`` is all there is."""
         return lambda experts_class: experts_class
 
@@ -70,7 +71,7 @@ class GPTMoEExperts(nn.Module):
     def forward(self, x_TH: torch.Tensor, expert_TK: torch.Tensor, gate_TK: torch.Tensor) -> torch.Tensor:
         """One expert after the other: the weighted sum of each token's experts, [T, H]; sums are in fp32."""
         y_TH = torch.zeros_like(x_TH, dtype=torch.float32)
-        traced = torch.jit.is_tracing() or torch.compiler.is_compiling()  # other inputs take other experts
+        traced = is_tracing() or torch.compiler.is_compiling()  # other inputs take other experts
         for number in range(self.num_experts) if traced else expert_TK.unique().tolist():
             token, choice = (expert_TK == number).nonzero(as_tuple=True)
             h = self.act_fn(F.linear(x_TH[token], self.up_proj[number].T, self.up_proj_bias[number]))
@@ -142,11 +143,12 @@ class GPTMoEBlock(nn.Module):
 
 
 class GPTMoEPreTrainedModel(PreTrainedModel):
+    config: GPTMoEConfig
     config_class = GPTMoEConfig
     base_model_prefix = "transformer"
     supports_gradient_checkpointing = True
-    _no_split_modules = ("GPTMoEBlock",)
-    _skip_keys_device_placement = ("past_key_values", "cache")
+    _no_split_modules = ["GPTMoEBlock"]  # noqa: RUF012 (transformers declares lists)
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     _supports_attention_backend = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -161,10 +163,11 @@ class GPTMoEPreTrainedModel(PreTrainedModel):
         if getattr(module, "bias", None) is not None and isinstance(module, nn.Linear | nn.LayerNorm):
             nn.init.zeros_(module.bias)
         if isinstance(module, GPTMoEExperts):
-            nn.init.normal_(module.up_proj, mean=0.0, std=std)
-            nn.init.normal_(module.down_proj, mean=0.0, std=std)
-            nn.init.zeros_(module.up_proj_bias)
-            nn.init.zeros_(module.down_proj_bias)
+            for name, parameter in module.named_parameters():
+                if name.endswith("_bias"):
+                    nn.init.zeros_(parameter)
+                else:
+                    nn.init.normal_(parameter, mean=0.0, std=std)
 
 
 class GPTMoEModel(GPTMoEPreTrainedModel):
@@ -208,7 +211,7 @@ class GPTMoEModel(GPTMoEPreTrainedModel):
         check_arguments(kwargs)
         past_key_values = the_cache(past_key_values, cache)
         if past_key_values is None:
-            check_packing("flash" in self.config._attn_implementation, attention_mask, position_ids, kwargs)
+            check_packing("flash" in (self.config._attn_implementation or ""), attention_mask, position_ids, kwargs)
         keep_attentions = self.config.output_attentions if output_attentions is None else output_attentions
         if keep_attentions and self.config._attn_implementation != "eager":
             raise ValueError(
@@ -216,25 +219,25 @@ class GPTMoEModel(GPTMoEPreTrainedModel):
                 f"{self.config._attn_implementation!r}: give the former to from_pretrained"
             )
         keep_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        if inputs_embeds is None:
-            inputs_embeds = self.wte(input_ids)
+        embeds_BSH: torch.Tensor = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
         recompute = self.gradient_checkpointing and self.training
         use_cache = (self.config.use_cache if use_cache is None else use_cache) and not recompute
 
-        S, device = inputs_embeds.size(1), inputs_embeds.device
+        S, device = embeds_BSH.size(1), embeds_BSH.device
         slots_S = kwargs.pop("cache_position", None)  # version 4 gives it
         if slots_S is None:
             slots_S = torch.arange(S, device=device)
-            if hasattr(past_key_values, "get_seq_length"):  # a paged cache has none, and comes with position_ids
+            # a paged cache has no length, and comes with position_ids
+            if past_key_values is not None and hasattr(past_key_values, "get_seq_length"):
                 slots_S = slots_S + past_key_values.get_seq_length()
-        mask = causal_mask(self.config, inputs_embeds, attention_mask, past_key_values, slots_S, position_ids)
+        mask = causal_mask(self.config, embeds_BSH, attention_mask, past_key_values, slots_S, position_ids)
         if position_ids is None:
             position_ids = slots_S[None]
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
         kwargs |= {"position_ids": position_ids, "cache_position": slots_S}
 
-        x_BSH = self.drop(inputs_embeds + self.wpe(position_ids).to(device))
+        x_BSH = self.drop(embeds_BSH + self.wpe(position_ids).to(device))
         hidden_states, router_logits, attentions = [], [], []
         for block in self.h:
             run = partial(run_block, block, attention_mask=mask, past_key_values=past_key_values, **kwargs)
@@ -270,7 +273,7 @@ class GPTMoEForCausalLM(GPTMoEPreTrainedModel, GenerationMixin):
     """The model with its head, which is the token table."""
 
     # its form changed with version 5
-    _tied_weights_keys = (
+    _tied_weights_keys: Any = (
         {"lm_head.weight": "transformer.wte.weight"}
         if int(transformers.__version__.split(".")[0]) >= 5
         else ["lm_head.weight"]
@@ -318,9 +321,10 @@ class GPTMoEForCausalLM(GPTMoEPreTrainedModel, GenerationMixin):
             output_router_logits = self.config.output_router_logits
         aux_loss = None
         if out.router_logits and (output_router_logits or self.training):
-            aux_loss = sum(
+            balance = (
                 balance_loss(layer, self.config.num_experts_per_tok).to(logits.device) for layer in out.router_logits
             )
+            aux_loss = sum(balance, logits.new_zeros((), dtype=torch.float32))
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)

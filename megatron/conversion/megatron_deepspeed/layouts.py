@@ -118,7 +118,7 @@ def _tag(folder: Path) -> Path:
         raise CheckpointError(
             f"{tag} holds no mp_rank_XX_model_states.pt; give the folder of Megatron-DeepSpeed's --save"
         )
-    numbers = [int(_RANK.fullmatch(name)[1]) for name in names]
+    numbers = [int(match[1]) for name in names if (match := _RANK.fullmatch(name))]
     if missing := sorted(set(range(max(numbers) + 1)) - set(numbers)):
         raise CheckpointError(f"{tag} lacks mp_rank_{missing[0]:02d}_model_states.pt; copy it from where it was saved")
     return tag

@@ -7,6 +7,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -75,7 +76,8 @@ def _contents(found: Found, name: str, tokenizer_options: Mapping[str, str], tan
             f"{found.where} holds no tokenizer; give the model's by --tokenizer-type with --vocab-file and "
             "--merge-file, or --tokenizer-model"
         )
-    config = dataclasses.replace(config, data=DataConfig(**tokenizer_options))
+    options: dict[str, Any] = dict(tokenizer_options)
+    config = dataclasses.replace(config, data=DataConfig(**options))
     tokenizer = build_tokenizer(config.data)
     if tokenizer.vocab_size > vocab_size:
         raise CheckpointError(
@@ -142,12 +144,12 @@ def _what(theirs: Theirs) -> str:
 def _joiner(theirs: Theirs, pieces: Pieces, version: float, model: ModelConfig) -> Lazy:
     """The tensor joined of its pieces, in our order. Where one is the whole (layer norms, what an MoE layer does not
     cut), the first rank's is taken."""
-    whole = theirs.dim is None or pieces[0].shape == theirs.shape
+    dim = None if pieces[0].shape == theirs.shape else theirs.dim
 
     def join() -> torch.Tensor:
         if theirs.is_qkv:
             return _qkv([piece.read(None) for piece in pieces], version, model)
-        tensor = pieces[0].read(None) if whole else torch.cat([piece.read(None) for piece in pieces], theirs.dim)
+        tensor = pieces[0].read(None) if dim is None else torch.cat([piece.read(None) for piece in pieces], dim)
         return tensor.T if theirs.transposed else tensor
 
     return _made(theirs, pieces[0].dtype, join)

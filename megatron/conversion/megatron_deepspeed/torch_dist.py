@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import LoadPlan, LoadPlanner, Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 
 from megatron.checkpoint import Box, ShardedTensor
 from megatron.checkpoint.errors import CheckpointError
-from megatron.checkpoint.storage import BoxLoadPlanner
+from megatron.checkpoint.storage import BoxLoadPlanner, stored_tensor
 from megatron.checkpoint.tensors import dtype_name
 from megatron.conversion.contents import Lazy, some
 from megatron.conversion.megatron_deepspeed.core_names import from_core
@@ -88,7 +88,7 @@ class Chunks:
 
     def lazy(self, name: str, *index: int) -> Lazy:
         """A tensor, or its part under an index into the first dimensions; of either a row is read alone."""
-        stored = self._metadata.state_dict_metadata[name]
+        stored = stored_tensor(self._metadata, name)
         shape, dtype = tuple(stored.size), stored.properties.dtype
 
         def read(row: int | None) -> torch.Tensor:

@@ -150,8 +150,8 @@ def _write_experts(tag: Path, tensors: list[Theirs], contents: Contents, cuts: C
             torch.save(state, tag / f"layer_{layers[layer]}_expert_{expert}_mp_rank_{rank:02d}_model_states.pt")
 
 
-def _by_expert(tensors: list[Theirs]) -> dict[tuple[int, int], list[Theirs]]:
-    experts: dict[tuple[int, int], list[Theirs]] = {}
+def _by_expert(tensors: list[Theirs]) -> dict[tuple[int, int | None], list[Theirs]]:
+    experts: dict[tuple[int, int | None], list[Theirs]] = {}
     for theirs in tensors:
         experts.setdefault((int(theirs.name.split(".")[2]), theirs.row), []).append(theirs)
     return experts

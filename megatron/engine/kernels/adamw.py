@@ -6,6 +6,8 @@ Bytes of a weight with moments of m bytes each and a gradient of g: 4 + 2 m + g 
 with fp32 moments. As separate passes, clipping and casting would add 14.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -18,6 +20,7 @@ BLOCK = 1024  # elements of a program
 PROGRAMS = 1024  # of a sum of squares
 SUM_BLOCK = 4096  # elements that such a program adds at a time
 _SPREAD = tl.constexpr(SPREAD)
+_jit: Any = triton.jit  # a launch takes numbers for constexpr, and num_warps, which its type does not tell
 
 
 @triton.jit
@@ -28,7 +31,7 @@ def _store(ptr, x, random, inside):
     tl.store(ptr, x.to(ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@_jit
 def _update(
     master_ptr, gradient_ptr, exp_avg_ptr, exp_avg_sq_ptr, weight_ptr, scalars_ptr, numel,
     keep, beta1, rest1, beta2, rest2, eps, BLOCK: tl.constexpr,
@@ -62,7 +65,7 @@ def update(slice_: ParameterSlice, rates: Rates) -> None:
         )  # fmt: skip
 
 
-@triton.jit
+@_jit
 def _square_sums(x_ptr, sums_ptr, numel, BLOCK: tl.constexpr):
     program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     total = tl.zeros((BLOCK,), dtype=tl.float32)

@@ -137,7 +137,8 @@ def update(slice_: ParameterSlice, rates: Rates) -> None:
 
 def random_bits(master: torch.Tensor, step: int) -> torch.Tensor:
     """32 random bits for each fp32 weight and an update's number, in int64."""
-    return mix(master.view(torch.int32).long(), step * SPREAD & 0xFFFFFFFF)
+    key = torch.tensor(step * SPREAD & 0xFFFFFFFF, dtype=torch.int64, device=master.device)
+    return mix(master.view(torch.int32).long(), key)
 
 
 def round_to_bf16(x: torch.Tensor, random: torch.Tensor) -> torch.Tensor:

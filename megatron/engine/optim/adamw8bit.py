@@ -106,12 +106,13 @@ class QuantizedSlice:
 
         outline = torch.empty(self._numel, device="meta")
         return [
-            Box(offsets, Deferred(part.shape, part.dtype, functools.partial(self._read, part)))
-            for offsets, part in cut(outline)
+            Box(box.offsets, Deferred(box.tensor.shape, box.tensor.dtype, functools.partial(self._read, box.tensor)))
+            for box in cut(outline)
+            if isinstance(box.tensor, torch.Tensor)
         ]
 
     def _read(self, part: torch.Tensor) -> torch.Tensor:
-        first = part.storage_offset()
+        first = int(part.storage_offset())
         span = 1 + sum((size - 1) * stride for size, stride in zip(part.shape, part.stride(), strict=True))
         return self._state.decode(self._start + first, span).as_strided(part.shape, part.stride())
 
