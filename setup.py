@@ -24,7 +24,7 @@ REQUIREMENTS = [
 ]
 
 EXTRAS = {
-    "8bit": ["torchao==0.18.0"],  # pinned: megatron/engine/eight_bit.py uses its 8-bit tensor
+    "8bit": ["torchao==0.18.0"],  # pinned: megatron/engine/optim/adamw8bit.py uses its 8-bit tensor
     "data": ["pyarrow>=15", "rensa>=0.5,<0.6", "tiktoken>=0.9"],
     "eval": ["datasets>=3", "lm_eval==0.4.13"],  # pinned: megatron/evaluation builds on its model class and task files
     "hf": ["accelerate>=1", "transformers>=4.57"],  # to run exported models; exporting needs nothing more

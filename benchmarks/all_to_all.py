@@ -32,6 +32,7 @@ from megatron.parallel.initialize import choose_device
 from megatron.parallel.launch import Launch
 from megatron.parallel.nodes import build_node_groups
 from megatron.parallel.routes import equal_route
+from megatron.parallel.sharding import collect_layouts
 from megatron.parallel.trips import Trip
 
 TOLERANCE = {"bf16": 2e-2, "fp32": 1e-5}  # of a tensor's largest value
@@ -123,8 +124,9 @@ def make_layer(args: argparse.Namespace, experts: int, group: ExpertGroup, devic
     layer = layer.to_empty(device=device).to(DTYPES[args.dtype])
     generator = torch.Generator(device).manual_seed(dist.get_rank())
     common = torch.Generator(device).manual_seed(1000)
-    for parameter in layer.parameters():  # initial values on the CPU would take minutes
-        of_all = not getattr(parameter, "is_expert", False)
+    layouts = collect_layouts(layer)
+    for name, parameter in layer.named_parameters():  # initial values on the CPU would take minutes
+        of_all = not layouts[name].is_expert
         torch.nn.init.normal_(parameter, std=0.02, generator=common if of_all else generator)
     return layer
 

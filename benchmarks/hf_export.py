@@ -17,8 +17,8 @@ import transformers
 from transformers import GenerationConfig
 
 from benchmarks.output import DTYPES, device_name, make_parser, markdown, number, write_json
-from megatron.checkpoint.formats.hf_moe.configuration_gpt_moe import GPTMoEConfig
-from megatron.checkpoint.formats.hf_moe.modeling_gpt_moe import GPTMoEForCausalLM
+from megatron.conversion.hf_moe.configuration_gpt_moe import GPTMoEConfig
+from megatron.conversion.hf_moe.modeling_gpt_moe import GPTMoEForCausalLM
 
 
 @dataclasses.dataclass(frozen=True)

@@ -96,7 +96,8 @@ def run_hf(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], floa
     from lm_eval.tasks import TaskManager
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from megatron.checkpoint.formats.convert import Conversion, convert
+    from megatron.conversion.convert import convert
+    from megatron.conversion.job import Conversion
     from megatron.evaluation.tasks import build_tasks
 
     for line in convert(Conversion(args.load, str(folder / "hf"), "hf", **tokenizer_files(args))):

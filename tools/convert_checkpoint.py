@@ -12,43 +12,52 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a ch
 
 from megatron.config.flags import add_tokenizer_files
 from megatron.config.run import OPTIONS, PRECISIONS
+from megatron.conversion.formats import FORMATS, readers, writers
+from megatron.conversion.job import Conversion
 
-WRITTEN = ("native", "hf", "megatron-deepspeed")
-READ = (*WRITTEN, "megatron-lm")
 _MMAP_THRESHOLD = -3  # glibc's M_MMAP_THRESHOLD
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The flags."""
     parser = argparse.ArgumentParser(
-        description="Convert a checkpoint; memory holds one tensor at a time and no GPU is needed. docs/checkpoints.md "
-        "tells the formats.",
-        epilog="example: tools/convert_checkpoint.py --load checkpoints/350M --to hf --save exported/350M --dtype bf16",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Convert a checkpoint; memory holds one tensor at a time and no GPU is needed.\n\nformats:\n"
+        + "\n".join(
+            f"  {name:20} {format_.help}{'' if format_.writable else '; read only'}"
+            for name, format_ in FORMATS.items()
+        ),
+        epilog="example: tools/convert_checkpoint.py --load checkpoints/350M --to hf --save exported/350M --dtype bf16"
+        "\ndocs/checkpoints.md has the details.",
     )
+    keep_optimizer = ", ".join(name for name, format_ in FORMATS.items() if format_.keeps_optimizer)
     add = parser.add_argument
     given = parser.add_mutually_exclusive_group(required=True)
     given.add_argument("--load", metavar="DIR", help="The checkpoint: a run's --save folder, or a folder of --from.")
     given.add_argument("--average", nargs="+", metavar="DIR", help="Several: the mean of their weights is taken.")
     add("--save", required=True, metavar="DIR", help="Where to; a new folder.")
-    add("--from", dest="source", choices=READ, help="Format of --load (default: found out).")
-    add("--to", dest="target", choices=WRITTEN, required=True, help="Format of --save.")
+    add("--from", dest="source", choices=readers(), help="Format of --load (default: found out).")
+    add("--to", dest="target", choices=writers(), required=True, help="Format of --save.")
     add("--dtype", choices=PRECISIONS, help="Number format of the weights (default: as they are).")
     add(
         "--drop-optimizer",
         action="store_true",
-        help="Leave the optimizer's state out (always so but with --to native).",
+        help=f"Leave the optimizer's state out (always so but with --to {keep_optimizer}).",
     )
     add(
         "--gelu-as-tanh",
         action="store_true",
-        help="Take a Megatron model of the exact GELU, which is refused otherwise: here it is the tanh form, at most "
-        "0.0005 away.",
+        help="Take a model of the exact GELU, which is refused otherwise: here it is the tanh form, at most 0.0005 "
+        f"away (--from {', '.join(readers('gelu_as_tanh'))}).",
     )
-    add("--max-shard-size", metavar="SIZE", help="Largest model file of --to hf (default: 5GB).")
+    add(
+        "--max-shard-size",
+        metavar="SIZE",
+        help=f"Largest model file (--to {', '.join(writers('max_shard_size'))}; default: 5GB).",
+    )
     layout = parser.add_argument_group(
         "layout",
-        "Native checkpoints know no layout: these check that one can resume the result, and are recorded in it. With "
-        "--to megatron-deepspeed, --tp cuts the tensors for that many (default: 1), and any --ep loads them.",
+        "Native checkpoints know no layout: these check that one can resume the result, and are recorded in it.",
     )
     layout.add_argument("--tp", type=int, metavar="N", help="Tensor-parallel processes.")
     layout.add_argument("--pp", type=int, metavar="N", help="Pipeline stages.")
@@ -81,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
     give_memory_back()
     args = parse_args(argv)  # before the heavy imports: --help and a wrong flag answer at once
     from megatron.checkpoint import CheckpointError
-    from megatron.checkpoint.formats.convert import Conversion, convert
+    from megatron.conversion.convert import convert
 
     try:
         for line in convert(Conversion(**vars(args))):

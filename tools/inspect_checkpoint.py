@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 0; 1 for a checkpoint that is missing or damaged; 2 for unusable flags."""
     args = parse_args(argv)
     from megatron.checkpoint import CheckpointError
-    from megatron.checkpoint.formats.inspect import in_words, inspect
+    from megatron.conversion.inspect import in_words, inspect
 
     try:
         about = inspect(args.folder, args.verify)

@@ -17,10 +17,9 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
 
 from megatron.config import RunConfig, flags
 from megatron.config.errors import ConfigError
@@ -47,7 +46,6 @@ from megatron.planning.search import SearchResult, fitting, flags_of, nearest
 from megatron.training.clock import total_samples
 
 SCRIPTS = Path(__file__).parents[1] / "examples_moe"
-Number = TypeVar("Number", int, float)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, RunConfig | None]:
@@ -93,7 +91,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.all_scripts:
             runs = [(name, found, replace(machine, world=world, node=node)) for name, found, world, node in scripts()]
             sizes = [args.vocab_size or planned_vocab_size(found.data) for _, found, _ in runs]
-            print(table([(name, plan_of(*run, size)) for (name, *run), size in zip(runs, sizes, strict=True)]))
+            print(
+                table(
+                    [
+                        (name, plan_of(found, place, size))
+                        for (name, found, place), size in zip(runs, sizes, strict=True)
+                    ]
+                )
+            )
             return 0
         assert run is not None  # only the options above describe none
         vocab_size = args.vocab_size or planned_vocab_size(run.data)

@@ -49,7 +49,8 @@ class Group:
 
     def first(self, step: Callable[[], T]) -> T:
         """Take ``step`` on the first rank alone, and give its result to every rank; raises as :meth:`gather`."""
-        return self.gather(lambda: step() if self.rank == 0 else None)[0]
+        of_first = self.gather(lambda: [step()] if self.rank == 0 else [])[0]
+        return of_first[0]
 
 
 def raise_failures(failures: dict[int, str], world_size: int, doing: str = "") -> None:

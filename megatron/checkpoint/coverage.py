@@ -4,10 +4,14 @@ import math
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from torch.distributed.checkpoint import ChunkStorageMetadata, Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
 
-from megatron.checkpoint.storage import box_key
+from megatron.checkpoint.storage import box_key, stored_tensor
 from megatron.checkpoint.tensors import DTYPES
 
 Kind = tuple[list[int], str]  # shape and data type of a box, as safetensors names it
@@ -22,7 +26,8 @@ def coverage_problems(checkpoint: Path, index: Metadata) -> list[str]:
             files[name] = _boxes(checkpoint / name)
         except (SafetensorError, OSError) as error:
             problems.append(f"{name} cannot be read: {error}")
-    for name, stored in index.state_dict_metadata.items():
+    for name in index.state_dict_metadata:
+        stored = stored_tensor(index, name)
         if not _tiled(stored):
             problems.append(f"the boxes of {name} do not cover its {math.prod(stored.size)} elements once each")
         for chunk in stored.chunks:

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import state_dict_loader
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron.checkpoint.agree import Group, raise_failures
 from megatron.checkpoint.errors import CheckpointError
 from megatron.checkpoint.folder import META, Manifest, damage, in_use, latest, read_manifest, remedy
-from megatron.checkpoint.storage import BoxLoadPlanner, Reader, read_index
+from megatron.checkpoint.storage import BoxLoadPlanner, Reader, read_index, stored_tensor
 from megatron.checkpoint.tensors import ShardedTensor, by_name, dtype_name
 
 _HASHING_THREADS = 4
@@ -57,7 +57,7 @@ def load(
         index, meta = ranks.each(lambda: (read_index(checkpoint), _parse_meta(checkpoint)))
         _match(checkpoint, wanted, index, ranks, strict)
         try:
-            dcp.load(
+            state_dict_loader.load(
                 {},
                 storage_reader=Reader(checkpoint, index),
                 planner=BoxLoadPlanner(wanted),
@@ -130,26 +130,27 @@ def _share(manifest: Manifest, rank: int, world_size: int) -> list[str]:
 
 def _match(checkpoint: Path, wanted: Mapping[str, ShardedTensor], index: Metadata, ranks: Group, strict: bool) -> None:
     """Compare what the ranks want with what the checkpoint holds."""
-    stored = index.state_dict_metadata
+    known = index.state_dict_metadata
 
     def compare() -> tuple[list[str], list[str], bytes]:
-        missing = [name for name in wanted if name not in stored]
+        missing = [name for name in wanted if name not in known]
         unfit = []
         for name, entry in wanted.items():
-            if name in stored:
-                shape, dtype = tuple(stored[name].size), stored[name].properties.dtype
+            if name in known:
+                stored = stored_tensor(index, name)
+                shape, dtype = tuple(stored.size), stored.properties.dtype
                 if shape != entry.global_shape:
                     unfit.append(f"{name} is {list(shape)}, wanted {list(entry.global_shape)}")
-                elif any(dtype.is_floating_point != box.tensor.is_floating_point() for box in entry.boxes):
+                elif any(dtype.is_floating_point != box.tensor.dtype.is_floating_point for box in entry.boxes):
                     unfit.append(f"{name} is {dtype_name(dtype)}, wanted {dtype_name(entry.boxes[0].tensor.dtype)}")
-        return missing, unfit, bytes(name in wanted for name in stored)
+        return missing, unfit, bytes(name in wanted for name in known)
 
     compared = ranks.gather(compare)
     asked_for = [any(marks) for marks in zip(*(seen for _, _, seen in compared), strict=True)]
     problems = {
         "missing from it": sorted({name for missing, _, _ in compared for name in missing}),
         "of another shape or type": sorted({what for _, unfit, _ in compared for what in unfit}),
-        "in it but not wanted": [name for name, asked in zip(stored, asked_for, strict=True) if strict and not asked],
+        "in it but not wanted": [name for name, asked in zip(known, asked_for, strict=True) if strict and not asked],
     }
     if any(problems.values()):
         told = [f"{len(names)} {kind} ({_some(names)})" for kind, names in problems.items() if names]

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron.checkpoint.agree import Group, raise_failures
@@ -75,6 +75,8 @@ class AsyncSaver:
         if Group(group).distributed:
             members = dist.get_process_group_ranks(group or dist.group.WORLD)
             own = dist.new_group(members, timeout=timeout, backend="gloo", use_local_synchronization=True)
+            if not isinstance(own, dist.ProcessGroup):
+                raise ValueError("this rank is not in the group that saves; make the saver on its members only")
         self._ranks = Group(own)
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -163,7 +165,7 @@ def _write(
 ) -> Path:
     doing = f"the checkpoint of step {step} was not saved in {folder}; earlier ones are as they were. "
     try:
-        dcp.save(
+        state_dict_saver.save(
             {},
             storage_writer=Writer(folder, step, meta, stands),
             planner=BoxSavePlanner(entries),

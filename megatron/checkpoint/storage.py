@@ -23,23 +23,25 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch.distributed.checkpoint import (
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
-    DefaultSavePlanner,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
     LoadPlan,
     LoadPlanner,
-    Metadata,
     ReadItem,
     SavePlan,
-    StorageReader,
-    StorageWriter,
-    TensorStorageMetadata,
+    TensorWriteData,
     WriteItem,
+    WriteItemType,
 )
-from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
-from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
 from megatron.checkpoint.errors import CheckpointError
@@ -102,7 +104,7 @@ class BoxSavePlanner(DefaultSavePlanner):
             kinds: dict[str, tuple[tuple[int, ...], str]] = {}
             sizes: dict[MetadataIndex, torch.Size] = {}
             for rank, plan in enumerate(all_plans):
-                sizes |= {item.index: item.tensor_data.chunk.sizes for item in plan.items}
+                sizes |= {item.index: item.tensor_data.chunk.sizes for item in plan.items if item.tensor_data}
                 for name, kind in plan.planner_data.items():
                     if kinds.setdefault(name, kind) != kind:
                         raise CheckpointError(f"{name} is {kind} to rank {rank}, but {kinds[name]} to another one")
@@ -184,8 +186,10 @@ class Writer(StorageWriter):
             place = {result.index: result.storage_data for of_rank in results for result in of_rank}
             files = {file.name: file.record for file in place.values()}
             numbers = {name: number for number, name in enumerate(sorted(files))}
-            tensors = {
-                name: {
+            tensors = {}
+            for name in metadata.state_dict_metadata:
+                tensor = stored_tensor(metadata, name)
+                tensors[name] = {
                     "dtype": dtype_name(tensor.properties.dtype),
                     "shape": list(tensor.size),
                     "boxes": [
@@ -193,8 +197,6 @@ class Writer(StorageWriter):
                         for c in tensor.chunks
                     ],
                 }
-                for name, tensor in metadata.state_dict_metadata.items()
-            }
             temporary = temporary_path(self._folder, self._step)
             index = json.dumps({"files": sorted(files), "tensors": tensors})
             files[INDEX] = write_file(temporary / INDEX, index.encode())
@@ -238,13 +240,13 @@ def write_safetensors(
         put(len(text).to_bytes(8, "little"))
         put(text)
         for key, tensor in tensors:
-            in_rows = isinstance(tensor, Deferred) and tensor.rows is not None
+            rows = tensor.rows if isinstance(tensor, Deferred) else None
             written = 0
-            for part in tensor.rows() if in_rows else [data_of(tensor)]:
-                if part.dtype != tensor.dtype or not (in_rows or part.shape == tensor.shape):
+            for part in [data_of(tensor)] if rows is None else rows():
+                if part.dtype != tensor.dtype or (rows is None and part.shape != tensor.shape):
                     raise CheckpointError(_not_as_announced(key, tensor, _kind(part.shape, part.dtype)))
                 written += part.numel()
-                put(memoryview(part.contiguous().cpu().view(-1).view(torch.uint8).numpy()))
+                put(part.contiguous().cpu().view(-1).view(torch.uint8).numpy().data)
                 del part  # before the next one is made
             if written != math.prod(tensor.shape):  # else the header is wrong about what follows
                 raise CheckpointError(_not_as_announced(key, tensor, f"{written} numbers"))
@@ -291,6 +293,18 @@ def read_index(checkpoint: Path) -> Metadata:
     return Metadata(tensors, storage_data=places)
 
 
+def stored_tensor(index: Metadata, name: str) -> TensorStorageMetadata:
+    """What ``index`` says of a tensor.
+
+    Raises:
+        CheckpointError: it is no tensor; checkpoints hold nothing else.
+    """
+    stored = index.state_dict_metadata[name]
+    if not isinstance(stored, TensorStorageMetadata):
+        raise CheckpointError(f"{name} is not a tensor")
+    return stored
+
+
 class BoxLoadPlanner(LoadPlanner):
     """Plans the reading of the parts of a checkpoint that lie in this rank's boxes."""
 
@@ -313,9 +327,11 @@ class BoxLoadPlanner(LoadPlanner):
             for name, entry in self._entries.items():
                 chunks = []
                 for offsets, tensor in entry.boxes:
+                    if isinstance(tensor, Deferred):
+                        raise CheckpointError(f"{name}: data that is deferred cannot be loaded into; give a tensor")
                     self._boxes[MetadataIndex(name, offsets)] = tensor
                     chunks.append(ChunkStorageMetadata(torch.Size(offsets), tensor.shape))
-                found = create_read_items_for_chunk_list(name, self._metadata.state_dict_metadata[name], chunks)
+                found = create_read_items_for_chunk_list(name, stored_tensor(self._metadata, name), chunks)
                 wanted = sum(math.prod(chunk.sizes) for chunk in chunks)
                 covered = sum(math.prod(item.lengths) for item in found)
                 if covered != wanted:

@@ -1,7 +1,7 @@
 """Everything we use of DeepSpeed that is not its documented interface, in one place.
 
 Two more things stand elsewhere: ``pipeline_module.py`` overrides ``PipelineModule._partition_layers`` and ``forward``
-and reads ``forward_funcs``, ``_local_start``, ``_local_stop`` and ``_num_layers``; ``update.py`` takes over from
+and reads ``forward_funcs``, ``_local_start``, ``_local_stop`` and ``_num_layers``; ``bf16_update.py`` takes over from
 ``BF16_Optimizer``. The number of micro-batches changes by the documented ``set_train_batch_size``.
 
 Written for the DeepSpeed version pinned in setup.py. ``tests/engine/test_deepspeed_internals.py`` fails when an upgrade
@@ -10,15 +10,14 @@ changes any of it.
 
 import dataclasses
 import logging
-import math
 import types
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import deepspeed.ops
 import torch
 from deepspeed.moe.layer import MoE
-from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from deepspeed.runtime import bf16_optimizer
 from deepspeed.runtime.zero import utils as zero_utils
 from deepspeed.utils import groups, logger
@@ -26,9 +25,10 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 from megatron.config import RunConfig
-from megatron.engine.eight_bit import AdamW8bit, Stretch
+from megatron.engine.optim import OPTIMIZERS, ShardedOptimizer
+from megatron.engine.optim.base import StateSlice
 from megatron.parallel.initialize import Topology
-from megatron.parallel.sharding import shards_of
+from megatron.parallel.sharding import ParamLayout
 
 # On CPUs DeepSpeed compiles this operator when it starts. Nothing here calls it, and there may be no compiler.
 SHARED_MEMORY_OP = "deepspeed_shm_comm"
@@ -44,8 +44,9 @@ def start() -> None:
     warnings.filterwarnings("ignore", message=r".*c10d::broadcast_: an autograd kernel was not registered")  # of a tie
     warnings.filterwarnings("ignore", message=r".*(all_gather_into_tensor|reduce_scatter_tensor).* is deprecated")
     deepspeed.ops.__compatible_ops__[SHARED_MEMORY_OP] = False
-    if AdamW8bit not in zero_utils.ZERO_SUPPORTED_OPTIMIZERS:  # else it warns of an optimizer it has not tested
-        zero_utils.ZERO_SUPPORTED_OPTIMIZERS.append(AdamW8bit)
+    for ours in OPTIMIZERS.values():  # else it warns of an optimizer that it has not tested
+        if ours not in zero_utils.ZERO_SUPPORTED_OPTIMIZERS:
+            zero_utils.ZERO_SUPPORTED_OPTIMIZERS.append(ours)
     deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
 
 
@@ -64,20 +65,22 @@ class ExpertMarker(MoE):
         nn.Module.__init__(self)
         if empty:
             self.weight, self.bias = nn.Parameter(torch.zeros(1, 1, 1)), nn.Parameter(torch.zeros(1, 1))
-            for parameter in (self.weight, self.bias):
-                parameter.is_expert, parameter.expert_parallel_size = True, degree
         self.num_experts = num_experts
         self.num_local_experts = num_experts // degree
         self.ep_size = degree
         self.expert_group_name = expert_group_name(degree)
 
+    def param_layouts(self) -> dict[str, ParamLayout]:
+        """What stands for experts is treated as experts."""
+        return {name: ParamLayout(expert_degree=self.ep_size) for name, _ in self.named_parameters()}
+
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
         """Nothing to do: the groups exist already."""
 
 
-def mark_experts(config: RunConfig, model: nn.Module) -> nn.ModuleList:
-    """A marker for each degree of expert parallelism in the run, whatever part of its model ``model`` is."""
-    here = {p.expert_parallel_size for p in model.parameters() if getattr(p, "is_expert", False)}
+def expert_markers(config: RunConfig, layouts: Mapping[str, ParamLayout]) -> nn.ModuleList:
+    """A marker for each degree of expert parallelism in the run, whatever part of its model has these layouts."""
+    here = {layout.expert_degree for layout in layouts.values()}
     degrees = config.expert_parallel_degrees()
     return nn.ModuleList(ExpertMarker(max(config.expert_counts(d)), d, empty=d not in here) for d in degrees)
 
@@ -157,91 +160,72 @@ def register_groups(topology: Topology, unit: ModelParallelUnit, degrees: Sequen
             ranks[expert_group_name(degree)] = torch.distributed.get_process_group_ranks(ours[degree])
 
 
-def mark_model_parallel(module: nn.Module) -> None:
-    """Tell DeepSpeed which parameters differ between tensor-parallel ranks; others count once in the global norm.
+def mark_parameters(module: nn.Module, layouts: Mapping[str, ParamLayout]) -> None:
+    """Set the attributes by which DeepSpeed knows how parameters are spread.
 
-    Experts count on every rank: either each holds a shard, or ZeRO-1 keeps another piece of their gradient on each.
+    ``allreduce`` and ``group_name``: an expert's gradient is reduced over the expert-data-parallel group of its degree
+    alone. ``model_parallel``: the parameter counts in the global gradient norm on every tensor-parallel rank.
     """
-    for parameter in module.parameters():
-        if shards_of(parameter) or getattr(parameter, "is_expert", False):
-            parameter.tensor_model_parallel = parameter.model_parallel = True
+    for name, parameter in module.named_parameters():
+        layout, marks = layouts[name], {}
+        if layout.expert_degree is not None:
+            marks |= {"allreduce": False, "group_name": expert_group_name(layout.expert_degree)}
+        if layout.model_parallel:
+            marks |= {"model_parallel": True, "tensor_model_parallel": True}
+        for attribute, value in marks.items():
+            setattr(parameter, attribute, value)
 
 
-def mark_expert(parameter: nn.Parameter) -> None:
-    """Mark a parameter as an expert's: reduced over the expert-data-parallel group of its degree alone."""
-    parameter.allreduce = False
-    parameter.group_name = expert_group_name(parameter.expert_parallel_size)
-
-
-def split_expert_groups(param_groups: list[dict]) -> list[dict]:
-    """Split optimizer groups so that none holds experts and other parameters, or experts of two degrees, together.
-
-    Gradients and norms are reduced group by group, so all processes need the same groups in the same order: those
-    without experts, then by degree. DeepSpeed alone would order degrees as a set of names, differently in each process,
-    and cut large groups, into more of them on a pipeline stage with more experts.
-    """
-    split = split_params_into_different_moe_groups_for_optimizer(param_groups, max_group_size=math.inf)
-    return sorted(split, key=lambda group: int(group["name"].rpartition("_")[2]) if group.get("moe") else 0)
+def mark_groups(groups: Sequence[dict[str, Any]]) -> None:
+    """Set the keys by which DeepSpeed knows which of our parameter groups hold experts."""
+    for group in groups:
+        if group["expert_degree"] is not None:
+            group.update(moe=True, name=expert_group_name(group["expert_degree"]))
 
 
 @dataclasses.dataclass(frozen=True)
 class Fragment:
-    """The stretch of one parameter whose fp32 weights and Adam moments this rank keeps (ZeRO-1).
+    """The part of one parameter whose fp32 weights and optimizer states this rank keeps (ZeRO-1).
 
-    ``start`` and ``numel`` address the flattened parameter; the tensors are one-dimensional views of ``numel`` elements
-    into the optimizer's own memory. Moments of 8 bits are :class:`megatron.engine.eight_bit.Stretch` instead.
+    ``start`` and ``numel`` address the flattened parameter. ``master`` are the fp32 weights and ``states`` the
+    optimizer's states by name: one-dimensional views of ``numel`` elements into the optimizer's own memory.
     """
 
     start: int
     numel: int
     master: torch.Tensor
-    exp_avg: torch.Tensor | Stretch
-    exp_avg_sq: torch.Tensor | Stretch
+    states: Mapping[str, StateSlice]
 
 
-def let_loss_scale_rest(optimizer: object) -> None:
+def let_loss_scale_rest(optimizer: Any) -> None:
     """At its smallest value let fp16's loss scale stay there instead of raising: the trainer counts skipped updates."""
-    scaler = getattr(optimizer, "loss_scaler", None)
+    scaler: Any = getattr(optimizer, "loss_scaler", None)
     if hasattr(scaler, "raise_error_at_min_scale"):
         scaler.raise_error_at_min_scale = False
 
 
-def create_adam_state(adam: torch.optim.AdamW, exp_avg_dtype: torch.dtype, exp_avg_sq_dtype: torch.dtype) -> None:
-    """Make the moments now instead of at the first step, so that a checkpoint can be loaded into them."""
-    for group in adam.param_groups:
-        for flat in group["params"]:
-            state = adam.state[flat]
-            if group.get("eight_bit"):
-                state.update(adam.new_state(flat, group))
-            if not state:
-                state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
-                state["exp_avg"] = torch.zeros_like(flat, dtype=exp_avg_dtype)
-                state["exp_avg_sq"] = torch.zeros_like(flat, dtype=exp_avg_sq_dtype)
-
-
-def fragments(module: nn.Module, adam: torch.optim.AdamW) -> Iterator[tuple[str, nn.Parameter, Fragment | None]]:
+def fragments(module: nn.Module, optimizer: ShardedOptimizer) -> Iterator[tuple[str, nn.Parameter, Fragment | None]]:
     """Each parameter of ``module`` with the fragment of it that this rank keeps (None when it keeps none).
 
-    ZeRO-1 lays the parameters of an optimizer group one after another in a flat tensor and gives each rank an equal
-    piece; what ``adam`` sees as the only parameter of the group is that piece.
+    ZeRO-1 lays the parameters of a group one after another in a flat tensor and gives each rank an equal shard, which
+    ``optimizer`` sees as the only parameter of the group.
     """
     for name, parameter in module.named_parameters():
-        mapping = parameter._hp_mapping
+        mapping: Any = getattr(parameter, "_hp_mapping", None)
         if mapping is None:
             yield name, parameter, None
             continue
-        flat = adam.param_groups[mapping.param_group_index]["params"][0]
+        shard = optimizer.param_groups[mapping.param_group_index]["params"][0]
         start, numel = mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel
-        state = adam.state[flat]
+        state = optimizer.state[shard]
         yield (
             name,
             parameter,
             Fragment(
                 start=mapping.lp_fragment_address.start,
                 numel=numel,
-                master=flat.detach().narrow(0, start, numel),
-                exp_avg=state["exp_avg"].narrow(0, start, numel),
-                exp_avg_sq=state["exp_avg_sq"].narrow(0, start, numel),
+                master=shard.detach().narrow(0, start, numel),
+                states={name: state[name].narrow(0, start, numel) for name in optimizer.states},
             ),
         )
 
@@ -260,12 +244,12 @@ def accumulated(parameter: nn.Parameter) -> object:
     return parameter if apart is None else types.SimpleNamespace(grad=apart)
 
 
-def end_backward(engine: object) -> None:
+def end_backward(engine: Any) -> None:
     """What ``engine`` does after a backward pass of its own: add up gradients, and after the last one reduce them."""
     engine._backward_epilogue()
 
 
-def offload_from_where_gradients_are_reduced(optimizer: object) -> None:
+def offload_from_where_gradients_are_reduced(optimizer: Any) -> None:
     """With the optimizer's state in CPU memory, let gradients go there from the buffer in which they are reduced.
 
     DeepSpeed puts one more fp32 buffer for this rank's share of a group between the two. ZeRO-1 has no use for it: it

@@ -30,6 +30,6 @@ def load_scaler_state(scaler: Any, saved: Mapping[str, Any] | None) -> None:
     scaler.cur_hysteresis = max(scaler.delayed_shift - (saved["delayed_shift"] - saved["cur_hysteresis"]), 1)
 
 
-def leeway(scaler: Any) -> tuple[float, int]:
-    """The scale, and how many overflows it takes to halve it. Overflows lower this until the least scale."""
+def headroom(scaler: Any) -> tuple[float, int]:
+    """The scale, and how many overflows it takes to halve it: each overflow lowers this, down to the smallest scale."""
     return float(scaler.cur_scale), scaler.cur_hysteresis if scaler.dynamic else 0

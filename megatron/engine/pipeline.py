@@ -1,4 +1,4 @@
-"""The engine of a pipeline: DeepSpeed's 1F1B schedule behind the seam of :class:`megatron.engine.engine.Engine`."""
+"""The engine of a pipeline: DeepSpeed's 1F1B schedule as an :class:`megatron.engine.base.Engine`."""
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -7,18 +7,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from megatron.checkpoint import ShardedTensor
 from megatron.config import RunConfig
 from megatron.data.documents import DOCUMENT_FIELDS
 from megatron.data.loader import SAMPLE_FIELDS
-from megatron.engine.engine import Engine, LossSums, StepResult, micro_batch_seed
+from megatron.engine.base import Engine, StepResult
+from megatron.engine.engine import DeepSpeedEngine, LossSums, micro_batch_seed
 from megatron.model.gpt import GPTModel
 from megatron.model.layer import compile_layers
 from megatron.parallel.initialize import Topology
 from megatron.planning.placement import place_layers
 
 
-class PipelineEngine(Engine):
+class PipelineEngine(DeepSpeedEngine):
     """Trains one stage of a model, together with the processes that have the others.
 
     All stages of a pipeline are given the same micro-batches: the first reads their tokens, the last their labels, and
@@ -40,20 +40,19 @@ class PipelineEngine(Engine):
         if compiles(config, topology):
             compile_layers(self._module.stage.layers.values())
         super().__init__(self._module.stage, config, topology)
-        self._replicas = {name for name, p in self.model.named_parameters() if deepspeed_internals.is_tied_replica(p)}
 
     def _trained_module(self, model: nn.Module, marker: nn.Module | None) -> nn.Module:
         self._module.marker = marker
         return self._module
 
     def train_step(self, micro_batches: Sequence[Mapping[str, Any]], tokens_after: int) -> StepResult:
-        """One optimizer update; see :meth:`Engine.train_step`."""
+        """One optimizer update; see :meth:`Engine.train_step <megatron.engine.base.Engine.train_step>`."""
         if not micro_batches:
             raise ValueError("a step needs at least one micro-batch; got none")
         for batch in micro_batches:
             self._check_documents(batch)
         lr = self._set_learning_rate(tokens_after)
-        scale, before = self._loss_scale(), self._leeway()
+        scale, before = self._loss_scale(), self._headroom()
         count, engine = len(micro_batches), self._engine
         engine.set_train_batch_size(count * engine.train_micro_batch_size_per_gpu() * engine.dp_world_size)
         self._module.begin(self._seeds(micro_batches), scale / count, self._documents(micro_batches))
@@ -87,10 +86,6 @@ class PipelineEngine(Engine):
             on_device = self._to_device(batch, SAMPLE_FIELDS)
             yield on_device["tokens"], (on_device["labels"], on_device["loss_mask"])
 
-    def saved_tensors(self) -> list[ShardedTensor]:
-        """As :meth:`Engine.saved_tensors`, without the last stage's copy of the token table."""
-        return [entry for entry in super().saved_tensors() if entry.name.split(".", 1)[1] not in self._replicas]
-
 
 def build_engine(config: RunConfig, topology: Topology, vocab_size: int) -> Engine:
     """The model of a run, or this process's stage of it, and the engine that trains it."""
@@ -107,7 +102,7 @@ def build_engine(config: RunConfig, topology: Topology, vocab_size: int) -> Engi
     )
     if compiles(config, topology):
         compile_layers(model.layers)
-    return Engine(model, config, topology)
+    return DeepSpeedEngine(model, config, topology)
 
 
 def compiles(config: RunConfig, topology: Topology) -> bool:

@@ -15,7 +15,7 @@ from megatron.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.inference.special_tokens import splits_special_tokens
 from megatron.model.gpt import GPTModel
 from megatron.parallel.groups import ExpertGroup
-from megatron.parallel.sharding import global_shape, place, shards_of
+from megatron.parallel.sharding import collect_layouts, global_boxes, global_shape
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -113,11 +113,11 @@ def load_model(
     moe = dataclasses.replace(source.config.moe, moe_eval_capacity_factor=None)
     with torch.device("meta"):  # no initial values: they would be overwritten
         model = GPTModel(source.config.model, moe, source.meta["vocab_size"], expert_group)
-    shards = {name: shards_of(parameter) for name, parameter in model.named_parameters()}  # to_empty forgets them
     model.to(dtype).to_empty(device=device)
-    tensors = []
+    layouts, tensors = collect_layouts(model), []
     for name, p in model.named_parameters():
-        boxes = [Box(*placed) for placed in place((0,) * p.dim(), p.data, p.shape, shards[name])]
-        tensors.append(ShardedTensor("model." + name, global_shape(p.shape, shards[name]), torch.float32, boxes))
+        shards = layouts[name].shards
+        boxes = [Box(*placed) for placed in global_boxes((0,) * p.dim(), p.data, p.shape, shards)]
+        tensors.append(ShardedTensor("model." + name, global_shape(p.shape, shards), torch.float32, boxes))
     load(source.path, tensors, group, strict=False)  # the optimizer's state stays where it is
     return model.eval()

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from megatron.checkpoint.formats.hf_extras import KEY as HUGGINGFACE
+from megatron.conversion.hf_extras import KEY as HUGGINGFACE
 from megatron.data.tokenizer import Tokenizer
 
 

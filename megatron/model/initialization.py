@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from megatron.moe.layer import MoELayer
-from megatron.parallel.sharding import global_shape, shards_of, take
+from megatron.parallel.sharding import collect_layouts, global_shape, take
 
 # Weights that write into the residual stream. L layers add 2 L such outputs, so each is scaled by 1/sqrt(2 L) to keep
 # the stream's variance independent of depth (Radford et al. 2019, section 2.3).
@@ -31,6 +31,7 @@ def initialize(model: nn.Module, std: float, num_layers: int, seed: int) -> None
     """
     experts = tuple(name + "." for name, module in model.named_modules() if isinstance(module, MoELayer))
     norms = {name + ".weight" for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)}
+    layouts = collect_layouts(model)
     for name, parameter in model.named_parameters():
         if parameter.is_meta or name.startswith(experts):
             continue
@@ -40,6 +41,6 @@ def initialize(model: nn.Module, std: float, num_layers: int, seed: int) -> None
             parameter.fill_(1.0)
         else:
             scale = std / math.sqrt(2 * num_layers) if name.endswith(RESIDUAL_OUTPUTS) else std
-            shards = shards_of(parameter)
+            shards = layouts[name].shards
             values = torch.empty(global_shape(parameter.shape, shards), dtype=torch.float32, device="cpu")
             parameter.copy_(take(values.normal_(0.0, scale, generator=parameter_generator(seed, name)), shards))

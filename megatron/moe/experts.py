@@ -11,15 +11,14 @@ from torch import nn
 
 from megatron.moe.initialization import fill_normal, named_generator
 from megatron.parallel.groups import ALONE, ExpertGroup, TensorGroup
-from megatron.parallel.sharding import Shard, set_shards
+from megatron.parallel.sharding import ParamLayout, Shard
 
 
 class Experts(nn.Module):
     """L feed-forwards gelu(x @ w1 + b1) @ w2 + b2, with GELU in its tanh form as in GPT-2.
 
     Parameters are stacked: ``w1`` [L, H, F], ``b1`` [L, F], ``w2`` [L, F, H], ``b2`` [L, H]. Row i is expert
-    ``expert_group.rank * L + i`` of the layer. Each carries ``is_expert = True`` and ``expert_parallel_size``, the
-    number of processes that share the layer's experts: the optimizer reduces its gradient accordingly.
+    ``expert_group.rank * L + i`` of the layer.
 
     A ``tensor_group`` that shards experts shares the F inner units, and the answers are then partial: their sum over
     the group counts. It shares ``b2`` too, [L, H / size]: each process adds its piece to its answers' columns.
@@ -43,6 +42,7 @@ class Experts(nn.Module):
                 f"{num_experts} / {expert_group.size} is not whole; choose an expert-parallel size that divides it"
             )
         L = num_experts // expert_group.size
+        self.expert_group = expert_group
         self.first_expert = expert_group.rank * L
         self.cut = cut = tensor_group if tensor_group.shard_experts else ALONE
         ffn_size = cut.piece(ffn_size, "inner units of an expert:")
@@ -52,10 +52,15 @@ class Experts(nn.Module):
         self.b1 = nn.Parameter(torch.empty(L, ffn_size))
         self.w2 = nn.Parameter(torch.empty(L, ffn_size, hidden_size))
         self.b2 = nn.Parameter(torch.empty(L, outputs))
-        for parameter, dim in ((self.w1, 2), (self.b1, 1), (self.w2, 1), (self.b2, 1)):
-            parameter.is_expert = True
-            parameter.expert_parallel_size = expert_group.size
-            set_shards(parameter, Shard(0, expert_group.size, expert_group.rank), Shard(dim, cut.size, cut.rank))
+
+    def param_layouts(self) -> dict[str, ParamLayout]:
+        """Sharded along the experts and, with a tensor group that shards experts, along F (``b2`` along H)."""
+        experts = Shard(0, self.expert_group.size, self.expert_group.rank)
+        dims = {"w1": 2, "b1": 1, "w2": 1, "b2": 1}
+        return {
+            name: ParamLayout((experts, Shard(dim, self.cut.size, self.cut.rank)), self.expert_group.size)
+            for name, dim in dims.items()
+        }
 
     @torch.no_grad()
     def initialize(self, w1_std: float, w2_std: float, seed: int, layer: int) -> None:

@@ -22,7 +22,7 @@ from megatron.moe.router import Router
 from megatron.moe.sharing import carry_out
 from megatron.parallel import groups
 from megatron.parallel.groups import ExpertGroup, TensorGroup
-from megatron.parallel.sharding import shards_of
+from megatron.parallel.sharding import collect_layouts
 from megatron.parallel.tensor_collectives import sum_gradients
 
 ALONE = ExpertGroup(size=1, rank=0, group=None)
@@ -141,5 +141,6 @@ class MoELayer(nn.Module):
                 ("mlp.fc2", self.mlp.fc2, output_std),
                 ("coefficient", self.coefficient, std),
             ):
-                fill_normal(linear.weight, scale, named_generator(seed, layer, name), shards_of(linear.weight))
+                shards = collect_layouts(linear)["weight"].shards
+                fill_normal(linear.weight, scale, named_generator(seed, layer, name), shards)
                 linear.bias.zero_()

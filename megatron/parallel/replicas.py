@@ -4,13 +4,13 @@ They diverge when hardware computes wrongly, or when a random number or a reduct
 loss may not show it for a long time.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 
 from megatron.parallel.initialize import Topology
-from megatron.parallel.sharding import shards_of
+from megatron.parallel.sharding import ParamLayout
 
 CHUNK = 1 << 24  # elements of a checksum at a time, 8 bytes each
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -36,13 +36,16 @@ def checksum(x: torch.Tensor) -> torch.Tensor:
     return total
 
 
-def check_replicas(parameters: Iterable[tuple[str, torch.nn.Parameter]], topology: Topology) -> None:
+def check_replicas(
+    parameters: Iterable[tuple[str, torch.nn.Parameter]], layouts: Mapping[str, ParamLayout], topology: Topology
+) -> None:
     """Compare every replicated parameter over all processes that have it. All ranks call this together.
 
     Costs two small reductions for each group and one pass over the parameters.
 
     Args:
         parameters: of the model, or this rank's part of it, by the names that they have in the whole model.
+        layouts: of the parameters, by name.
         topology: of this rank.
 
     Raises:
@@ -50,12 +53,12 @@ def check_replicas(parameters: Iterable[tuple[str, torch.nn.Parameter]], topolog
     """
     named = dict(parameters)
     sums = {name: checksum(parameter) for name, parameter in named.items()}
-    differing = {name for group, names in _groups(named, topology) for name in _differing(sums, names, group)}
+    differing = {name for group, names in _groups(layouts, topology) for name in _differing(sums, names, group)}
     if topology.agree_max(len(differing)) == 0:
         return
     found = _gather(sorted(differing, key=list(named).index), topology)  # also by ranks whose own groups all agree
     names = dict.fromkeys(name for of_rank in found for name in of_rank)
-    held = [(name, _shard_description(named[name]), int(sums[name])) for name in names if name in named]
+    held = [(name, _shard_description(layouts[name]), int(sums[name])) for name in names if name in named]
     raise ReplicasDiffer(_describe(_gather(held, topology)))
 
 
@@ -66,18 +69,21 @@ def _gather(mine: list, topology: Topology) -> list[list]:
 
 
 def _groups(
-    named: dict[str, torch.nn.Parameter], topology: Topology
+    layouts: Mapping[str, ParamLayout], topology: Topology
 ) -> list[tuple[dist.ProcessGroup | None, Sequence[str | None]]]:
     """The groups over which parameters are replicated, with the names of these, in the same order on all ranks."""
-    outside = [name for name, p in named.items() if not getattr(p, "is_expert", False)]
+    outside = [name for name, layout in layouts.items() if not layout.is_expert]
     table = "embedding.word_embeddings.weight"  # on the first and the last stage of a pipeline
     groups: list[tuple[dist.ProcessGroup | None, Sequence[str | None]]] = [
         (topology.data_parallel_group, outside),
-        (topology.tensor_parallel_group, [name for name in outside if not shards_of(named[name])]),
-        (topology.pipeline_parallel_group, [table if table in named else None]),
+        (
+            topology.tensor_parallel_group,
+            [name for name, layout in layouts.items() if not layout.is_expert and not layout.shards],
+        ),
+        (topology.pipeline_parallel_group, [table if table in layouts else None]),
     ]
     for degree in sorted(topology.expert_data_groups):
-        experts = [name for name, p in named.items() if getattr(p, "expert_parallel_size", None) == degree]
+        experts = [name for name, layout in layouts.items() if layout.expert_degree == degree]
         groups.append((topology.expert_data_group(degree), experts))
     return groups
 
@@ -98,10 +104,9 @@ def _differing(sums: dict[str, torch.Tensor], names: Sequence[str | None], group
     return {name for name, differs in zip(names, unequal, strict=True) if differs and name is not None}
 
 
-def _shard_description(parameter: torch.nn.Parameter) -> str:
-    """Which shard of the whole parameter this is, for messages."""
-    shards = shards_of(parameter)
-    return "".join(f", piece {shard.rank} of {shard.size} of dimension {shard.dim}" for shard in shards)
+def _shard_description(layout: ParamLayout) -> str:
+    """Which shard of the whole parameter this rank holds, for messages."""
+    return "".join(f", piece {shard.rank} of {shard.size} of dimension {shard.dim}" for shard in layout.shards)
 
 
 def _describe(everyone: list[list[tuple[str, str, int]]]) -> str:

@@ -1,13 +1,16 @@
-"""Which piece of a global parameter a process holds.
+"""Which part of a global parameter a process holds, as data by the parameter's name.
 
-A parameter that is cut says how in its attribute ``shards``, a tuple of :class:`Shard`, one for each dimension that is
-cut. Initial values, checkpoints and the gradient norm follow from it; whatever has no such attribute is whole.
+A module that shards its parameters, or holds experts, has a method ``param_layouts`` (:class:`ShardedModule`);
+:func:`collect_layouts` asks all modules of a model. Initial values, parameter groups, the gradient norm, checkpoints
+and replica checks follow from the layouts.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Protocol, runtime_checkable
 
 import torch
+from torch import nn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,14 +27,63 @@ class Shard:
     parts: int = 1
 
 
-def set_shards(parameter: torch.nn.Parameter, *shards: Shard) -> None:
-    """Say how ``parameter`` is cut; dimensions that are cut into one piece are left out."""
-    parameter.shards = tuple(shard for shard in shards if shard.size > 1)
+@dataclasses.dataclass(frozen=True)
+class ParamLayout:
+    """How one parameter is spread over processes. The default is a parameter that every process holds whole.
+
+    Args:
+        shards: how it is cut, one :class:`Shard` for each dimension; those of size 1 are left out.
+        expert_degree: of an expert's parameter, the number of processes that share the layer's experts. Its gradient is
+            reduced over the processes that hold the same experts only.
+    """
+
+    shards: tuple[Shard, ...] = ()
+    expert_degree: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shards", tuple(shard for shard in self.shards if shard.size > 1))
+
+    @property
+    def is_expert(self) -> bool:
+        """Whether the parameter belongs to experts."""
+        return self.expert_degree is not None
+
+    @property
+    def model_parallel(self) -> bool:
+        """Whether every tensor-parallel rank's gradient counts in the gradient norm, and not only that of the first.
+
+        Either the ranks hold different shards, or ZeRO-1 keeps different parts of an expert's gradient on each.
+        """
+        return bool(self.shards) or self.is_expert
 
 
-def shards_of(parameter: torch.Tensor) -> tuple[Shard, ...]:
-    """How ``parameter`` is cut; empty if it is whole."""
-    return getattr(parameter, "shards", ())
+WHOLE = ParamLayout()
+
+
+@runtime_checkable
+class ShardedModule(Protocol):
+    """A module that holds some of its own parameters in part, or experts."""
+
+    def param_layouts(self) -> Mapping[str, ParamLayout]:
+        """Layouts by the parameters' names within this module; parameters that are not named are whole."""
+        ...
+
+
+def collect_layouts(model: nn.Module) -> dict[str, ParamLayout]:
+    """The layout of each parameter of ``model``, by the names and in the order of ``model.named_parameters()``.
+
+    Raises:
+        AttributeError: a module gives the layout of a parameter that it does not have.
+    """
+    layouts = {name: WHOLE for name, _ in model.named_parameters()}
+    for prefix, module in model.named_modules():
+        if isinstance(module, ShardedModule):
+            for name, layout in module.param_layouts().items():
+                _ = getattr(module, name)
+                full_name = f"{prefix}.{name}" if prefix else name
+                if full_name in layouts:  # a tied parameter is listed under its first name only
+                    layouts[full_name] = layout
+    return layouts
 
 
 def global_shape(shape: Sequence[int], shards: Sequence[Shard]) -> tuple[int, ...]:
@@ -53,7 +105,7 @@ def take(whole: torch.Tensor, shards: Sequence[Shard]) -> torch.Tensor:
     return whole
 
 
-def place(
+def global_boxes(
     offsets: Sequence[int], box: torch.Tensor, shape: Sequence[int], shards: Sequence[Shard]
 ) -> list[tuple[tuple[int, ...], torch.Tensor]]:
     """Where a box of the local tensor lies in the global one.

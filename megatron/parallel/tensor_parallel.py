@@ -9,7 +9,7 @@ from torch import nn
 
 from megatron.parallel.groups import ALONE, TensorGroup
 from megatron.parallel.randomness import own_randomness
-from megatron.parallel.sharding import Shard, set_shards
+from megatron.parallel.sharding import ParamLayout, Shard
 from megatron.parallel.tensor_collectives import enter, leave, sum_gradients
 from megatron.parallel.vocabulary import check_ids
 
@@ -28,10 +28,14 @@ class ColumnParallelLinear(nn.Module):
         super().__init__()
         self.group = group
         rows = parts * group.piece(outputs // parts, "outputs of a matrix:")
+        self.parts = parts
         self.weight = nn.Parameter(torch.empty(rows, inputs))
         self.bias = nn.Parameter(torch.empty(rows))
-        for parameter in (self.weight, self.bias):
-            set_shards(parameter, Shard(0, group.size, group.rank, parts))
+
+    def param_layouts(self) -> dict[str, ParamLayout]:
+        """Both parameters are sharded along the outputs, each of their parts by itself."""
+        layout = ParamLayout((Shard(0, self.group.size, self.group.rank, self.parts),))
+        return {"weight": layout, "bias": layout}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map the residual stream to this process's outputs, for all tokens."""
@@ -52,7 +56,10 @@ class RowParallelLinear(nn.Module):
         self.group = group
         self.weight = nn.Parameter(torch.empty(outputs, group.piece(inputs, "inputs of a matrix:")))
         self.bias = nn.Parameter(torch.empty(outputs))
-        set_shards(self.weight, Shard(1, group.size, group.rank))
+
+    def param_layouts(self) -> dict[str, ParamLayout]:
+        """The weight is sharded along the inputs."""
+        return {"weight": ParamLayout((Shard(1, self.group.size, self.group.rank),))}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map this process's inputs [..., S, I / size] to the residual stream."""
@@ -74,7 +81,10 @@ class VocabParallelEmbedding(nn.Module):
         self.group = group
         self.rows = group.piece(rows, "a vocabulary of")
         self.weight = nn.Parameter(torch.empty(self.rows, hidden_size))
-        set_shards(self.weight, Shard(0, group.size, group.rank))
+
+    def param_layouts(self) -> dict[str, ParamLayout]:
+        """The table is sharded along its rows."""
+        return {"weight": ParamLayout((Shard(0, self.group.size, self.group.rank),))}
 
     def forward(self, ids_BS: torch.Tensor) -> torch.Tensor:
         """The vectors of ``ids_BS`` (global numbers), [B, S, H], in the form of the residual stream.

@@ -7,8 +7,8 @@ another node. Tokens go straight to their experts' ranks, not by way of nodes. R
 losses for the log) are left out.
 
 Gradients are summed once an update, in fp32 unless ``--grad-reduce-in-bf16`` says otherwise: with bf16 weights by a
-reduce-scatter (:mod:`megatron.engine.update`), with others by DeepSpeed's all-reduce. ZeRO-1 spreads the optimizer's
-state and work, and then the weights are gathered.
+reduce-scatter (:mod:`megatron.engine.bf16_update`), with others by DeepSpeed's all-reduce. ZeRO-1 spreads the
+optimizer's state and work, and then the weights are gathered.
 
 Shapes: T tokens of a micro-batch, H hidden, E experts, K top-k, n ranks of a group.
 """

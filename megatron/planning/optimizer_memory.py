@@ -3,9 +3,7 @@
 import dataclasses
 
 from megatron.config import OptimizerConfig
-
-_BYTES = {"fp32": 4, "bf16": 2}
-BLOCK = 256  # numbers of an 8-bit moment that share an fp32 scale
+from megatron.engine.optim import OPTIMIZERS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,11 +26,11 @@ class BytesPerParameter:
 def bytes_per_parameter(
     optimizer: OptimizerConfig, replicas: int, *, one_micro_batch: bool = False
 ) -> BytesPerParameter:
-    """Bytes that weights, gradients and AdamW's state take when they are most, at the end of a backward pass.
+    """Bytes that weights, gradients and the optimizer's state take when they are most, at the end of a backward pass.
 
     On the GPU: weights (2, or 4 with --fp32) and gradients: sums in fp32 (4), or for the one micro-batch of an update,
     without replicas and not with --fp32 or 8-bit moments, the gradients as they come (2). ZeRO-1 spreads over
-    ``replicas``: fp32 weights (4) and two moments (4 each, 2 in bf16, 1 and a scale for each block in 8 bits). In CPU
+    ``replicas``: fp32 weights (4) and the optimizer's states (AdamW's moments: 4 each, 2 in bf16, 1 in 8 bits). In CPU
     memory there are also the gradients (4) of what a process updates, and its weights on their way back (2 or 4).
 
     Activations and communication buffers are not in it, and neither is it that moments of biases and norms are always
@@ -49,11 +47,9 @@ def bytes_per_parameter(
     if replicas < 1:
         raise ValueError(f"got {replicas} replicas; a parameter is on at least 1 process")
     weight = 4 if optimizer.precision == "fp32" else 2
-    if optimizer.optimizer_name == "adamw8bit":
-        moments = 2 * (1 + 4 / BLOCK)
-    else:
-        moments = sum(_BYTES[dtype] for dtype in (optimizer.exp_avg_dtype, optimizer.exp_avg_sq_dtype))
-    direct = one_micro_batch and replicas == 1 and optimizer.precision != "fp32" and optimizer.optimizer_name == "adamw"
+    kind = OPTIMIZERS[optimizer.optimizer_name]
+    moments = kind.state_bytes(optimizer)
+    direct = one_micro_batch and replicas == 1 and optimizer.precision != "fp32" and kind.updates_slices
     gradients = 2 if direct else 4
     if optimizer.optimizer_cpu_offload:
         cpu = (4 + moments + 4 + weight) / replicas

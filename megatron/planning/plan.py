@@ -4,6 +4,7 @@ import dataclasses
 
 from megatron.config import RunConfig
 from megatron.config.training import cuda_graphs
+from megatron.engine.optim import OPTIMIZERS
 from megatron.planning.devices import USABLE, Device
 from megatron.planning.flops import model_flops_per_token
 from megatron.planning.memory import Memory, memory
@@ -49,10 +50,10 @@ class Plan:
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Of one checkpoint: fp32 weights and Adam's moments in their formats."""
+        """Of one checkpoint: fp32 weights and the optimizer's states."""
         optimizer = self.config.optimizer
-        moments = sum(4 if kind == "fp32" else 2 for kind in (optimizer.exp_avg_dtype, optimizer.exp_avg_sq_dtype))
-        return self.parameters.total * (4 + moments)
+        states = OPTIMIZERS[optimizer.optimizer_name].checkpoint_bytes(optimizer)
+        return self.parameters.total * (4 + states)
 
 
 def make_plan(config: RunConfig, machine: Machine, vocab_size: int) -> Plan:

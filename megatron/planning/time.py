@@ -14,6 +14,7 @@ from collections.abc import Mapping
 
 from megatron.config import RunConfig
 from megatron.config.errors import ConfigError
+from megatron.engine.optim import OPTIMIZERS
 from megatron.planning import measured
 from megatron.planning.activations import rows_of_experts
 from megatron.planning.communication import Traffic, communication
@@ -234,7 +235,7 @@ def _update(
 def _no_sums(config: RunConfig, replicas: int, micro_batches: int) -> bool:
     """Whether gradients are used as the backward pass leaves them."""
     optimizer = config.optimizer
-    as_they_come = optimizer.precision != "fp32" and optimizer.optimizer_name == "adamw"
+    as_they_come = optimizer.precision != "fp32" and OPTIMIZERS[optimizer.optimizer_name].updates_slices
     single = replicas == 1 and micro_batches == 1 and config.parallel.pipeline_model_parallel_size == 1
     return as_they_come and single
 

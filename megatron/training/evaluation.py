@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from megatron.engine.engine import Engine
+from megatron.engine.base import Engine
 from megatron.training.metrics import expert_balance, mean_losses, reduce_sums
 
 

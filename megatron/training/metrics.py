@@ -6,7 +6,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron.engine.engine import LateNumber, LossSums, StepResult
+from megatron.engine.base import AsyncScalar, StepResult
+from megatron.engine.engine import LossSums
 
 
 def reduce_sums(sums: LossSums) -> LossSums:
@@ -27,12 +28,12 @@ def mean_losses(sums: LossSums) -> dict[str, float]:
     return {"loss": lm / count, "aux_loss": aux / count, "z_loss": z / count}
 
 
-def mean_loss(sums: LossSums) -> LateNumber:
+def mean_loss(sums: LossSums) -> AsyncScalar:
     """The mean LM loss over all ranks' micro-batches."""
     losses = sums.losses.double()  # a copy
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(losses)
-    return LateNumber(losses[0] / losses[3])
+    return AsyncScalar(losses[0] / losses[3])
 
 
 def expert_balance(sums: LossSums) -> dict[str, list[float]]:

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from megatron.checkpoint import CheckpointError, load
-from megatron.checkpoint.formats.hf_extras import KEY as HUGGINGFACE
 from megatron.config import RunConfig
 from megatron.config.run import OPTIONS, SECTIONS, flatten, from_dict, to_dict
+from megatron.conversion.hf_extras import KEY as HUGGINGFACE
 from megatron.data.data_state import DataState
 from megatron.data.tokenizer import Tokenizer
-from megatron.engine.engine import Engine
+from megatron.engine.base import Engine
 from megatron.parallel.initialize import Topology
 from megatron.training.clock import Clock
 from megatron.training.spikes import Detours, SpikeWatch

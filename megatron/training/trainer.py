@@ -16,7 +16,7 @@ from megatron.data.gpt_dataset import Datasets, batches
 from megatron.data.skipping import SkippingSamples
 from megatron.data.spans import merge, nth_outside
 from megatron.data.tokenizer import Tokenizer
-from megatron.engine.engine import Engine, LateNumber, StepResult
+from megatron.engine.base import AsyncScalar, Engine, StepResult
 from megatron.parallel.initialize import Topology
 from megatron.parallel.watchdog import Watchdog
 from megatron.planning.flops import model_flops_per_token, peak_tflops
@@ -76,7 +76,7 @@ class Trainer:
         self._saving: Path | None = None  # what is being saved
         self._not_saved: CheckpointError | None = None  # why the last save failed
         self._skipped_in_a_row = 0
-        self._unwatched: tuple[StepResult, Update, LateNumber] | None = None  # with its loss
+        self._unwatched: tuple[StepResult, Update, AsyncScalar] | None = None  # with its loss
         self._window = StepWindow(
             model_flops_per_token(config.model, config.moe, vocab_size),
             config.logging.peak_tflops or peak_tflops(_device_name(topology), config.optimizer.precision),

@@ -11,8 +11,8 @@ import torch
 
 from megatron.checkpoint import Box, CheckpointError, Deferred, ShardedTensor, save
 from megatron.checkpoint.coverage import coverage_problems
-from megatron.checkpoint.formats.inspect import inspect
 from megatron.checkpoint.storage import read_index, write_safetensors
+from megatron.conversion.inspect import inspect
 
 
 @pytest.fixture

@@ -7,7 +7,8 @@ import tiny_run
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from megatron.checkpoint import read_meta
-from megatron.checkpoint.formats.convert import Conversion, convert
+from megatron.conversion.convert import convert
+from megatron.conversion.job import Conversion
 
 
 def test_weights_alone_are_trained_further(corpus, tmp_path):
@@ -29,7 +30,7 @@ def test_weights_alone_are_trained_further(corpus, tmp_path):
     assert read_meta(save)["huggingface"]["config"]["eos_token_id"] == 121  # for an export of what was trained
 
 
-@pytest.mark.exhaustive  # tests/checkpoint/formats/test_upcycle.py compares the losses too
+@pytest.mark.exhaustive  # tests/conversion/test_upcycle.py compares the losses too
 def test_an_upcycled_model_trains_on_from_the_dense_ones_loss(corpus, tmp_path):
     """Dense for 4 updates, then 4 experts on two processes, with the dense run's moments."""
     still = {"hidden_dropout": 0, "attention_dropout": 0, "exit_tokens": 4 * 16 * tiny_run.SEQ}

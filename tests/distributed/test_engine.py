@@ -85,11 +85,12 @@ def test_a_batch_ramp_up_and_evaluations_are_those_of_one_process(size: int, lay
 
 def train_with_dropout(run: RunConfig) -> tuple:
     """What two updates did; this process's place among equals, and the weights that those must agree on."""
-    from megatron.parallel.sharding import shards_of
+    from megatron.parallel.sharding import collect_layouts
 
     engine = build(with_dropout(run))
     trained = updates(engine, 0, 2)
-    weights = {name: p.detach().clone() for name, p in engine.model.named_parameters() if not shards_of(p)}
+    layouts = collect_layouts(engine.model)
+    weights = {name: p.detach().clone() for name, p in engine.model.named_parameters() if not layouts[name].shards}
     return trained, engine._topology.pipeline_parallel_rank, weights
 
 

@@ -59,7 +59,7 @@ def train(run: RunConfig) -> tuple[Trained, bool, str]:
     engine = build(run)
     trained = updates(engine, 0, STEPS)
     off = bool(getattr(engine._optimizer, "cpu_offload", False))
-    return trained, off, type(engine._adam).__name__
+    return trained, off, type(engine._sharded_optimizer).__name__
 
 
 @pytest.mark.parametrize(("size", "layout"), LAYOUTS, ids=str)

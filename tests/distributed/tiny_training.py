@@ -118,8 +118,8 @@ def _train_plainly(moe: MoEConfig, data: DataConfig) -> Trained:
     run = run_config(moe)
     model = GPTModel(MODEL, moe, VOCAB, seed=run.training.seed)
     named = list(model.named_parameters())
-    matrices = [p for _, p in named if p.dim() - getattr(p, "is_expert", False) >= 2]
-    vectors = [p for _, p in named if p.dim() - getattr(p, "is_expert", False) < 2]
+    matrices = [p for name, p in named if p.dim() - (".experts." in name) >= 2]
+    vectors = [p for name, p in named if p.dim() - (".experts." in name) < 2]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     adam = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=EPS)
     losses, norms, figures = [], [], []

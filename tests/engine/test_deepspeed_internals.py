@@ -15,7 +15,7 @@ VOCAB, SEQ, MICRO = 32, 8, 2
 
 
 def engine(expert_size: int | None = None, clip: float = 1.0, **optimizer):
-    from megatron.engine.engine import Engine
+    from megatron.engine.engine import DeepSpeedEngine
     from megatron.model.gpt import GPTModel
     from megatron.parallel.initialize import build_groups
     from megatron.parallel.launch import Launch
@@ -29,7 +29,7 @@ def engine(expert_size: int | None = None, clip: float = 1.0, **optimizer):
         training=TrainingConfig(train_tokens=10_000, micro_batch_size=MICRO, global_batch_size=MICRO * size),
     )
     topology = build_groups(run.parallel, Launch(rank, size, rank, "127.0.0.1", 0, "test"), torch.device("cpu"))
-    return Engine(GPTModel(run.model, run.moe, VOCAB, topology.expert_group), run, topology)
+    return DeepSpeedEngine(GPTModel(run.model, run.moe, VOCAB, topology.expert_group), run, topology)
 
 
 def batch(rank: int) -> dict:
@@ -46,13 +46,13 @@ def inspect() -> dict:
 
     made.train_step([batch(dist.get_rank())], SEQ)
     pieces, moved, faithful = {}, 0.0, True
-    for name, parameter, fragment in fragments(made.model, made._adam):
+    for name, parameter, fragment in fragments(made.model, made._sharded_optimizer):
         if fragment is None:
             continue
         pieces[name] = (fragment.start, fragment.numel, parameter.numel())
-        stretch = parameter.detach().flatten()[fragment.start : fragment.start + fragment.numel]
-        faithful &= torch.equal(fragment.master.to(parameter.dtype), stretch)
-        moved += float(fragment.exp_avg.abs().sum()) * float(fragment.exp_avg_sq.sum())
+        weights = parameter.detach().flatten()[fragment.start : fragment.start + fragment.numel]
+        faithful &= torch.equal(fragment.master.to(parameter.dtype), weights)
+        moved += float(fragment.states["exp_avg"].abs().sum()) * float(fragment.states["exp_avg_sq"].sum())
     return {
         "pieces": pieces,
         "faithful": faithful,
@@ -61,7 +61,7 @@ def inspect() -> dict:
         "compiled": deepspeed.ops.__compatible_ops__[SHARED_MEMORY_OP],
         "stage": made._engine.zero_optimization_stage(),
         "timed": made._engine.tput_timer.config.enabled or made._engine.engine_timers.active_timers(),
-        "step": {float(state["step"]) for state in made._adam.state.values()},
+        "step": {float(state["step"]) for state in made._sharded_optimizer.state.values()},
     }
 
 
@@ -155,22 +155,6 @@ def test_deepspeed_finds_our_expert_groups():
     run_distributed(find_expert_groups, 4)
 
 
-def test_optimizer_groups_are_in_one_order_on_all_processes():
-    from megatron.engine.deepspeed_internals import mark_expert, split_expert_groups
-
-    def parameter(degree: int) -> torch.nn.Parameter:
-        made = torch.nn.Parameter(torch.zeros(3))
-        if degree:
-            made.expert_parallel_size = degree
-            mark_expert(made)
-        return made
-
-    degrees = (4, 0, 32, 2, 16, 8, 64)
-    groups = [{"params": [parameter(d) for d in degrees], "name": name} for name in ("decay", "no_decay")]
-    names = [group["name"] for group in split_expert_groups(groups)]
-    assert names == ["decay", "no_decay", *(f"ep_size_{d}" for d in (2, 4, 8, 16, 32, 64) for _ in range(2))]
-
-
 def inspect_pipeline() -> dict:
     from megatron.engine.pipeline import build_engine
     from megatron.parallel.initialize import build_groups
@@ -200,9 +184,11 @@ def inspect_pipeline() -> dict:
         "stage": (grid.get_stage_id(), topology.pipeline_parallel_rank),
         "data": (ranks(grid.get_data_parallel_group()), ranks(topology.data_parallel_group)),
         "experts": (ranks(groups._get_expert_parallel_group("ep_size_2")), ranks(topology.expert_parallel_groups[2])),
-        "optimizer groups": [group["name"] for group in made._adam.param_groups],
-        "has experts": bool(made._experts),
-        "replicas": made._replicas,
+        "optimizer groups": [
+            (group["expert_degree"], group["matrices"]) for group in made._sharded_optimizer.param_groups
+        ],
+        "has experts": any(".experts." in name for name, _ in made.model.named_parameters()),
+        "saved": {tensor.name for tensor in made.saved_tensors()},
         "names": {name for name, _ in made.model.named_parameters()},
         "marker": [float(p.abs().sum()) for p in made._module.marker.parameters()],
     }
@@ -217,14 +203,16 @@ def test_a_pipeline_has_our_groups_our_steps_and_one_token_table_too_many():
             theirs, ours = seen[name]
             assert theirs == ours, name
         # the gradient norm is reduced group by group, so each stage must have as many, in the same order
-        assert seen["optimizer groups"] == stages[0]["optimizer groups"]
-        assert len(seen["optimizer groups"]) == 4
+        assert seen["optimizer groups"] == [(None, True), (None, False), (2, True), (2, False)]
     first, last = stages[0], stages[3]
     assert (first["has experts"], last["has experts"]) == (False, True)
     assert first["marker"] == [0.0, 0.0]
     assert last["marker"] == []
-    assert first["replicas"] == set()
-    assert last["replicas"] == first["names"] & last["names"] == {"embedding.word_embeddings.weight"}
+    assert first["names"] & last["names"] == {"embedding.word_embeddings.weight"}
+    saved = set.union(*(seen["saved"] for seen in stages))
+    for name in (f"{prefix}.embedding.word_embeddings.weight" for prefix in ("model", "exp_avg", "exp_avg_sq")):
+        assert name in saved
+        assert name not in last["saved"]
 
 
 def test_what_offloading_overrides_is_there():

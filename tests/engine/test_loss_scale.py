@@ -5,7 +5,7 @@ import json
 import pytest
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 
-from megatron.engine.loss_scale import leeway, load_scaler_state, scaler_state
+from megatron.engine.loss_scale import headroom, load_scaler_state, scaler_state
 
 
 def dynamic(power: int = 16, window: int = 1000, least: float = 1.0, hysteresis: int = 2) -> DynamicLossScaler:
@@ -86,10 +86,10 @@ def test_without_a_state_the_flags_hold():
     assert scaler_state(LossScaler(128.0)) is None
 
 
-def test_an_overflow_takes_of_the_leeway_until_the_scale_can_fall_no_further():
+def test_an_overflow_takes_of_the_headroom_until_the_scale_can_fall_no_further():
     scaler = dynamic(power=2, least=1.0)
-    seen = [leeway(scaler)] + [leeway(updated(scaler, True)) for _ in range(5)]
+    seen = [headroom(scaler)] + [headroom(updated(scaler, True)) for _ in range(5)]
     assert seen == [(4.0, 2), (4.0, 1), (2.0, 1), (1.0, 1), (1.0, 1), (1.0, 1)]
     fixed = LossScaler(128.0)
     fixed.update_scale(True)
-    assert leeway(fixed) == leeway(LossScaler(128.0))
+    assert headroom(fixed) == headroom(LossScaler(128.0))

@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from zero_shot_data import write_data
 
 from benchmarks.zero_shot import compare
-from megatron.checkpoint.formats.convert import Conversion, convert
 from megatron.config import ModelConfig, MoEConfig
+from megatron.conversion.convert import convert
+from megatron.conversion.job import Conversion
 from megatron.evaluation.harness import Evaluation, evaluate
 from megatron.evaluation.tasks import LOCAL, build_tasks
 

@@ -10,8 +10,9 @@ import torch
 from distributed.spawn import run_distributed
 from test_docs import tool
 
-from megatron.checkpoint.formats.convert import Conversion, convert
 from megatron.config import ModelConfig, MoEConfig, ParallelConfig
+from megatron.conversion.convert import convert
+from megatron.conversion.job import Conversion
 from megatron.evaluation.perplexity import Document, Perplexity, measure, windows
 from megatron.evaluation.processes import Processes, load_share
 from megatron.inference.load import find_checkpoint, load_model, load_tokenizer

@@ -39,10 +39,10 @@ def topology():
 
 
 def build(run: RunConfig, topology):
-    from megatron.engine.engine import Engine
+    from megatron.engine.engine import DeepSpeedEngine
     from megatron.model.gpt import GPTModel
 
-    return Engine(GPTModel(run.model, run.moe, VOCAB, topology.expert_group, seed=1), run, topology)
+    return DeepSpeedEngine(GPTModel(run.model, run.moe, VOCAB, topology.expert_group, seed=1), run, topology)
 
 
 def train(engine, steps: int = STEPS) -> tuple[list[float], int]:

@@ -1,15 +1,14 @@
 """Kernels on a GPU where numbers get large: more tiles than the short axes of a grid have, offsets beyond 32 bits, the
 most experts. What they compute on ordinary sizes is tested beside them, in Triton's interpreter too."""
 
-import dataclasses
-
 import pytest
 import torch
 import torch.nn.functional as F
 
 pytest.importorskip("triton")
-from megatron.engine import adamw
 from megatron.engine.kernels import adamw as adamw_kernels
+from megatron.engine.optim import ParameterSlice
+from megatron.engine.optim.adamw import Rates
 from megatron.model.kernels import cross_entropy
 from megatron.moe import kernels
 from megatron.moe.kernels import experts, gate, gelu, rows, tiles
@@ -132,18 +131,25 @@ def test_logits_of_more_than_2_to_the_31_and_of_one_word(T, V):
 @pytest.mark.parametrize("moments", [torch.float32, torch.bfloat16], ids=str)
 def test_an_update_of_more_than_2_to_the_31_weights(moments):
     numel, some = LONG + 5000, 8000
-    piece = adamw.Piece(
-        torch.ones(numel, device=DEVICE), torch.full((numel,), 0.5, device=DEVICE, dtype=torch.bfloat16),
-        *(torch.full((numel,), 0.25, device=DEVICE, dtype=moments) for _ in range(2)),
-        torch.zeros(numel, device=DEVICE, dtype=torch.bfloat16),
-    )  # fmt: skip
-    small = adamw.Piece(*(x[:some].clone() for x in [getattr(piece, f.name) for f in dataclasses.fields(piece)]))
-    rates = adamw.Rates(torch.tensor([1.0, 1e-3, 1.0, 7.0], device=DEVICE), 1e-3, 0.9, 0.95, 1e-8, 0.1)
-    assert float(adamw_kernels.square_sum([piece.gradient])) == pytest.approx(numel * 0.25, rel=1e-6)
-    adamw_kernels.update(piece, rates)
+    master, gradient, weight = (
+        torch.full((numel,), value, device=DEVICE, dtype=dtype)
+        for value, dtype in ((1.0, torch.float32), (0.5, torch.bfloat16), (0.0, torch.bfloat16))
+    )
+    states = {name: torch.full((numel,), 0.25, device=DEVICE, dtype=moments) for name in ("exp_avg", "exp_avg_sq")}
+    all_, small = (
+        ParameterSlice(*(make(x) for x in (master, gradient, weight)), {n: make(x) for n, x in states.items()})
+        for make in (lambda x: x, lambda x: x[:some].clone())
+    )
+    rates = Rates(torch.tensor([1.0, 1e-3, 1.0, 7.0], device=DEVICE), 1e-3, 0.9, 0.95, 1e-8, 0.1)
+    assert float(adamw_kernels.square_sum([gradient])) == pytest.approx(numel * 0.25, rel=1e-6)
+    adamw_kernels.update(all_, rates)
     adamw_kernels.update(small, rates)
-    for field in dataclasses.fields(piece):
-        assert torch.equal(getattr(piece, field.name)[-some:], getattr(small, field.name)), field.name
+    for whole, part in [
+        (master, small.master),
+        (weight, small.weight),
+        *((states[n], small.states[n]) for n in states),
+    ]:
+        assert torch.equal(whole[-some:], part)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

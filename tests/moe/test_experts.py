@@ -8,6 +8,7 @@ import torch
 from megatron.moe.experts import Experts
 from megatron.moe.mlp import MLP
 from megatron.parallel.groups import ExpertGroup
+from megatron.parallel.sharding import ParamLayout, Shard
 
 ALONE = ExpertGroup(1, 0, None)
 
@@ -80,11 +81,11 @@ def test_initial_values_do_not_depend_on_how_many_processes_share_them(size):
         assert torch.equal(torch.cat([getattr(part, name) for part in parts]), parameter)
 
 
-def test_parameters_say_that_they_are_experts():
-    for parameter in make_experts(group=ExpertGroup(2, 1, None)).parameters():
-        assert parameter.is_expert is True
-        assert parameter.expert_parallel_size == 2
-        assert parameter.size(0) == 2
+def test_layouts_say_that_parameters_are_experts():
+    experts = make_experts(group=ExpertGroup(2, 1, None))
+    assert experts.param_layouts().keys() == dict(experts.named_parameters()).keys()
+    for layout in experts.param_layouts().values():
+        assert layout == ParamLayout((Shard(0, 2, 1),), expert_degree=2)
 
 
 def test_processes_must_divide_the_experts():

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch import nn
 
 from megatron.checkpoint import flat_boxes
-from megatron.parallel.sharding import Shard, global_shape, place, take
+from megatron.parallel.sharding import ParamLayout, Shard, collect_layouts, global_boxes, global_shape, take
 
 CASES = {
     "whole": ((6, 4), lambda rank: ()),
@@ -31,7 +32,7 @@ def test_flat_ranges_of_all_processes_put_the_tensor_together(case, step):
             flat = local.view(-1)[start : start + step]
             for offsets, sizes, at in flat_boxes(local.shape, start, flat.numel()):
                 box = flat.narrow(0, at, torch.Size(sizes).numel()).view(sizes)
-                for where, data in place(offsets, box, local.shape, shards):
+                for where, data in global_boxes(offsets, box, local.shape, shards):
                     region = tuple(slice(o, o + s) for o, s in zip(where, data.shape, strict=True))
                     found[region] = data
                     written[region] += 1
@@ -42,6 +43,41 @@ def test_flat_ranges_of_all_processes_put_the_tensor_together(case, step):
 def test_boxes_are_views_to_load_into():
     local = torch.zeros(6, 2)
     shard = Shard(0, 2, 1, parts=3)  # rows 2, 3 of each part of 4
-    for where, data in place((0, 0), local, local.shape, (shard,)):
+    for where, data in global_boxes((0, 0), local, local.shape, (shard,)):
         data.fill_(where[0])
     assert local[:, 0].tolist() == [2, 2, 6, 6, 10, 10]
+
+
+class Cut(nn.Module):
+    """A weight that is the second of two shards, and a bias that is whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
+
+    def param_layouts(self) -> dict[str, ParamLayout]:
+        return {"weight": ParamLayout((Shard(0, 2, 1), Shard(0, 1, 0)))}
+
+
+def test_layouts_have_the_names_of_named_parameters_and_the_rest_is_whole():
+    model = nn.ModuleDict({"first": nn.Sequential(Cut(), nn.Linear(2, 2))})
+    model["tied"] = model["first"][0]  # the same module under another name
+    layouts = collect_layouts(model)
+    assert list(layouts) == [name for name, _ in model.named_parameters()]
+    assert layouts.pop("first.0.weight") == ParamLayout((Shard(0, 2, 1),))
+    assert set(layouts.values()) == {ParamLayout()}
+    assert collect_layouts(Cut())["weight"].shards == (Shard(0, 2, 1),)
+
+
+def test_a_layout_of_a_parameter_that_is_not_there_is_an_error():
+    module = Cut()
+    del module.weight
+    with pytest.raises(AttributeError, match="weight"):
+        collect_layouts(module)
+
+
+def test_shards_and_experts_count_on_every_tensor_parallel_rank():
+    assert not ParamLayout((Shard(0, 1, 0),)).model_parallel
+    assert ParamLayout((Shard(0, 2, 0),)).model_parallel
+    assert ParamLayout(expert_degree=1).model_parallel
+    assert ParamLayout(expert_degree=1).is_expert

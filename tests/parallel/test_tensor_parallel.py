@@ -13,7 +13,7 @@ from megatron.moe.layer import MoELayer
 from megatron.moe.mlp import MLP
 from megatron.parallel.groups import ALONE, ExpertGroup, TensorGroup
 from megatron.parallel.randomness import own_randomness
-from megatron.parallel.sharding import shards_of, take
+from megatron.parallel.sharding import collect_layouts, take
 from megatron.parallel.tensor_collectives import SEQUENCE, copy, enter, gather, leave, reduce, scatter, split
 from megatron.parallel.tensor_parallel import Dropout, LayerNorm, VocabParallelEmbedding
 
@@ -39,8 +39,10 @@ def fill(module: nn.Module, group: TensorGroup) -> None:
     """Values of the whole parameter by its name, of which each process takes its piece."""
     from megatron.parallel.sharding import global_shape
 
-    for seed, (_, p) in enumerate(module.named_parameters()):
-        p.data = take(random(*global_shape(p.shape, shards_of(p)), seed=seed) / 4, shards_of(p)).clone()
+    layouts = collect_layouts(module)
+    for seed, (name, p) in enumerate(module.named_parameters()):
+        shards = layouts[name].shards
+        p.data = take(random(*global_shape(p.shape, shards), seed=seed) / 4, shards).clone()
 
 
 MODULES = {
@@ -62,8 +64,10 @@ def compare_module(name: str, sequence_parallel: bool) -> float:
     (y_whole * weight).sum().backward()
     (y_mine * stream(weight, group).detach()).sum().backward()
     pairs = [(y_mine, stream(y_whole.detach(), group)), (mine.grad, stream(whole.grad, group))]
+    layouts = collect_layouts(shared)
     pairs += [
-        (p.grad, take(q.grad, shards_of(p))) for p, q in zip(shared.parameters(), alone.parameters(), strict=True)
+        (p.grad, take(q.grad, layouts[name].shards))
+        for (name, p), q in zip(shared.named_parameters(), alone.parameters(), strict=True)
     ]
     assert all(found.shape == expected.shape for found, expected in pairs)
     errors = [float((found - expected).abs().max() / expected.abs().max()) for found, expected in pairs]
@@ -97,7 +101,7 @@ def compare_vocabulary(sequence_parallel: bool, dtype: torch.dtype) -> list[floa
         loss.backward()
         results.append((loss.detach().double(), module.weight.grad.double(), gather(logits, who, -1).detach().double()))
     (loss, grad, logits), (my_loss, my_grad, my_logits) = results
-    grad = take(grad, shards_of(shared.weight))
+    grad = take(grad, shared.param_layouts()["weight"].shards)
     pairs = [(my_loss, loss), (my_grad, grad), (my_logits, logits)]
     return [float((found - expected).abs().max() / expected.abs().max()) for found, expected in pairs]
 
@@ -158,11 +162,12 @@ def compare_experts(name: str, sequence_parallel: bool, shard_experts: bool, row
         "counts": (out.counts_E.double(), expected.counts_E.double()),
         "dropped": (out.dropped.double() + 1, expected.dropped.double() + 1),
     }
+    layouts = collect_layouts(shared)
     for (key, p), q in zip(shared.named_parameters(), alone.parameters(), strict=True):
         grad = p.grad.clone()
-        if getattr(p, "is_expert", False) and not shard_experts:
+        if layouts[key].is_expert and not shard_experts:
             dist.all_reduce(grad)  # as the engine adds the gradients of replicated experts
-        pairs[key] = (grad, take(q.grad, shards_of(p)))
+        pairs[key] = (grad, take(q.grad, layouts[key].shards))
     assert MOE[name].moe_token_dropping == bool(expected.dropped)
     errors = {}
     for key, (found, wanted) in pairs.items():

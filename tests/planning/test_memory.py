@@ -9,6 +9,7 @@ from megatron.config.presets import PRESETS
 from megatron.config.run import build
 from megatron.model.gpt import GPTModel
 from megatron.parallel.groups import ExpertGroup, TensorGroup
+from megatron.parallel.sharding import collect_layouts
 from megatron.planning.measured import PEAKS, VOCAB, run_of
 from megatron.planning.memory import PARTS, memory
 from megatron.planning.parameters import parameters_of_stage
@@ -104,9 +105,10 @@ def test_parameters_of_a_process_are_those_of_the_real_model(tensor, sharded):
         )
     found = parameters_of_stage(run, 128, range(4), first=True, last=True)
     experts = dict.fromkeys((2, 4), 0)
-    for parameter in model.parameters():
-        if getattr(parameter, "is_expert", False):
-            experts[parameter.expert_parallel_size] += parameter.numel()
+    layouts = collect_layouts(model)
+    for name, parameter in model.named_parameters():
+        if layouts[name].expert_degree is not None:
+            experts[layouts[name].expert_degree] += parameter.numel()
     assert found.experts == experts
     assert found.total == sum(p.numel() for p in model.parameters())
 

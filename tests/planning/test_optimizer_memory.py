@@ -36,10 +36,10 @@ def held(run: RunConfig) -> tuple[int, int, int]:
     engine = build(run)
     updates(engine, 0, 1)
     state = eight_bit = 0
-    for group in engine._adam.param_groups:
+    for group in engine._sharded_optimizer.param_groups:
         for flat in group["params"]:
             state += flat.nbytes
-            for moment in (engine._adam.state[flat][name] for name in ("exp_avg", "exp_avg_sq")):
+            for moment in (engine._sharded_optimizer.state[flat][name] for name in ("exp_avg", "exp_avg_sq")):
                 if isinstance(moment, torch.Tensor):
                     state += moment.nbytes
                     continue

@@ -1,22 +1,26 @@
 """AdamW in one pass: clip, update moments and fp32 weights, and write the weights that the model computes with.
 
-The references are :func:`megatron.engine.adamw.update` and ``square_sum``.
+The references are :func:`megatron.engine.optim.adamw.update` and :func:`megatron.engine.bf16_update.square_sum`.
 
 Bytes of a weight with moments of m bytes each and a gradient of g: 4 + 2 m + g are read and 6 + 2 m written, 28 or 30
 with fp32 moments. As separate passes, clipping and casting would add 14.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
-from megatron.engine.adamw import SPREAD, Piece, Rates
+from megatron.engine.optim.adamw import SPREAD, Rates
+from megatron.engine.optim.base import ParameterSlice
 from megatron.moe.kernels.place import mix
 
 BLOCK = 1024  # elements of a program
 PROGRAMS = 1024  # of a sum of squares
 SUM_BLOCK = 4096  # elements that such a program adds at a time
 _SPREAD = tl.constexpr(SPREAD)
+_jit: Any = triton.jit  # a launch takes numbers for constexpr, and num_warps, which its type does not tell
 
 
 @triton.jit
@@ -27,7 +31,7 @@ def _store(ptr, x, random, inside):
     tl.store(ptr, x.to(ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@_jit
 def _update(
     master_ptr, gradient_ptr, exp_avg_ptr, exp_avg_sq_ptr, weight_ptr, scalars_ptr, numel,
     keep, beta1, rest1, beta2, rest2, eps, BLOCK: tl.constexpr,
@@ -49,18 +53,19 @@ def _update(
         tl.store(weight_ptr + at, p.to(weight_ptr.dtype.element_ty), mask=inside)
 
 
-def update(piece: Piece, rates: Rates) -> None:
+def update(slice_: ParameterSlice, rates: Rates) -> None:
     """One AdamW update in place (Loshchilov and Hutter 2019), in one launch; the host waits for nothing."""
-    numel = piece.master.numel()
+    numel = slice_.master.numel()
     if numel:
         _update[(triton.cdiv(numel, BLOCK),)](
-            piece.master, piece.gradient, piece.exp_avg, piece.exp_avg_sq, piece.weight, rates.scalars, numel,
+            slice_.master, slice_.gradient, slice_.states["exp_avg"], slice_.states["exp_avg_sq"], slice_.weight,
+            rates.scalars, numel,
             1 - rates.lr * rates.weight_decay, rates.beta1, 1 - rates.beta1, rates.beta2, 1 - rates.beta2, rates.eps,
             BLOCK,
         )  # fmt: skip
 
 
-@triton.jit
+@_jit
 def _square_sums(x_ptr, sums_ptr, numel, BLOCK: tl.constexpr):
     program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     total = tl.zeros((BLOCK,), dtype=tl.float32)

@@ -1,0 +1,87 @@
+"""config.json as transformers reads it: other names of a size, what is left out, and what contradicts itself."""
+
+import json
+import sys
+
+import pytest
+from transformers import GPT2Config
+
+from megatron.checkpoint import CheckpointError
+from megatron.config import ModelConfig, MoEConfig
+from megatron.conversion.hf_config import from_hf, to_hf
+from megatron.conversion.shards import read_json
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {},
+        {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2, "max_position_embeddings": 99},
+        {"n_embd": 64, "hidden_size": 64, "n_layer": 3, "n_head": 2, "n_positions": 99, "n_ctx": 99, "n_inner": 100},
+        {"vocab_size": 125, "resid_pdrop": 0.0, "embd_pdrop": 0, "attn_pdrop": 0.2, "layer_norm_epsilon": 1e-6},
+    ],
+    ids=str,
+)
+def test_sizes_are_those_that_transformers_takes(content):
+    theirs = GPT2Config.from_dict({"model_type": "gpt2"} | content)
+    model, moe, rows = from_hf({"model_type": "gpt2"} | content, "config.json")
+    assert not moe.enabled
+    assert rows == theirs.vocab_size
+    ours = (
+        model.num_layers, model.hidden_size, model.num_attention_heads, model.ffn_hidden_size, model.position_rows,
+        model.hidden_dropout, model.attention_dropout, model.layernorm_epsilon, model.init_method_std,
+    )  # fmt: skip
+    assert ours == (
+        theirs.n_layer, theirs.n_embd, theirs.n_head, theirs.n_inner, theirs.n_positions,
+        theirs.resid_pdrop, theirs.attn_pdrop, theirs.layer_norm_epsilon, theirs.initializer_range,
+    )  # fmt: skip
+
+
+def test_the_kind_may_stand_in_the_architecture_alone():
+    assert from_hf({"architectures": ["GPT2LMHeadModel"], "n_layer": 2}, "config.json")[0].num_layers == 2
+    with pytest.raises(CheckpointError, match="describes a None model; expected 'gpt2'"):
+        from_hf({"architectures": ["LlamaForCausalLM"], "n_layer": 2}, "config.json")
+    with pytest.raises(CheckpointError, match="describes a None model; expected 'gpt2'"):
+        from_hf({"architectures": 5, "n_layer": 2}, "config.json")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"n_embd": 64, "hidden_size": 32}, "contradicts itself: n_embd 64 and hidden_size 32 are names of one size"),
+        ({"n_positions": 64, "n_ctx": 32}, "contradicts itself: n_positions 64 and n_ctx 32"),
+        ({"n_layer": "2"}, "n_layer is '2'; expected whole numbers"),
+        ({"n_layer": True}, "n_layer is True; expected whole numbers"),
+        ({"num_hidden_layers": None}, "num_hidden_layers is None; expected whole numbers"),
+        ({"layer_norm_epsilon": None}, "layer_norm_epsilon is None; expected numbers"),
+        ({"resid_pdrop": "0.1", "embd_pdrop": "0.1"}, "resid_pdrop is '0.1'; expected numbers"),
+    ],
+    ids=str,
+)
+def test_what_is_wrong_is_named(content, message):
+    with pytest.raises(CheckpointError, match=message):
+        from_hf({"model_type": "gpt2"} | content, "config.json")
+
+
+def test_a_model_with_experts_names_all_its_sizes():
+    moe = MoEConfig(num_experts=(4,))
+    model = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, seq_length=48)
+    content = to_hf(model, moe, 128, {"eos_token_id": 121}, "float32")
+    with pytest.raises(CheckpointError, match="intermediate_size is None; expected whole numbers"):
+        from_hf({key: value for key, value in content.items() if key != "intermediate_size"}, "config.json")
+
+
+def test_a_dense_export_names_its_positions_for_llama_cpp_too():
+    model = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, seq_length=48)
+    content = to_hf(model, MoEConfig(), 128, {"eos_token_id": 121}, "float32")
+    assert content["n_ctx"] == content["n_positions"] == 48
+
+
+def test_a_deeply_nested_file_is_an_error_by_name(tmp_path):
+    depth = 10 * sys.getrecursionlimit()
+    (tmp_path / "config.json").write_text('{"a":' * depth + "1" + "}" * depth)
+    with pytest.raises(CheckpointError, match=r"config\.json cannot be read: .*recursion"):
+        read_json(tmp_path / "config.json")
+    (tmp_path / "config.json").write_text(json.dumps([]))
+    with pytest.raises(CheckpointError, match="holds list; expected a JSON object"):
+        read_json(tmp_path / "config.json")
