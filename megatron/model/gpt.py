@@ -14,10 +14,11 @@ from megatron.config import ModelConfig, MoEConfig
 from megatron.model.attention import KeyValueCache
 from megatron.model.embedding import Embedding
 from megatron.model.initialization import initialize
-from megatron.model.layer import Routing, TransformerLayer
+from megatron.model.layer import TransformerLayer
 from megatron.model.loss import cross_entropy
 from megatron.model.randomness import seed_layer
 from megatron.model.recomputation import run_seeded
+from megatron.moe.layer import MoEStats
 from megatron.parallel.groups import ALONE, ExpertGroup, TensorGroup
 from megatron.parallel.tensor_collectives import gather
 from megatron.parallel.tensor_parallel import LayerNorm
@@ -131,8 +132,8 @@ class GPTModel(nn.Module):
         cache: KeyValueCache | None = None,
         position_ids: torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, list[Routing]]:
-        """What the head reads, [B, S, H] after the last layer norm, and the routing of each MoE layer.
+    ) -> tuple[torch.Tensor, list[MoEStats]]:
+        """What the head reads, [B, S, H] after the last layer norm, and what each MoE layer tells.
 
         With sequence parallelism it is this process's piece of the sequence.
         """
@@ -144,18 +145,18 @@ class GPTModel(nn.Module):
             position_ids = cache.begin(tokens_BS.size(1))
         x_BSH = self.embedding(tokens_BS, position_ids)
         recompute = self.checkpoint_activations and cache is None and torch.is_grad_enabled()
-        routed: list[Routing] = []
+        routed: list[MoEStats] = []
         seed = torch.initial_seed()
         for number, layer in enumerate(self.layers):
             if self.training:
                 seed_this = functools.partial(self.seed_layer, seed, number)
-                x_BSH, routing = run_seeded(
+                x_BSH, stats = run_seeded(
                     functools.partial(layer, cache=cache, cu_seqlens=cu_seqlens), x_BSH, seed_this, recompute
                 )
             else:
-                x_BSH, routing = layer(x_BSH, cache, cu_seqlens)
-            if routing is not None:
-                routed.append(routing)
+                x_BSH, stats = layer(x_BSH, cache, cu_seqlens)
+            if stats is not None:
+                routed.append(stats)
         return self.final_layernorm(x_BSH), routed
 
     def head(self, x_BSH: torch.Tensor) -> torch.Tensor:

@@ -1,29 +1,19 @@
 """One transformer layer, dense or mixture of experts.
 
-Shapes: B batch, S sequence, H hidden, E experts.
+Shapes: B batch, S sequence, H hidden.
 """
 
 from collections.abc import Iterable
-from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from megatron.config import ModelConfig, MoEConfig
 from megatron.model.attention import KeyValueCache, SelfAttention
-from megatron.moe.layer import MoELayer
+from megatron.moe.layer import MoELayer, MoEStats
 from megatron.moe.mlp import MLP
 from megatron.parallel.groups import ALONE, ExpertGroup, TensorGroup
 from megatron.parallel.tensor_parallel import Dropout, LayerNorm
-
-
-class Routing(NamedTuple):
-    """What an MoE layer tells beside its output."""
-
-    aux_loss: torch.Tensor  # fp32 scalar, load balancing
-    z_loss: torch.Tensor  # fp32 scalar, router z-loss
-    counts_E: torch.Tensor  # int64, tokens routed to each expert, before dropping
-    dropped: torch.Tensor  # int64 scalar, assignments that found no room
 
 
 class TransformerLayer(nn.Module):
@@ -52,13 +42,13 @@ class TransformerLayer(nn.Module):
 
     def forward(
         self, x_BSH: torch.Tensor, cache: KeyValueCache | None = None, cu_seqlens: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, Routing | None]:
+    ) -> tuple[torch.Tensor, MoEStats | None]:
         """The next value of the residual stream [B, S, H], and an MoE layer's losses and counts."""
         if isinstance(self.mlp, MLP):
             return self.dense(x_BSH, cache, cu_seqlens), None
         x_BSH, normed_BSH = self.attend(x_BSH, cache, cu_seqlens)
-        out = self.mlp(normed_BSH)
-        return self.add(x_BSH, out.y), Routing(out.aux_loss, out.z_loss, out.counts_E, out.dropped)
+        y_BSH, stats = self.mlp(normed_BSH)
+        return self.add(x_BSH, y_BSH), stats
 
     def dense(
         self, x_BSH: torch.Tensor, cache: KeyValueCache | None = None, cu_seqlens: torch.Tensor | None = None

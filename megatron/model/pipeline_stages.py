@@ -11,9 +11,10 @@ from torch import nn
 
 from megatron.config import MoEConfig
 from megatron.model.embedding import Embedding
-from megatron.model.layer import Routing, TransformerLayer
+from megatron.model.layer import TransformerLayer
 from megatron.model.randomness import seed_generators, seed_layer
 from megatron.model.recomputation import run_seeded
+from megatron.moe.layer import MoEStats
 from megatron.parallel.groups import ALONE, TensorGroup
 from megatron.parallel.tensor_parallel import VocabParallelEmbedding
 
@@ -71,7 +72,7 @@ class PipelineStage(nn.Module):
         loss_scale: float,
         position_ids: torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, dict[int, Routing]]:
+    ) -> tuple[torch.Tensor, dict[int, MoEStats]]:
         """Run one micro-batch through the stage.
 
         Args:
@@ -82,23 +83,23 @@ class PipelineStage(nn.Module):
             cu_seqlens: as of :class:`megatron.model.gpt.GPTModel`, for all stages.
 
         Returns:
-            Activations [B, S, H], of the last stage logits [B, S, V]; and the routing of its MoE layers by layer.
+            Activations [B, S, H], of the last stage logits [B, S, V]; and what its MoE layers tell, by layer.
         """
         recompute = self.checkpoint_activations and torch.is_grad_enabled()
         if self.is_first:
             if self.training:
                 seed_generators(seed)
             x = self.embedding(x, position_ids)
-        routed: dict[int, Routing] = {}
+        routed: dict[int, MoEStats] = {}
         for name, layer in self.layers.items():
             if self.training:
                 seed_this = functools.partial(seed_layer, seed, int(name))
-                x, routing = run_seeded(functools.partial(layer, cu_seqlens=cu_seqlens), x, seed_this, recompute)
+                x, stats = run_seeded(functools.partial(layer, cu_seqlens=cu_seqlens), x, seed_this, recompute)
             else:
-                x, routing = layer(x, cu_seqlens=cu_seqlens)
-            if routing is not None:
-                routed[int(name)] = routing
-                moe_loss = self.moe.moe_loss_coeff * routing.aux_loss + self.moe.moe_z_loss_coeff * routing.z_loss
+                x, stats = layer(x, cu_seqlens=cu_seqlens)
+            if stats is not None:
+                routed[int(name)] = stats
+                moe_loss = self.moe.moe_loss_coeff * stats.aux_loss + self.moe.moe_z_loss_coeff * stats.z_loss
                 x = add_loss(x, moe_loss, loss_scale)
         if self.is_last:
             x = self.embedding(self.final_layernorm(x))
