@@ -26,11 +26,16 @@ class Placement:
     layers: tuple[int, ...]
     costs: tuple[float, ...]
 
+    def layers_of(self, stage: int) -> range:
+        """Numbers of the layers on a stage, both from 0."""
+        first = sum(self.layers[:stage])
+        return range(first, first + self.layers[stage])
+
     def __str__(self) -> str:
-        first, stages = 0, []
-        for count, cost in zip(self.layers, self.costs, strict=True):
-            stages.append(f"layers {first}-{first + count - 1} ({cost:.1%})")
-            first += count
+        stages = []
+        for stage, cost in enumerate(self.costs):
+            layers = self.layers_of(stage)
+            stages.append(f"layers {layers[0]}-{layers[-1]} ({cost:.1%})")
         return "pipeline stages: " + ", ".join(stages) + "; set --pipeline-layer-split to place them otherwise"
 
 

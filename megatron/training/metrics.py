@@ -6,7 +6,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron.engine.engine import LateNumber, LossSums, StepResult
+from megatron.engine.engine import LateNumber, StepResult
+from megatron.model.loss import LossSums
 
 
 def reduce_sums(sums: LossSums) -> LossSums:

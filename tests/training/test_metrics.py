@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from megatron.engine.engine import LossSums, StepResult
+from megatron.engine.engine import StepResult
+from megatron.model.loss import LossSums
 from megatron.training.metrics import StepWindow, expert_balance, mean_losses
 
 
