@@ -1,6 +1,7 @@
 """The losses of a model: cross-entropy over a large vocabulary, in fp32 without an fp32 copy of all logits; and sums.
 
-Shapes: E experts, B batch, S sequence, T = B * S tokens, V vocabulary; with tensor parallelism the columns of this process.
+Shapes: B batch, S sequence, T = B * S tokens, V vocabulary; with tensor parallelism the columns of this process;
+E experts.
 """
 
 import dataclasses

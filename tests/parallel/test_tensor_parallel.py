@@ -9,13 +9,14 @@ from torch import nn
 from megatron.config import ModelConfig, MoEConfig
 from megatron.model.attention import SelfAttention
 from megatron.model.loss import cross_entropy
+from megatron.model.norm import build_norm
 from megatron.moe.layer import MoELayer
 from megatron.moe.mlp import MLP
 from megatron.parallel.groups import ALONE, ExpertGroup, TensorGroup
 from megatron.parallel.randomness import own_randomness
 from megatron.parallel.sharding import shards_of, take
 from megatron.parallel.tensor_collectives import SEQUENCE, copy, enter, gather, leave, reduce, scatter, split
-from megatron.parallel.tensor_parallel import Dropout, LayerNorm, VocabParallelEmbedding
+from megatron.parallel.tensor_parallel import Dropout, VocabParallelEmbedding
 
 B, S, H, V = 2, 8, 16, 24
 
@@ -43,10 +44,11 @@ def fill(module: nn.Module, group: TensorGroup) -> None:
         p.data = take(random(*global_shape(p.shape, shards_of(p)), seed=seed) / 4, shards_of(p)).clone()
 
 
+SHAPE = ModelConfig(hidden_size=H, num_attention_heads=4, attention_dropout=0.0)
 MODULES = {
     "mlp": lambda group: MLP(H, 4 * H, group),
-    "attention": lambda group: SelfAttention(H, 4, 0.0, 0, group),
-    "norm": lambda group: LayerNorm(H, 1e-5, group),
+    "attention": lambda group: SelfAttention(SHAPE, 0, group),
+    "norm": lambda group: build_norm(SHAPE, group),
 }
 
 
@@ -262,6 +264,6 @@ def test_dropout_agrees_where_tokens_do(sequence_parallel):
 
 def test_numbers_that_do_not_divide():
     with pytest.raises(ValueError, match=r"attention heads: 6 cannot be shared evenly by 4 .* 6 = 4 x 1 \+ 2"):
-        SelfAttention(24, 6, 0.0, 0, TensorGroup(4, 0, None))
+        SelfAttention(ModelConfig(hidden_size=24, num_attention_heads=6), 0, TensorGroup(4, 0, None))
     with pytest.raises(ValueError, match="a vocabulary of 10"):
         VocabParallelEmbedding(10, 4, TensorGroup(4, 0, None))
