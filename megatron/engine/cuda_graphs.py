@@ -87,7 +87,9 @@ class CudaRecorder:
         self._graph = graph
 
     def replay(self) -> None:
-        """Repeat the kernels, in the order of the current stream."""
+        """Repeat the recorded kernels, in the order of the current stream."""
+        if self._graph is None:
+            raise RuntimeError("there is nothing to replay yet; call record first")
         self._graph.replay()
 
     @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """The engine of a pipeline: DeepSpeed's 1F1B schedule behind the seam of :class:`megatron.engine.engine.Engine`."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -15,6 +15,9 @@ from megatron.model.loss import LossSums
 from megatron.parallel.initialize import Topology
 from megatron.planning.placement import place
 
+if TYPE_CHECKING:
+    from deepspeed.runtime.pipe.engine import PipelineEngine as DeepSpeedPipelineEngine
+
 
 class PipelineEngine(Engine):
     """Trains one stage of a model, together with the processes that have the others.
@@ -27,6 +30,8 @@ class PipelineEngine(Engine):
     The token table exists twice, on the first and on the last stage. DeepSpeed adds up the gradients of both, so both
     make the same updates; in the gradient norm and in checkpoints the first one counts.
     """
+
+    _engine: "DeepSpeedPipelineEngine"
 
     def __init__(self, model: GPTModel, config: RunConfig, topology: Topology) -> None:
         super().__init__(model, config, topology)

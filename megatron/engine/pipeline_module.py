@@ -62,7 +62,7 @@ class GPTPipeline(PipelineModule):
 
     def _partition_layers(self, method: str = "uniform") -> None:
         """One stage for each process, the first and the last with the token table."""
-        self.parts = [0, *range(2, self.num_stages + 1), self._num_layers]
+        self.parts = [0, *range(2, self._num_layers - 1), self._num_layers]
         self._set_bounds(start=self.parts[self.stage_id], stop=self.parts[self.stage_id + 1])
 
     def get_tied_weights_and_groups(self) -> list:
@@ -97,7 +97,8 @@ class GPTPipeline(PipelineModule):
         seed, documents = next(self._micro_batches)
         if self.training:
             seed_generators(seed)
-        x, stats = self.stage.hidden_states(x, **documents)
+        position_ids, cu_seqlens = documents.get("position_ids"), documents.get("cu_seqlens")
+        x, stats = self.stage.hidden_states(x, position_ids=position_ids, cu_seqlens=cu_seqlens)
         if stats:
             self._count(stats)
             x = attach_loss(x, self.stage.moe_loss(stats), self._loss_scale)

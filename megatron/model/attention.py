@@ -29,6 +29,7 @@ class KeyValueCache(Protocol):
 
     def begin(self, count: int) -> torch.Tensor:
         """Make room for ``count`` new tokens of each sequence; returns their positions, int64 [B, count]."""
+        ...
 
     def append(
         self, layer: int, k_BNSD: torch.Tensor, v_BNSD: torch.Tensor
@@ -39,6 +40,7 @@ class KeyValueCache(Protocol):
             k_BNMD, v_BNMD: cached and new ones; and the mask, bool [B, 1, S, M], True where a new token may look, or
             None when nothing was cached before, so that plain causal attention is right.
         """
+        ...
 
 
 class SelfAttention(nn.Module):

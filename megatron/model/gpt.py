@@ -168,8 +168,9 @@ class GPTModel(nn.Module):
         """Logits [B, S, V]: the product with the token table. Tensor-parallel processes get V / size of them each."""
         return self.embedding.word_embeddings.logits(x_BSH)
 
-    def moe_loss(self, stats: Mapping[int, MoEStats]) -> torch.Tensor | float:
+    def moe_loss(self, stats: Mapping[int, MoEStats]) -> torch.Tensor:
         """What MoE layers add to the LM loss: their losses, scaled by the coefficients."""
-        aux_loss = sum(layer.aux_loss for layer in stats.values())
-        z_loss = sum(layer.z_loss for layer in stats.values())
+        zero = torch.zeros(())
+        aux_loss = sum((layer.aux_loss for layer in stats.values()), start=zero)
+        z_loss = sum((layer.z_loss for layer in stats.values()), start=zero)
         return self.moe.moe_loss_coeff * aux_loss + self.moe.moe_z_loss_coeff * z_loss
