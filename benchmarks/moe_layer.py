@@ -108,7 +108,9 @@ def main(words: list[str] | None = None) -> None:
 
 def measure_size(args: argparse.Namespace, hidden: int, tokens: int) -> list[Row]:
     """The dense layer of one size, and every layer with experts."""
-    dense = MLP(hidden, 4 * hidden * args.topk).to(args.device, DTYPES[args.dtype])
+    dense = MLP(ModelConfig(hidden_size=hidden, ffn_hidden_size=4 * hidden * args.topk)).to(
+        args.device, DTYPES[args.dtype]
+    )
     initialize(dense)
     rows: list[Row] = [measure(args, "dense", dense, None, hidden, tokens, 1, None)]
     base = rows[0].even_ms

@@ -47,7 +47,7 @@ class TransformerLayer(nn.Module):
         if (num_experts := moe.experts_of_layer(layer)) > 1:
             self.mlp = MoELayer(model, moe, num_experts, expert_group, tensor_group, seed=seed, layer=layer)
         else:
-            self.mlp = MLP(model.hidden_size, model.ffn_size, tensor_group)
+            self.mlp = MLP(model, tensor_group)
         self.dropout = Dropout(model.hidden_dropout, tensor_group)
 
     def forward(self, x_BSH: torch.Tensor, **attention: Any) -> tuple[torch.Tensor, MoEStats | None]:

@@ -80,7 +80,7 @@ class MoELayer(nn.Module):
         self.experts = Experts(model.hidden_size, model.ffn_size, num_experts, expert_group, tensor_group)
         self.mlp: MLP | None = None
         if moe.mlp_type == "residual":
-            self.mlp = MLP(model.hidden_size, model.ffn_size, tensor_group)
+            self.mlp = MLP(model, tensor_group)
             self.coefficient = nn.Linear(model.hidden_size, 2)
         if not self.router.weight.is_meta:
             self._initialize(model, seed, layer)

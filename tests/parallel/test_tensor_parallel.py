@@ -46,7 +46,7 @@ def fill(module: nn.Module, group: TensorGroup) -> None:
 
 SHAPE = ModelConfig(hidden_size=H, num_attention_heads=4, attention_dropout=0.0)
 MODULES = {
-    "mlp": lambda group: MLP(H, 4 * H, group),
+    "mlp": lambda group: MLP(SHAPE, group),
     "attention": lambda group: SelfAttention(SHAPE, 0, group),
     "norm": lambda group: build_norm(SHAPE, group),
 }
