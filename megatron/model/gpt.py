@@ -165,7 +165,13 @@ class GPTModel(nn.Module):
         return x, stats
 
     def head(self, x_BSH: torch.Tensor) -> torch.Tensor:
-        """Logits [B, S, V]: the product with the token table. Tensor-parallel processes get V / size of them each."""
+        """Logits [B, S, V]: the product with the token table. Tensor-parallel processes get V / size of them each.
+
+        Raises:
+            ValueError: a pipeline stage without the head.
+        """
+        if not self.with_head:
+            raise ValueError("this pipeline stage has no head, so it gives no logits; call hidden_states")
         return self.embedding.word_embeddings.logits(x_BSH)
 
     def moe_loss(self, stats: Mapping[int, MoEStats]) -> torch.Tensor:

@@ -167,6 +167,13 @@ def test_stages_one_after_the_other_are_the_whole_model(moe):
         assert all(torch.equal(part[name].grad, parameter.grad) for part in parts if name in part), name
 
 
+def test_a_stage_without_the_head_gives_no_logits():
+    stage = GPTModel(SMALL, DENSE, VOCAB, layers=range(2), with_head=False)
+    for function in (stage, lambda tokens: stage.loss(tokens, tokens)):
+        with pytest.raises(ValueError, match="this pipeline stage has no head"):
+            function(batch()["tokens_BS"])
+
+
 def test_dropout_is_active_in_training_only():
     model = GPTModel(dataclasses.replace(SMALL, hidden_dropout=0.5, attention_dropout=0.5), DENSE, VOCAB)
     tokens = batch()["tokens_BS"]
