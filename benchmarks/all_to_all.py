@@ -149,8 +149,8 @@ def layer_step(layer: MoELayer) -> Callable[[torch.Tensor], None]:
     """Forward and backward of one micro-batch."""
 
     def step(x_TH: torch.Tensor) -> None:
-        out = layer(x_TH)
-        torch.autograd.backward([out.y, out.aux_loss], [out.y.detach(), torch.ones_like(out.aux_loss)])
+        y_TH, stats = layer(x_TH)
+        torch.autograd.backward([y_TH, stats.aux_loss], [y_TH.detach(), torch.ones_like(stats.aux_loss)])
         layer.zero_grad()
 
     return step
@@ -160,10 +160,10 @@ def results(args: argparse.Namespace, layer: MoELayer, device: torch.device) -> 
     """Output and gradients of the micro-batch that all forms are compared on."""
     torch.manual_seed(dist.get_rank())
     x_TH = fresh_rows(args, args.tokens, device)
-    out = layer(x_TH)
-    out.y.backward(out.y.detach())
+    y_TH, _ = layer(x_TH)
+    y_TH.backward(y_TH.detach())
     gradients = {name: parameter.grad for name, parameter in layer.named_parameters()}
-    return {"output": out.y.detach(), "input": x_TH.grad, **gradients}
+    return {"output": y_TH.detach(), "input": x_TH.grad, **gradients}
 
 
 def compare(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> None:

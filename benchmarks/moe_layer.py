@@ -108,7 +108,9 @@ def main(words: list[str] | None = None) -> None:
 
 def measure_size(args: argparse.Namespace, hidden: int, tokens: int) -> list[Row]:
     """The dense layer of one size, and every layer with experts."""
-    dense = MLP(hidden, 4 * hidden * args.topk).to(args.device, DTYPES[args.dtype])
+    dense = MLP(ModelConfig(hidden_size=hidden, ffn_hidden_size=4 * hidden * args.topk)).to(
+        args.device, DTYPES[args.dtype]
+    )
     initialize(dense)
     rows: list[Row] = [measure(args, "dense", dense, None, hidden, tokens, 1, None)]
     base = rows[0].even_ms
@@ -242,8 +244,8 @@ def check(layer: MoELayer, hidden: int, tokens: int, args: argparse.Namespace) -
     x_TH = fresh(hidden, tokens, args)
     dy_TH = torch.randn_like(x_TH)
     torch.manual_seed(0)
-    out = layer(x_TH)
-    out.y.backward(dy_TH)
+    answer_TH, stats = layer(x_TH)
+    answer_TH.backward(dy_TH)
     torch.manual_seed(0)  # which tokens find room is random
     with torch.no_grad():
         route = fused.route if fused.routes(layer.router, x_TH) else Router.__call__
@@ -252,8 +254,8 @@ def check(layer: MoELayer, hidden: int, tokens: int, args: argparse.Namespace) -
     best_TK = logits_TE.topk(args.topk).indices
     assert float((best_TK != plan.expert_TK).double().mean()) <= 1e-3, "tokens do not go to their best experts"
     kept_TK = plan.slot_TK < (tokens if plan.capacity is None else plan.capacity)
-    assert int(out.dropped) == int((~kept_TK).sum())
-    assert not out.y[~kept_TK.any(1)].any(), "a token that found no room got an answer"
+    assert int(stats.dropped) == int((~kept_TK).sum())
+    assert not answer_TH[~kept_TK.any(1)].any(), "a token that found no room got an answer"
 
     chosen = int(torch.bincount(plan.expert_TK[kept_TK], minlength=logits_TE.size(1)).argmax())
     own = ((plan.expert_TK == chosen) & kept_TK).any(1).nonzero()[:, 0]
@@ -267,7 +269,7 @@ def check(layer: MoELayer, hidden: int, tokens: int, args: argparse.Namespace) -
     everywhere = plan.expert_TK[some].unique().tolist()
     x, y, _ = in_float64(layer, x_TH[some], plan.expert_TK[some], kept_TK[some], everywhere)
     y.backward(dy_TH[some].double())
-    pairs |= {"answers": (out.y[some], y), "tokens' gradient": (x_TH.grad[some], x.grad)}
+    pairs |= {"answers": (answer_TH[some], y), "tokens' gradient": (x_TH.grad[some], x.grad)}
     for name, (found, exact) in pairs.items():
         error = float((found.detach().double() - exact.detach()).norm() / exact.detach().norm())
         assert error <= TOLERANCE[args.dtype], f"{name} of expert {chosen}: relative error {error}"  # NaN fails too

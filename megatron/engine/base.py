@@ -16,7 +16,7 @@ import torch
 from megatron.checkpoint import ShardedTensor
 
 if TYPE_CHECKING:
-    from megatron.engine.engine import LossSums
+    from megatron.model.loss import LossSums
 
 MicroBatch = Mapping[str, Any]
 """Sequences that go through the model at once, B of S tokens each, on the CPU.

@@ -29,6 +29,7 @@ import torch
 from torch import nn
 
 from megatron.model.gpt import GPTModel
+from megatron.model.loss import LossSums
 from megatron.model.randomness import layer_seed
 
 WARM_UP = 3  # micro-batches
@@ -86,7 +87,9 @@ class CudaRecorder:
         self._graph = graph
 
     def replay(self) -> None:
-        """Repeat the kernels, in the order of the current stream."""
+        """Repeat the recorded kernels, in the order of the current stream."""
+        if self._graph is None:
+            raise RuntimeError("there is nothing to replay yet; call record first")
         self._graph.replay()
 
     @contextlib.contextmanager
@@ -103,8 +106,7 @@ class GraphedMicroBatches:
 
     Args:
         module: maps ``tokens``, ``labels``, ``loss_mask`` and, where there are, ``position_ids`` to the total loss, an
-            fp32 scalar, and a tuple-like of losses, counts (a list) and dropped assignments; see
-            :class:`megatron.engine.engine.LossSums`.
+            fp32 scalar, and its :class:`megatron.model.loss.LossSums`.
         model: the part of it that seeds layers. It is in training mode whenever :meth:`run` is called.
         device: of both.
     """
@@ -130,9 +132,7 @@ class GraphedMicroBatches:
             return False
         return all(batch[name].shape == x.shape and batch[name].dtype == x.dtype for name, x in self._inputs.items())
 
-    def run(
-        self, batch: Mapping[str, Any], seed: int, count: int
-    ) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
+    def run(self, batch: Mapping[str, Any], seed: int, count: int) -> LossSums:
         """Compute a micro-batch's losses, and the gradients of its loss / ``count``, into each parameter's ``grad``.
 
         Whatever was in ``grad`` is forgotten. Hooks that wait for a gradient are called when all are there.
@@ -144,7 +144,7 @@ class GraphedMicroBatches:
             count: micro-batches of the update.
 
         Returns:
-            Losses, counts and dropped assignments, as the module gives them.
+            What the module gives beside the total loss.
         """
         if not self._inputs:
             names = ("tokens", "labels", "loss_mask", "position_ids")
@@ -164,7 +164,7 @@ class GraphedMicroBatches:
         self._runs += 1
         self._hand_over()
         *counts, dropped = self._counts.clone().split(self._lengths)
-        return self._losses.clone(), counts, dropped
+        return LossSums(self._losses.clone(), counts, dropped)
 
     def _step(self) -> None:
         """Forward and backward pass, as they are recorded."""

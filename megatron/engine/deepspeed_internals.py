@@ -1,8 +1,8 @@
 """Everything we use of DeepSpeed that is not its documented interface, in one place.
 
 Two more things stand elsewhere: ``pipeline_module.py`` overrides ``PipelineModule._partition_layers`` and ``forward``
-and reads ``forward_funcs``, ``_local_start``, ``_local_stop`` and ``_num_layers``; ``bf16_update.py`` takes over from
-``BF16_Optimizer``. The number of micro-batches changes by the documented ``set_train_batch_size``.
+and ``TiedLayerSpec.build``, and reads ``_num_layers``; ``bf16_update.py`` takes over from ``BF16_Optimizer``. The
+number of micro-batches changes by the documented ``set_train_batch_size``.
 
 Written for the DeepSpeed version pinned in setup.py. ``tests/engine/test_deepspeed_internals.py`` fails when an upgrade
 changes any of it.

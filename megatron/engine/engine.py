@@ -1,6 +1,5 @@
 """The engine over DeepSpeed: ZeRO-1, for models that are not cut into pipeline stages."""
 
-import dataclasses
 import math
 import os
 import random
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from megatron.config import MoEConfig, RunConfig
+from megatron.config import RunConfig
 from megatron.data.documents import DOCUMENT_FIELDS
 from megatron.data.loader import SAMPLE_FIELDS
 from megatron.engine.base import AsyncScalar, StepResult
@@ -22,48 +21,24 @@ from megatron.engine.optim.groups import parameter_groups
 from megatron.engine.schedule import learning_rate
 from megatron.engine.state import ShardedState
 from megatron.model.gpt import GPTModel
+from megatron.model.loss import LossSums
 from megatron.model.randomness import seed_generators
 from megatron.parallel.initialize import Topology
 from megatron.parallel.replicas import check_replicas
 from megatron.parallel.sharding import collect_layouts
 
 
-@dataclasses.dataclass
-class LossSums:
-    """Sums over micro-batches, on the device; nothing is fetched until someone reads them.
-
-    ``losses`` is fp32 [4]: LM loss, aux loss, z-loss, micro-batches. ``counts`` holds one int64 [E] a MoE layer: tokens
-    routed to each expert. ``dropped`` is int64 [MoE layers].
-    """
-
-    losses: torch.Tensor
-    counts: list[torch.Tensor]
-    dropped: torch.Tensor
-
-    def __add__(self, other: "LossSums") -> "LossSums":
-        """Sums over the micro-batches of both."""
-        return LossSums(
-            self.losses + other.losses,
-            [mine + theirs for mine, theirs in zip(self.counts, other.counts, strict=True)],
-            self.dropped + other.dropped,
-        )
-
-
 class _TrainedModule(nn.Module):
-    """The model with its total loss, in the form DeepSpeed trains."""
+    """A whole model in the form DeepSpeed trains: from a micro-batch to its loss, with the marker of experts beside."""
 
-    def __init__(self, model: GPTModel, moe: MoEConfig, marker: nn.Module | None) -> None:
+    def __init__(self, model: GPTModel, marker: nn.Module | None) -> None:
         super().__init__()
         self.model = model
-        self.moe = moe
         self.marker = marker
 
     def forward(self, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, LossSums]:
         documents = {name: batch[name] for name in DOCUMENT_FIELDS if name in batch}
-        out = self.model(batch["tokens"], batch["labels"], batch["loss_mask"], **documents)
-        total = out.lm_loss + self.moe.moe_loss_coeff * out.aux_loss + self.moe.moe_z_loss_coeff * out.z_loss
-        losses = torch.stack([out.lm_loss, out.aux_loss, out.z_loss, torch.ones_like(out.lm_loss)]).detach()
-        return total, LossSums(losses, list(out.counts), out.dropped)
+        return self.model.loss(batch["tokens"], batch["labels"], batch["loss_mask"], **documents)
 
 
 def micro_batch_seed(seed: int, sample_index: int) -> int:
@@ -78,7 +53,7 @@ def micro_batch_seed(seed: int, sample_index: int) -> int:
 class DeepSpeedEngine(ShardedState):
     """Trains a model: forward, backward, gradient reduction, clipping, ZeRO-1 update; its state is that of ZeRO-1."""
 
-    def __init__(self, model: nn.Module, config: RunConfig, topology: Topology) -> None:
+    def __init__(self, model: GPTModel, config: RunConfig, topology: Topology) -> None:
         os.environ.setdefault("DS_ACCELERATOR", topology.device.type)
         import deepspeed
         from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
@@ -122,9 +97,9 @@ class DeepSpeedEngine(ShardedState):
         super().__init__(model, optimizer, scaler)
         self._graphs = GraphedMicroBatches(module, model, topology.device) if config.training.cuda_graphs else None
 
-    def _trained_module(self, model: nn.Module, marker: nn.Module | None) -> nn.Module:
+    def _trained_module(self, model: GPTModel, marker: nn.Module | None) -> nn.Module:
         """What DeepSpeed trains: ``model`` with its losses, and the marker of experts."""
-        return _TrainedModule(model, self._config.moe, marker)
+        return _TrainedModule(model, marker)
 
     def train_step(self, micro_batches: Sequence[Mapping[str, Any]], tokens_after: int) -> StepResult:
         """One optimizer update.
@@ -154,7 +129,7 @@ class DeepSpeedEngine(ShardedState):
         self._check_documents(batch)
         seed = micro_batch_seed(self._config.training.seed, int(batch["sample_index"]))
         if self._graphs is not None and self._graphs.serves(batch):
-            sums = LossSums(*self._graphs.run(batch, seed, count))
+            sums = self._graphs.run(batch, seed, count)
             self._internals.end_backward(self._engine)
             return sums
         seed_generators(seed)

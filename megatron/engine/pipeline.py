@@ -1,8 +1,7 @@
 """The engine of a pipeline: DeepSpeed's 1F1B schedule as an :class:`megatron.engine.base.Engine`."""
 
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -11,11 +10,14 @@ from megatron.config import RunConfig
 from megatron.data.documents import DOCUMENT_FIELDS
 from megatron.data.loader import SAMPLE_FIELDS
 from megatron.engine.base import Engine, StepResult
-from megatron.engine.engine import DeepSpeedEngine, LossSums, micro_batch_seed
+from megatron.engine.engine import DeepSpeedEngine, micro_batch_seed
 from megatron.model.gpt import GPTModel
 from megatron.model.layer import compile_layers
+from megatron.model.loss import LossSums
 from megatron.parallel.initialize import Topology
-from megatron.planning.placement import place_layers
+
+if TYPE_CHECKING:
+    from deepspeed.runtime.pipe.engine import PipelineEngine as DeepSpeedPipelineEngine
 
 
 class PipelineEngine(DeepSpeedEngine):
@@ -30,19 +32,12 @@ class PipelineEngine(DeepSpeedEngine):
     make the same updates; in the gradient norm and in checkpoints the first one counts.
     """
 
-    def __init__(self, config: RunConfig, topology: Topology, vocab_size: int) -> None:
-        os.environ.setdefault("DS_ACCELERATOR", topology.device.type)
-        from megatron.engine import deepspeed_internals
-        from megatron.engine.pipeline_module import PlacedPipeline
+    _engine: "DeepSpeedPipelineEngine"
 
-        deepspeed_internals.start()
-        self._module = PlacedPipeline(config, topology, vocab_size, place_layers(config, vocab_size).layers)
-        if compiles(config, topology):
-            compile_layers(self._module.stage.layers.values())
-        super().__init__(self._module.stage, config, topology)
+    def _trained_module(self, model: GPTModel, marker: nn.Module | None) -> nn.Module:
+        from megatron.engine.pipeline_module import GPTPipeline
 
-    def _trained_module(self, model: nn.Module, marker: nn.Module | None) -> nn.Module:
-        self._module.marker = marker
+        self._module = GPTPipeline(model, self._topology, marker)
         return self._module
 
     def train_step(self, micro_batches: Sequence[Mapping[str, Any]], tokens_after: int) -> StepResult:
@@ -89,20 +84,22 @@ class PipelineEngine(DeepSpeedEngine):
 
 def build_engine(config: RunConfig, topology: Topology, vocab_size: int) -> Engine:
     """The model of a run, or this process's stage of it, and the engine that trains it."""
-    if topology.pipeline_parallel_size > 1:
-        return PipelineEngine(config, topology, vocab_size)
+    stage, stages = topology.pipeline_parallel_rank, topology.pipeline_parallel_size
     model = GPTModel(
         config.model,
         config.moe,
         vocab_size,
         topology.expert_group,
         topology.tensor_group,
+        layers=place_layers(config, vocab_size).layers_of(stage),
+        with_embedding=stage == 0,
+        with_head=stage == stages - 1,
         seed=config.training.seed,
         checkpoint_activations=config.training.checkpoint_activations,
     )
     if compiles(config, topology):
-        compile_layers(model.layers)
-    return DeepSpeedEngine(model, config, topology)
+        compile_layers(model.layers.values())
+    return (DeepSpeedEngine if stages == 1 else PipelineEngine)(model, config, topology)
 
 
 def compiles(config: RunConfig, topology: Topology) -> bool:

@@ -1,5 +1,6 @@
 """The GPT model: embedding, attention, layers, head and loss."""
 
-from megatron.model.gpt import GPTModel, ModelLoss
+from megatron.model.gpt import GPTModel
+from megatron.model.loss import LossSums
 
-__all__ = ["GPTModel", "ModelLoss"]
+__all__ = ["GPTModel", "LossSums"]

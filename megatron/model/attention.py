@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from megatron.config import ModelConfig
 from megatron.model.document_attention import document_attention
 from megatron.parallel.groups import ALONE, TensorGroup
 from megatron.parallel.randomness import own_randomness
@@ -28,6 +29,7 @@ class KeyValueCache(Protocol):
 
     def begin(self, count: int) -> torch.Tensor:
         """Make room for ``count`` new tokens of each sequence; returns their positions, int64 [B, count]."""
+        ...
 
     def append(
         self, layer: int, k_BNSD: torch.Tensor, v_BNSD: torch.Tensor
@@ -38,6 +40,7 @@ class KeyValueCache(Protocol):
             k_BNMD, v_BNMD: cached and new ones; and the mask, bool [B, 1, S, M], True where a new token may look, or
             None when nothing was cached before, so that plain causal attention is right.
         """
+        ...
 
 
 class SelfAttention(nn.Module):
@@ -48,19 +51,18 @@ class SelfAttention(nn.Module):
     Hugging Face's GPT-2 orders the columns of ``c_attn.weight`` [H, 3H] alike, so the two are transposes of each other.
     """
 
-    def __init__(
-        self, hidden_size: int, num_heads: int, dropout: float, layer: int, tensor_group: TensorGroup = ALONE
-    ) -> None:
+    def __init__(self, model: ModelConfig, layer: int, tensor_group: TensorGroup = ALONE) -> None:
         super().__init__()
-        if hidden_size % num_heads:
-            raise ValueError(f"hidden_size {hidden_size} does not divide by num_attention_heads {num_heads}")
-        self.num_heads = tensor_group.piece(num_heads, "attention heads:")
-        self.head_size = hidden_size // num_heads
+        H, heads = model.hidden_size, model.num_attention_heads
+        if H % heads:
+            raise ValueError(f"hidden_size {H} does not divide by num_attention_heads {heads}")
+        self.num_heads = tensor_group.piece(heads, "attention heads:")
+        self.head_size = H // heads
         self.tensor_group = tensor_group
-        self.dropout = dropout
+        self.dropout = model.attention_dropout
         self.layer = layer
-        self.qkv = ColumnParallelLinear(hidden_size, 3 * hidden_size, tensor_group, parts=3)
-        self.dense = RowParallelLinear(hidden_size, hidden_size, tensor_group)
+        self.qkv = ColumnParallelLinear(H, 3 * H, tensor_group, parts=3)
+        self.dense = RowParallelLinear(H, H, tensor_group)
 
     def forward(
         self, x_BSH: torch.Tensor, cache: KeyValueCache | None = None, cu_seqlens: torch.Tensor | None = None

@@ -4,8 +4,7 @@ Shapes: B batch, S sequence, H hidden, V vocabulary (padded), E experts.
 """
 
 import functools
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import nn
@@ -14,35 +13,32 @@ from megatron.config import ModelConfig, MoEConfig
 from megatron.model.attention import KeyValueCache
 from megatron.model.embedding import Embedding
 from megatron.model.initialization import initialize
-from megatron.model.layer import Routing, TransformerLayer
-from megatron.model.loss import cross_entropy
-from megatron.model.randomness import seed_layer
-from megatron.model.recomputation import run_seeded
+from megatron.model.layer import TransformerLayer
+from megatron.model.loss import LossSums, cross_entropy
+from megatron.model.norm import build_norm
+from megatron.model.randomness import run_seeded, seed_layer
+from megatron.moe.layer import MoEStats
 from megatron.parallel.groups import ALONE, ExpertGroup, TensorGroup
 from megatron.parallel.tensor_collectives import gather
-from megatron.parallel.tensor_parallel import LayerNorm
-
-
-class ModelLoss(NamedTuple):
-    """Losses of one micro-batch; none is scaled by a coefficient."""
-
-    lm_loss: torch.Tensor  # fp32 scalar, mean over unmasked tokens
-    aux_loss: torch.Tensor  # fp32 scalar, load balancing, summed over MoE layers
-    z_loss: torch.Tensor  # fp32 scalar, router z-loss, summed over MoE layers
-    counts: list[torch.Tensor]  # one int64 [E] for each MoE layer: tokens routed to each expert, before dropping
-    dropped: torch.Tensor  # int64 [MoE layers]: assignments that found no room
 
 
 class GPTModel(nn.Module):
-    """A GPT over token ids.
+    """A GPT over token ids, or a pipeline stage of one.
+
+    A stage has some of the layers; the first one has the embedding, the last one the final norm and the head. Its
+    parameters have the names, and so the initial values, that they have in the whole model. The head is the token
+    table: a last stage has a second one, whose gradient is to be added to the first one's.
 
     Args:
         model: its shape.
-        moe: which feed-forward layers are experts, and how tokens get there.
+        moe: which feed-forward layers are experts, how tokens get there, and the coefficients of MoE losses.
         vocab_size: rows of the token table, padding included.
         expert_group: the processes that share an MoE layer's experts, by its place among these layers; alone by
             default.
         tensor_group: the processes that share every layer's matrices; alone by default.
+        layers: numbers of the layers that it has, from 0; all by default.
+        with_embedding: whether it begins with the embedding.
+        with_head: whether it ends with the final norm and the head.
         seed: initial values depend on this and on each parameter's name only.
         checkpoint_activations: keep only each layer's input for the backward pass and compute the rest again.
 
@@ -62,102 +58,125 @@ class GPTModel(nn.Module):
         expert_group: Callable[[int], ExpertGroup] | None = None,
         tensor_group: TensorGroup = ALONE,
         *,
+        layers: Iterable[int] | None = None,
+        with_embedding: bool = True,
+        with_head: bool = True,
         seed: int = 0,
         checkpoint_activations: bool = False,
     ) -> None:
         super().__init__()
-        alone = ExpertGroup(size=1, rank=0, group=None)
-        self.config = model
+        self.config, self.moe = model, moe
         self.vocab_size = vocab_size
         self.tensor_group = tensor_group
+        self.with_embedding, self.with_head = with_embedding, with_head
         self.checkpoint_activations = checkpoint_activations
         self.seed_layer: Callable[[int, int], None] = seed_layer
-        self.embedding = Embedding(
-            vocab_size, model.position_rows, model.hidden_size, model.hidden_dropout, tensor_group
-        )
-        self.layers = nn.ModuleList()
-        for layer in range(model.num_layers):
-            has_experts = moe.experts_of_layer(layer) > 1
-            group = expert_group(moe.place(layer)) if expert_group and has_experts else alone
-            self.layers.append(TransformerLayer(model, moe, layer, group, seed, tensor_group))
-        self.final_layernorm = LayerNorm(model.hidden_size, model.layernorm_epsilon, tensor_group)
+        if with_embedding or with_head:
+            self.embedding = Embedding(model, vocab_size, tensor_group, only_table=not with_embedding)
+        self.layers = nn.ModuleDict()  # by number
+        for layer in range(model.num_layers) if layers is None else layers:
+            group = ExpertGroup(size=1, rank=0, group=None)
+            if expert_group is not None and moe.experts_of_layer(layer) > 1:
+                group = expert_group(moe.place(layer))
+            self.layers[str(layer)] = TransformerLayer(model, moe, layer, group, seed, tensor_group)
+        if with_head:
+            self.final_layernorm = build_norm(model, tensor_group)
         initialize(self, model.init_method_std, model.num_layers, seed)
 
     def forward(
         self,
         tokens_BS: torch.Tensor,
-        labels_BS: torch.Tensor | None = None,
-        loss_mask_BS: torch.Tensor | None = None,
         cache: KeyValueCache | None = None,
         position_ids: torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | None = None,
-    ) -> torch.Tensor | ModelLoss:
-        """Logits of the next token after each one, or the losses when there are labels.
+    ) -> torch.Tensor:
+        """Logits of the next token after each one, [B, S, V] in the model's number format, by a whole model.
+
+        Args:
+            tokens_BS: int64 ids below the padded vocabulary size.
+            cache: as of :meth:`hidden_states`.
+            position_ids: as of :meth:`hidden_states`.
+            cu_seqlens: as of :meth:`hidden_states`.
+        """
+        x_BSH, _ = self.hidden_states(tokens_BS, cache, position_ids, cu_seqlens)
+        return gather(self.head(x_BSH), self.tensor_group, dim=-1)
+
+    def loss(
+        self,
+        tokens_BS: torch.Tensor,
+        labels_BS: torch.Tensor,
+        loss_mask_BS: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, LossSums]:
+        """The loss to train a whole model on, a scalar in fp32 with the MoE losses in it, and what it consists of.
 
         Args:
             tokens_BS: int64 ids below the padded vocabulary size.
             labels_BS: int64, the token that follows each one.
             loss_mask_BS: 1 where a token counts, 0 where not; all count by default.
-            cache: earlier keys and values of the same sequences; ``tokens_BS`` go on where it ends, and are added.
+            position_ids: as of :meth:`hidden_states`.
+            cu_seqlens: as of :meth:`hidden_states`.
+        """
+        x_BSH, stats = self.hidden_states(tokens_BS, position_ids=position_ids, cu_seqlens=cu_seqlens)
+        lm_loss = cross_entropy(self.head(x_BSH), labels_BS, loss_mask_BS, self.tensor_group)
+        return lm_loss + self.moe_loss(stats), LossSums.of(lm_loss, list(stats.values()))
+
+    def hidden_states(
+        self,
+        x: torch.Tensor,
+        cache: KeyValueCache | None = None,
+        position_ids: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, dict[int, MoEStats]]:
+        """What the head or the next stage reads, [B, S, H], and losses and counts of MoE layers by layer.
+
+        With sequence parallelism the activations are this process's piece of the sequence.
+
+        Args:
+            x: token ids, int64 [B, S]; for a stage without the embedding what the stage before gave.
+            cache: earlier keys and values of the same sequences; ``x`` goes on where it ends, and is added.
             position_ids: int64 rows of the position table; 0, 1, 2 ... by default.
             cu_seqlens: int32 [documents + 1], where the documents of the sequences, laid end to end, begin and end;
                 a token then attends to its own document only. By default each sequence is one.
 
-        Returns:
-            ModelLoss with labels, otherwise logits [B, S, V] in the model's number format.
-
         Raises:
-            ValueError: the sequence is longer than the position table, the shapes do not fit together, or there are
-                both a cache and positions or documents.
-        """
-        x_BSH, routed = self.hidden_states(tokens_BS, cache, position_ids, cu_seqlens)
-        logits_BSV = self.head(x_BSH)
-        if labels_BS is None:
-            return gather(logits_BSV, self.tensor_group, dim=-1)
-        zero = x_BSH.new_zeros((), dtype=torch.float32)
-        return ModelLoss(
-            lm_loss=cross_entropy(logits_BSV, labels_BS, loss_mask_BS, self.tensor_group),
-            aux_loss=sum((layer.aux_loss for layer in routed), start=zero),
-            z_loss=sum((layer.z_loss for layer in routed), start=zero),
-            counts=[layer.counts_E for layer in routed],
-            dropped=torch.stack([layer.dropped for layer in routed])
-            if routed
-            else zero.new_zeros(0, dtype=torch.int64),
-        )
-
-    def hidden_states(
-        self,
-        tokens_BS: torch.Tensor,
-        cache: KeyValueCache | None = None,
-        position_ids: torch.Tensor | None = None,
-        cu_seqlens: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, list[Routing]]:
-        """What the head reads, [B, S, H] after the last layer norm, and the routing of each MoE layer.
-
-        With sequence parallelism it is this process's piece of the sequence.
+            ValueError: the sequence is longer than the position table, or there are both a cache and positions or
+                documents.
         """
         if cache is not None:
             if position_ids is not None or cu_seqlens is not None:
                 raise ValueError(
                     "a key-value cache goes with neither position_ids nor cu_seqlens; give one or the other"
                 )
-            position_ids = cache.begin(tokens_BS.size(1))
-        x_BSH = self.embedding(tokens_BS, position_ids)
-        recompute = self.checkpoint_activations and cache is None and torch.is_grad_enabled()
-        routed: list[Routing] = []
-        seed = torch.initial_seed()
-        for number, layer in enumerate(self.layers):
-            if self.training:
-                seed_this = functools.partial(self.seed_layer, seed, number)
-                x_BSH, routing = run_seeded(
-                    functools.partial(layer, cache=cache, cu_seqlens=cu_seqlens), x_BSH, seed_this, recompute
-                )
-            else:
-                x_BSH, routing = layer(x_BSH, cache, cu_seqlens)
-            if routing is not None:
-                routed.append(routing)
-        return self.final_layernorm(x_BSH), routed
+            position_ids = cache.begin(x.size(1))
+        if self.with_embedding:
+            x = self.embedding(x, position_ids)
+        recompute = self.checkpoint_activations and self.training and cache is None and torch.is_grad_enabled()
+        seed, stats = torch.initial_seed(), {}
+        for name, layer in self.layers.items():
+            run = functools.partial(layer, cache=cache, cu_seqlens=cu_seqlens)
+            seed_this = functools.partial(self.seed_layer, seed, int(name)) if self.training else None
+            x, of_layer = run_seeded(run, x, seed_this, recompute)
+            if of_layer is not None:
+                stats[int(name)] = of_layer
+        if self.with_head:
+            x = self.final_layernorm(x)
+        return x, stats
 
     def head(self, x_BSH: torch.Tensor) -> torch.Tensor:
-        """Logits [B, S, V]: the product with the token table. Tensor-parallel processes get V / size of them each."""
+        """Logits [B, S, V]: the product with the token table. Tensor-parallel processes get V / size of them each.
+
+        Raises:
+            ValueError: a pipeline stage without the head.
+        """
+        if not self.with_head:
+            raise ValueError("this pipeline stage has no head, so it gives no logits; call hidden_states")
         return self.embedding.word_embeddings.logits(x_BSH)
+
+    def moe_loss(self, stats: Mapping[int, MoEStats]) -> torch.Tensor:
+        """What MoE layers add to the LM loss: their losses, scaled by the coefficients."""
+        zero = torch.zeros(())
+        aux_loss = sum((layer.aux_loss for layer in stats.values()), start=zero)
+        z_loss = sum((layer.z_loss for layer in stats.values()), start=zero)
+        return self.moe.moe_loss_coeff * aux_loss + self.moe.moe_z_loss_coeff * z_loss

@@ -25,19 +25,18 @@ def initialize(model: nn.Module, std: float, num_layers: int, seed: int) -> None
     """Set every parameter outside MoE layers, which set their own at construction.
 
     Weights are normal(0, std), those that write into the residual stream normal(0, std / sqrt(2 num_layers)); biases
-    are 0; layer norms scale by 1. Values are drawn on the CPU in fp32, so that they are the same on every device,
+    are 0; norms scale by 1. Values are drawn on the CPU in fp32, so that they are the same on every device,
     and for the whole parameter, of which a process then takes its piece: they are the same in every layout. Parameters
     on the meta device stay as they are.
     """
     experts = tuple(name + "." for name, module in model.named_modules() if isinstance(module, MoELayer))
-    norms = {name + ".weight" for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)}
     layouts = collect_layouts(model)
     for name, parameter in model.named_parameters():
         if parameter.is_meta or name.startswith(experts):
             continue
         if name.endswith(".bias"):
             parameter.zero_()
-        elif name in norms:
+        elif parameter.dim() == 1:  # the scale of a norm
             parameter.fill_(1.0)
         else:
             scale = std / math.sqrt(2 * num_layers) if name.endswith(RESIDUAL_OUTPUTS) else std

@@ -1,18 +1,55 @@
-"""Cross-entropy over a large vocabulary, in fp32 without an fp32 copy of all logits.
+"""The losses of a model: cross-entropy over a large vocabulary, in fp32 without an fp32 copy of all logits; and sums.
 
-Shapes: B batch, S sequence, T = B * S tokens, V vocabulary; with tensor parallelism the columns of this process.
+Shapes: B batch, S sequence, T = B * S tokens, V vocabulary; with tensor parallelism the columns of this process;
+E experts.
 """
+
+import dataclasses
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 from megatron.moe.kernels import usable
+from megatron.moe.layer import MoEStats
 from megatron.parallel.groups import ALONE, TensorGroup
 from megatron.parallel.vocabulary import check_ids
 
 # Elements of logits that are held in fp32 at a time: 256 MiB.
 CHUNK_ELEMENTS = 1 << 26
+
+
+@dataclasses.dataclass
+class LossSums:
+    """Losses and routing of micro-batches, summed over them; on the device and without gradients.
+
+    No loss is scaled by its coefficient. Nothing is fetched from the device until someone reads it.
+    """
+
+    losses: torch.Tensor  # fp32 [4]: LM loss, aux loss and z-loss, each summed over MoE layers; number of micro-batches
+    counts: list[torch.Tensor]  # one int64 [E] for each MoE layer: tokens routed to each expert, before dropping
+    dropped: torch.Tensor  # int64 [MoE layers]: assignments that found no room
+
+    @classmethod
+    def of(cls, lm_loss: torch.Tensor, layers: Sequence[MoEStats]) -> "LossSums":
+        """Those of one micro-batch, whose MoE layers are ``layers``."""
+        zero = torch.zeros_like(lm_loss)
+        aux_loss = sum((layer.aux_loss for layer in layers), start=zero)
+        z_loss = sum((layer.z_loss for layer in layers), start=zero)
+        return cls(
+            torch.stack([lm_loss, aux_loss, z_loss, torch.ones_like(lm_loss)]).detach(),
+            [layer.counts_E for layer in layers],
+            torch.stack([layer.dropped for layer in layers]) if layers else zero.new_zeros(0, dtype=torch.int64),
+        )
+
+    def __add__(self, other: "LossSums") -> "LossSums":
+        """Sums over the micro-batches of both."""
+        return LossSums(
+            self.losses + other.losses,
+            [mine + theirs for mine, theirs in zip(self.counts, other.counts, strict=True)],
+            self.dropped + other.dropped,
+        )
 
 
 class _TokenCrossEntropy(torch.autograd.Function):

@@ -28,10 +28,9 @@ from megatron.parallel.tensor_collectives import sum_gradients
 ALONE = ExpertGroup(size=1, rank=0, group=None)
 
 
-class MoEOutput(NamedTuple):
-    """What an MoE layer computes from one micro-batch. The losses are not scaled by their coefficients."""
+class MoEStats(NamedTuple):
+    """What an MoE layer tells of one micro-batch beside its output. The losses are not scaled by coefficients."""
 
-    y: torch.Tensor  # [..., H] as the input; without the transformer's residual, so a dropped token's row is 0
     aux_loss: torch.Tensor  # scalar, fp32 (float64 for float64 input), load balancing
     z_loss: torch.Tensor  # scalar likewise, router z-loss
     counts_E: torch.Tensor  # int64, this micro-batch's tokens routed to each expert, before dropping
@@ -81,13 +80,16 @@ class MoELayer(nn.Module):
         self.experts = Experts(model.hidden_size, model.ffn_size, num_experts, expert_group, tensor_group)
         self.mlp: MLP | None = None
         if moe.mlp_type == "residual":
-            self.mlp = MLP(model.hidden_size, model.ffn_size, tensor_group)
+            self.mlp = MLP(model, tensor_group)
             self.coefficient = nn.Linear(model.hidden_size, 2)
         if not self.router.weight.is_meta:
             self._initialize(model, seed, layer)
 
-    def forward(self, x: torch.Tensor) -> MoEOutput:
-        """Map [..., H] to [..., H]. With several processes, all of the group must call this together."""
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, MoEStats]:
+        """Map [..., H] to [..., H], 0 for a token of which every assignment was dropped; and tell losses and counts.
+
+        With several processes, all of the group must call this together.
+        """
         dense: list[torch.Tensor] = []  # the dense feed-forward's output, computed while tokens travel
 
         def serve(x_TH: torch.Tensor, plan: RoutingPlan) -> torch.Tensor:
@@ -107,7 +109,7 @@ class MoELayer(nn.Module):
                 weight, bias = sum_gradients(self.tensor_group, weight, bias)
             c = F.linear(x, weight, bias).softmax(-1)
             y = y * c[..., :1] + dense[0] * c[..., 1:]
-        return MoEOutput(y, aux_loss, z_loss, plan.counts_E, plan.dropped)
+        return y, MoEStats(aux_loss, z_loss, plan.counts_E, plan.dropped)
 
     def _serve(self, x_TH: torch.Tensor, plan: RoutingPlan, meanwhile: Callable[[], None]) -> torch.Tensor:
         """The experts' weighted answers, [T, H]; ``meanwhile`` is called while tokens travel to the experts."""

@@ -105,21 +105,6 @@ class VocabParallelEmbedding(nn.Module):
         return F.linear(enter(x_BSH, self.group), self.weight)
 
 
-class LayerNorm(nn.LayerNorm):
-    """torch's layer norm on the residual stream: with sequence parallelism on this process's tokens only."""
-
-    def __init__(self, hidden_size: int, epsilon: float, group: TensorGroup = ALONE) -> None:
-        super().__init__(hidden_size, eps=epsilon)
-        self.group = group
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalize the last dimension."""
-        weight, bias = self.weight, self.bias
-        if self.group.sequence_parallel:
-            weight, bias = sum_gradients(self.group, weight, bias)
-        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
-
-
 class Dropout(nn.Dropout):
     """torch's dropout on the residual stream: equal where processes hold the same tokens, different where not."""
 

@@ -20,7 +20,7 @@ import numpy as np
 from megatron.config import RunConfig
 from megatron.moe.plan import expert_capacity
 from megatron.parallel.grid import Grid
-from megatron.planning.parameters import count_parameters
+from megatron.planning.parameters import parameters_of_stage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,22 +91,10 @@ def communication(config: RunConfig, world: int, vocab_size: int, node: int = 8)
 def _parameters_of_a_rank(config: RunConfig, vocab_size: int) -> tuple[float, dict[int, float]]:
     """Parameters outside the experts, and expert parameters by degree."""
     model, parallel = config.model, config.parallel
-    tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    hidden, ffn = model.hidden_size, model.ffn_size
-    whole = count_parameters(model, config.moe, vocab_size).dense
-    # what tensor parallelism cuts: the token table, Q, K, V and their biases, both matrices and the inner bias
-    cut = vocab_size * hidden
-    experts: dict[int, float] = {}
-    for layer in range(model.num_layers):
-        count, degree = config.moe.experts_of_layer(layer), config.expert_parallel_degree(layer)
-        cut += 4 * hidden**2 + 3 * hidden
-        if count == 1 or config.moe.mlp_type == "residual":
-            cut += 2 * hidden * ffn + ffn
-        if count > 1:
-            pieces = degree * (tensor if parallel.enable_expert_tensor_parallelism else 1)
-            experts[degree] = experts.get(degree, 0) + count * (2 * hidden * ffn + ffn + hidden) / pieces / stages
-    second_table = vocab_size * hidden / tensor if stages > 1 else 0  # of the last stage
-    return (whole - cut + cut / tensor + second_table) / stages, experts
+    stages = parallel.pipeline_model_parallel_size
+    held = parameters_of_stage(config, vocab_size, range(model.num_layers), first=True, last=True)
+    second_table = vocab_size * model.hidden_size / parallel.tensor_model_parallel_size if stages > 1 else 0
+    return (held.dense + second_table) / stages, {degree: count / stages for degree, count in held.experts.items()}
 
 
 def _rows_exchanged(config: RunConfig) -> dict[int, int]:

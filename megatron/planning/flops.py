@@ -8,6 +8,7 @@ import re
 
 from megatron.config.model import ModelConfig
 from megatron.config.moe import MoEConfig
+from megatron.planning.parameters import parameters_of_layer
 
 
 def model_flops_per_token(
@@ -35,16 +36,14 @@ def model_flops_per_token(
 
 def layer_flops_per_token(model: ModelConfig, moe: MoEConfig, layer: int, seq_length: int) -> int:
     """Forward FLOPs of one token in layer number ``layer``, attention over ``seq_length`` positions included."""
-    hidden, experts = model.hidden_size, moe.experts_of_layer(layer)
-    feed_forward = 2 * hidden * model.ffn_size
-    weights = 4 * hidden**2
-    if experts == 1:
-        weights += feed_forward
-    else:
-        weights += moe.topk * feed_forward + experts * hidden
-        if moe.mlp_type == "residual":
-            weights += feed_forward + 2 * hidden
-    return 2 * weights + 2 * hidden * seq_length
+    attention = 2 * model.hidden_size * seq_length
+    dense = 2 * parameters_of_layer(model, moe, layer).dense_matrices
+    return dense + expert_flops_per_token(model, moe, layer) + attention
+
+
+def expert_flops_per_token(model: ModelConfig, moe: MoEConfig, layer: int) -> int:
+    """Forward FLOPs of one token in the experts of layer number ``layer``; 0 in a dense layer."""
+    return 2 * moe.topk * parameters_of_layer(model, moe, layer).expert_matrices // moe.experts_of_layer(layer)
 
 
 def head_flops_per_token(model: ModelConfig, vocab_size: int) -> int:

@@ -14,6 +14,7 @@ import dataclasses
 
 from megatron.config import RunConfig
 from megatron.planning.flops import head_flops_per_token, layer_flops_per_token
+from megatron.planning.parameters import parameters_of_layer
 
 MEMORY_WEIGHT = 0.1
 """What a share of the memory costs, compared with the same share of the time: time decides, memory breaks ties."""
@@ -26,11 +27,16 @@ class Placement:
     layers: tuple[int, ...]
     costs: tuple[float, ...]
 
+    def layers_of(self, stage: int) -> range:
+        """Numbers of the layers on a stage, both from 0."""
+        first = sum(self.layers[:stage])
+        return range(first, first + self.layers[stage])
+
     def __str__(self) -> str:
-        first, stages = 0, []
-        for count, cost in zip(self.layers, self.costs, strict=True):
-            stages.append(f"layers {first}-{first + count - 1} ({cost:.1%})")
-            first += count
+        stages = []
+        for stage, cost in enumerate(self.costs):
+            layers = self.layers_of(stage)
+            stages.append(f"layers {layers[0]}-{layers[-1]} ({cost:.1%})")
         return "pipeline stages: " + ", ".join(stages) + "; set --pipeline-layer-split to place them otherwise"
 
 
@@ -54,9 +60,8 @@ def layer_costs(config: RunConfig, vocab_size: int) -> list[float]:
     time = [layer_flops_per_token(model, moe, layer, model.seq_length) for layer in range(model.num_layers)]
     memory = []
     for layer in range(model.num_layers):
-        experts, residual = moe.experts_of_layer(layer), moe.mlp_type == "residual"
-        feed_forwards = 1 if experts == 1 else experts / config.expert_parallel_degree(layer) + residual
-        memory.append(4 * hidden**2 + feed_forwards * 2 * hidden * model.ffn_size)
+        held = parameters_of_layer(model, moe, layer, config.expert_parallel_degree(layer))
+        memory.append(held.dense + held.expert)
     time[-1] += head_flops_per_token(model, vocab_size)
     memory[0] += (vocab_size + model.position_rows) * hidden
     memory[-1] += vocab_size * hidden

@@ -19,7 +19,12 @@ from megatron.planning import measured
 from megatron.planning.activations import rows_of_experts
 from megatron.planning.communication import Traffic, communication
 from megatron.planning.devices import Device, find_device
-from megatron.planning.flops import head_flops_per_token, layer_flops_per_token, model_flops_per_token
+from megatron.planning.flops import (
+    expert_flops_per_token,
+    head_flops_per_token,
+    layer_flops_per_token,
+    model_flops_per_token,
+)
 from megatron.planning.parameters import parameters_of_stage
 from megatron.planning.placement import place_layers
 
@@ -157,13 +162,12 @@ def _compute(config: RunConfig, layers: range, vocab_size: int, device: Device, 
     recompute = config.training.checkpoint_activations
     rate = flops_per_second(config, device)
     of_token = config.training.micro_batch_size * model.seq_length / tensor / rate
-    feed_forward = 4 * model.hidden_size * model.ffn_size * moe.topk
     dense = experts = 0.0
     for layer in layers:
         flops = layer_flops_per_token(model, moe, layer, model.seq_length)
-        if moe.experts_of_layer(layer) > 1:
-            flops -= feed_forward
-            experts += feed_forward * of_token * _slots(config, layer) / _of_dense(config, layer)
+        if of_experts := expert_flops_per_token(model, moe, layer):
+            flops -= of_experts
+            experts += of_experts * of_token * _slots(config, layer) / _of_dense(config, layer)
         dense += flops * of_token
     head = head_flops_per_token(model, vocab_size) * of_token if last else 0.0
     return {

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from megatron.engine.base import AsyncScalar, StepResult
-from megatron.engine.engine import LossSums
+from megatron.model.loss import LossSums
 
 
 def reduce_sums(sums: LossSums) -> LossSums:

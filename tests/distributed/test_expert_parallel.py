@@ -72,10 +72,10 @@ def run(case: Case, layer: MoELayer, rank: int) -> dict[str, torch.Tensor]:
         x = x * 0.1 + 5 * layer.router.weight[5].detach()
     x = x.to(case.dtype).requires_grad_()
     torch.manual_seed(20 + rank)  # random token selection and noise, as the trainer seeds each micro-batch
-    out = layer(x)
-    weights = torch.linspace(-1, 1, out.y.numel(), dtype=case.dtype).view_as(out.y)
-    ((out.y * weights).sum() / T + out.aux_loss + 0.1 * out.z_loss).backward()
-    values = {**out._asdict(), "input gradient": x.grad}
+    y, stats = layer(x)
+    weights = torch.linspace(-1, 1, y.numel(), dtype=case.dtype).view_as(y)
+    ((y * weights).sum() / T + stats.aux_loss + 0.1 * stats.z_loss).backward()
+    values = {"y": y, **stats._asdict(), "input gradient": x.grad}
     return {name: value.detach() for name, value in values.items()}
 
 

@@ -65,9 +65,9 @@ def make_layer(case: Case) -> MoELayer:
 def run(layer: MoELayer, x: torch.Tensor, dy: torch.Tensor) -> dict[str, torch.Tensor]:
     x = x.clone().requires_grad_()
     torch.manual_seed(20)
-    out = layer(x)
-    ((out.y * dy).sum() + out.aux_loss + 0.1 * out.z_loss).backward()
-    values = {**out._asdict(), "x's gradient": x.grad}
+    y, stats = layer(x)
+    ((y * dy).sum() + stats.aux_loss + 0.1 * stats.z_loss).backward()
+    values = {"y": y, **stats._asdict(), "x's gradient": x.grad}
     return values | {f"{name}'s gradient": p.grad for name, p in layer.named_parameters()}
 
 

@@ -36,7 +36,7 @@ def plans(topk: int, drop: bool, in_kernels: bool, agree: bool) -> list[torch.Te
     assert (route is fused.route) == (in_kernels and topk == 1)
     plan, *_ = route(layer.router, x)
     torch.manual_seed(7)
-    y = layer(x).y
+    y, _ = layer(x)
     assert torch.equal(plan.counts_E, torch.bincount(plan.expert_TK.flatten(), minlength=E))
     return [plan.expert_TK, plan.slot_TK, plan.counts_E, plan.dropped, y.detach()]
 

@@ -129,11 +129,10 @@ def _train_plainly(moe: MoEConfig, data: DataConfig) -> Trained:
             batch = micro_batch(number, data=data)
             torch.manual_seed(micro_batch_seed(run.training.seed, batch["sample_index"]))
             documents = {name: batch[name] for name in ("position_ids", "cu_seqlens") if name in batch}
-            out = model(batch["tokens"], batch["labels"], batch["loss_mask"], **documents)
-            loss = out.lm_loss + moe.moe_loss_coeff * out.aux_loss + moe.moe_z_loss_coeff * out.z_loss
+            loss, sums = model.loss(batch["tokens"], batch["labels"], batch["loss_mask"], **documents)
             (loss / COUNT).backward()
-            outs.append(out)
-        losses.append(sum(out.lm_loss.item() for out in outs) / COUNT)
+            outs.append(sums)
+        losses.append(sum(out.losses[0].item() for out in outs) / COUNT)
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP).item())
         for group in adam.param_groups:
             group["lr"] = learning_rate(run.optimizer, (step + 1) * BATCH * SEQ, STEPS * BATCH * SEQ)
@@ -141,8 +140,8 @@ def _train_plainly(moe: MoEConfig, data: DataConfig) -> Trained:
         adam.zero_grad()
         figures.append(
             (
-                sum(out.aux_loss.item() for out in outs) / COUNT,
-                sum(out.z_loss.item() for out in outs) / COUNT,
+                sum(out.losses[1].item() for out in outs) / COUNT,
+                sum(out.losses[2].item() for out in outs) / COUNT,
                 [sum(counts).tolist() for counts in zip(*(out.counts for out in outs), strict=True)],
                 sum(out.dropped for out in outs).tolist(),
             )

@@ -135,7 +135,7 @@ class Toy(torch.nn.Module):
         self.seed_layer = None
 
     def forward(self, batch: dict):
-        from megatron.engine.engine import LossSums
+        from megatron.model.loss import LossSums
 
         loss = (self.weight * batch["loss_mask"]).sum()
         return loss, LossSums(loss.detach()[None], [batch["tokens"].clone()], batch["labels"][:1])
@@ -158,10 +158,10 @@ def toy_batch(number: int) -> dict:
 def test_results_are_not_overwritten_by_the_next_micro_batch(graphed):
     toy, micro_batches = graphed
     results = [micro_batches.run(toy_batch(number), seed=0, count=1) for number in range(1, 7)]
-    for number, (losses, counts, dropped) in enumerate(results, start=1):
-        assert losses.tolist() == [3.0 * number]
-        assert [x.tolist() for x in counts] == [[number] * 3]
-        assert dropped.tolist() == [number]
+    for number, sums in enumerate(results, start=1):
+        assert sums.losses.tolist() == [3.0 * number]
+        assert [x.tolist() for x in sums.counts] == [[number] * 3]
+        assert sums.dropped.tolist() == [number]
     assert toy.weight.grad.tolist() == [6.0] * 3
     assert toy.unused.grad is None
 
@@ -207,7 +207,7 @@ def test_positions_are_replayed_with_the_tokens(graphed):
     for number in range(1, 7):
         given = toy_batch(number) | {"position_ids": torch.full((3,), 10 * number)}
         assert micro_batches.serves(given)
-        _, (counts,), _ = micro_batches.run(given, seed=0, count=1)
+        (counts,) = micro_batches.run(given, seed=0, count=1).counts
         assert counts.tolist() == [10 * number] * 3
 
 

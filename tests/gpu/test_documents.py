@@ -75,7 +75,7 @@ def test_packed_documents_are_those_documents_on_their_own(compiled):
     tokens = text(4, 256, 40)
     model = GPTModel(shape, MoEConfig(), VOCAB, seed=3).cuda().bfloat16().eval()
     if compiled:
-        compile_layers(model.layers)
+        compile_layers(model.layers.values())
     bounds = lengths(tokens)
     logits = model(tokens, position_ids=restarting_positions(tokens.cpu(), EOD).cuda(), cu_seqlens=bounds)
     exact = GPTModel(shape, MoEConfig(), VOCAB, seed=3).cuda().eval()

@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from megatron.config import ModelConfig
 from megatron.config.presets import PRESETS
 from megatron.engine.cuda_graphs import CudaRecorder
 from megatron.model.attention import SelfAttention
-from megatron.model.randomness import seed_generators
-from megatron.model.recomputation import run_seeded
+from megatron.model.randomness import run_seeded, seed_generators
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 B, S, N, RATE = 4, 2048, 8, 0.1
@@ -28,7 +28,8 @@ WAYS = ["eager", "compiled", "recomputed", "recorded"]
 
 def make_attention(head_size: int, dtype: torch.dtype, device: str = "cuda") -> SelfAttention:
     """Queries and keys are 0, values are the input, and the output is what attention gives."""
-    attention = SelfAttention(N * head_size, N, RATE, 0)
+    shape = ModelConfig(hidden_size=N * head_size, num_attention_heads=N, attention_dropout=RATE)
+    attention = SelfAttention(shape, 0)
     with torch.no_grad():
         for linear, weight in ((attention.qkv, attention.qkv.weight[-N * head_size :]), (attention.dense, None)):
             linear.weight.zero_()

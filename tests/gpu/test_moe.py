@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from megatron.config import ModelConfig, MoEConfig
-from megatron.moe import MoELayer, kernels
-from megatron.moe.layer import MoEOutput
+from megatron.moe import MoELayer, MoEStats, kernels
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 H, E, T = 512, 16, 4096
@@ -29,12 +28,13 @@ def in_float64(layer: MoELayer, topk: int, token_dropping: bool) -> MoELayer:
     return exact
 
 
-def run(layer: MoELayer, x: torch.Tensor, dy: torch.Tensor) -> tuple[MoEOutput, torch.Tensor]:
+def run(layer: MoELayer, x: torch.Tensor, dy: torch.Tensor) -> tuple[torch.Tensor, MoEStats, torch.Tensor]:
+    """Output, losses and counts, and the gradient of ``x``."""
     x = x.clone().requires_grad_()
     torch.manual_seed(5)
-    out = layer(x)
-    torch.autograd.backward([out.y, out.aux_loss], [dy, torch.ones_like(out.aux_loss)])
-    return out, x.grad
+    y, stats = layer(x)
+    torch.autograd.backward([y, stats.aux_loss], [dy, torch.ones_like(stats.aux_loss)])
+    return y, stats, x.grad
 
 
 def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
@@ -52,12 +52,12 @@ def test_it_equals_float64(token_dropping, topk):
     common_H = 1.5 * layer.router.weight[:-1].sum(0).detach()
     x = torch.randn(T, H, device="cuda", dtype=torch.bfloat16) + common_H
     dy = torch.randn_like(x)
-    out, dx = run(layer, x, dy)
-    expected, exact_dx = run(exact, x.double(), dy.double())
-    assert torch.equal(out.counts_E, expected.counts_E)
-    assert torch.equal(out.dropped, expected.dropped)
-    assert out.counts_E[-1] == 0
-    assert relative_error(out.y, expected.y) <= TOLERANCE  # NaN fails too
+    y, stats, dx = run(layer, x, dy)
+    expected_y, expected, exact_dx = run(exact, x.double(), dy.double())
+    assert torch.equal(stats.counts_E, expected.counts_E)
+    assert torch.equal(stats.dropped, expected.dropped)
+    assert stats.counts_E[-1] == 0
+    assert relative_error(y, expected_y) <= TOLERANCE  # NaN fails too
     assert relative_error(dx, exact_dx) <= TOLERANCE
     assert relative_error(layer.router.weight.grad, exact.router.weight.grad) <= TOLERANCE
     for name, parameter in layer.experts.named_parameters():
@@ -90,6 +90,6 @@ def test_results_repeat_to_the_last_bit():
     results = []
     for _ in range(2):
         layer.zero_grad()
-        out, dx = run(layer, x, dy)
-        results.append([out.y, dx, *(p.grad for p in layer.experts.parameters())])
+        y, _, dx = run(layer, x, dy)
+        results.append([y, dx, *(p.grad for p in layer.experts.parameters())])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from megatron.model.randomness import seed_generators
-from megatron.model.recomputation import run_seeded
+from megatron.model.randomness import run_seeded, seed_generators
 from megatron.parallel.groups import TensorGroup
 from megatron.parallel.randomness import own_randomness
 from megatron.parallel.tensor_parallel import Dropout

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from megatron.config import ModelConfig, MoEConfig
-from megatron.model.gpt import GPTModel, ModelLoss
+from megatron.model.gpt import GPTModel
+from megatron.model.loss import cross_entropy
 
 SMALL = ModelConfig(
     num_layers=4,
@@ -17,7 +18,7 @@ SMALL = ModelConfig(
     hidden_dropout=0.0,
     attention_dropout=0.0,
 )
-DENSE, EXPERTS = MoEConfig(), MoEConfig(num_experts=(4,))
+DENSE, EXPERTS = MoEConfig(), MoEConfig(num_experts=(4,), moe_loss_coeff=0.01, moe_z_loss_coeff=0.001)
 KINDS = pytest.mark.parametrize("moe", [DENSE, EXPERTS], ids=["dense", "moe"])
 VOCAB = 96
 
@@ -27,10 +28,6 @@ def batch(seed: int = 0, length: int = 12) -> dict[str, torch.Tensor]:
     tokens = torch.randint(VOCAB, (2, length + 1), generator=g)
     mask = (torch.rand(2, length, generator=g) > 0.3).float()
     return {"tokens_BS": tokens[:, :-1], "labels_BS": tokens[:, 1:], "loss_mask_BS": mask}
-
-
-def total(loss: ModelLoss) -> torch.Tensor:
-    return loss.lm_loss + 0.01 * loss.aux_loss + 0.001 * loss.z_loss
 
 
 @KINDS
@@ -53,31 +50,35 @@ def test_parameter_names(moe):
 @KINDS
 def test_loss_is_the_mean_over_the_mask(moe):
     model, data = GPTModel(SMALL, moe, VOCAB).eval(), batch()
-    out = model(**data)
+    loss, sums = model.loss(**data)
+    lm_loss, aux_loss, z_loss, micro_batches = sums.losses
     per_token = F.cross_entropy(model(data["tokens_BS"]).transpose(1, 2), data["labels_BS"], reduction="none")
     mask = data["loss_mask_BS"]
-    torch.testing.assert_close(out.lm_loss, (per_token * mask).sum() / mask.sum())
-    assert out.lm_loss.dtype == out.aux_loss.dtype == out.z_loss.dtype == torch.float32
-    assert out.lm_loss.item() == pytest.approx(math.log(VOCAB), abs=1.0)
+    torch.testing.assert_close(lm_loss, ((per_token * mask).sum() / mask.sum()).detach())
+    torch.testing.assert_close(loss.detach(), lm_loss + 0.01 * aux_loss + 0.001 * z_loss)
+    assert loss.dtype == sums.losses.dtype == torch.float32
+    assert lm_loss.item() == pytest.approx(math.log(VOCAB), abs=1.0)
+    assert micro_batches == 1
+    assert (min(aux_loss, z_loss) > 0) == (moe is EXPERTS)
 
 
 def test_routing_is_reported_for_each_moe_layer():
     data = batch()
-    out = GPTModel(SMALL, MoEConfig(num_experts=(2, 4)), VOCAB).eval()(**data)
-    assert [len(counts) for counts in out.counts] == [2, 4]
-    assert [int(counts.sum()) for counts in out.counts] == [24, 24]
-    assert out.dropped.tolist() == [0, 0]
-    assert out.dropped.dtype == torch.int64
-    assert out.aux_loss > 1.0
-    dense = GPTModel(SMALL, DENSE, VOCAB).eval()(**data)
+    _, sums = GPTModel(SMALL, MoEConfig(num_experts=(2, 4)), VOCAB).eval().loss(**data)
+    assert [len(counts) for counts in sums.counts] == [2, 4]
+    assert [int(counts.sum()) for counts in sums.counts] == [24, 24]
+    assert sums.dropped.tolist() == [0, 0]
+    assert sums.dropped.dtype == torch.int64
+    assert sums.losses[1] > 1.0
+    _, dense = GPTModel(SMALL, DENSE, VOCAB).eval().loss(**data)
     assert (dense.counts, dense.dropped.tolist()) == ([], [])
-    assert float(dense.aux_loss) == float(dense.z_loss) == 0.0
+    assert dense.losses[1:3].tolist() == [0.0, 0.0]
 
 
 @KINDS
 def test_every_parameter_gets_a_gradient(moe):
     model = GPTModel(SMALL, dataclasses.replace(moe, moe_token_dropping=False), VOCAB)
-    total(model(**batch(length=16))).backward()
+    model.loss(**batch(length=16))[0].backward()
     for name, parameter in model.named_parameters():
         grad = parameter.grad
         assert grad is not None, name
@@ -88,7 +89,7 @@ def test_every_parameter_gets_a_gradient(moe):
 @KINDS
 def test_gradient_is_the_slope_of_the_loss(moe):
     model, data = GPTModel(SMALL, moe, VOCAB).double().eval(), batch()
-    total(model(**data)).backward()
+    model.loss(**data)[0].backward()
     g = torch.Generator().manual_seed(1)
     slope, step = 0.0, 1e-6
     moves = [torch.randn(p.shape, generator=g, dtype=p.dtype) for p in model.parameters()]
@@ -98,7 +99,7 @@ def test_gradient_is_the_slope_of_the_loss(moe):
         for direction in (1.0, -2.0):
             for p, move in zip(model.parameters(), moves, strict=True):
                 p += direction * step * move
-            losses.append(total(model(**data)))
+            losses.append(model.loss(**data)[0])
     # float32 in the router bounds the precision of an MoE model's loss
     tolerance = 1e-6 if moe is DENSE else 1e-2
     assert (losses[0] - losses[1]) / (2 * step) == pytest.approx(float(slope), rel=tolerance)
@@ -111,9 +112,9 @@ def test_recomputed_activations_give_the_same_gradients_with_dropout(moe):
     for recompute in (False, True):
         model = GPTModel(config, moe, VOCAB, checkpoint_activations=recompute)
         torch.manual_seed(5)
-        out = model(**batch())
-        total(out).backward()
-        results.append((out, [p.grad for p in model.parameters()]))
+        loss, sums = model.loss(**batch())
+        loss.backward()
+        results.append((dataclasses.astuple(sums), [p.grad for p in model.parameters()]))
     (kept, kept_grads), (recomputed, recomputed_grads) = results
     torch.testing.assert_close(recomputed, kept, rtol=0, atol=0)
     torch.testing.assert_close(recomputed_grads, kept_grads, rtol=0, atol=0)
@@ -124,10 +125,53 @@ def test_recomputing_keeps_less_for_the_backward_pass():
         sizes = []
         model = GPTModel(SMALL, DENSE, VOCAB, checkpoint_activations=recompute)
         with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
-            model(**batch(length=16))
+            model.loss(**batch(length=16))
         return sum(sizes)
 
     assert kept(True) < kept(False) / 2
+
+
+@KINDS
+def test_stages_one_after_the_other_are_the_whole_model(moe):
+    """With dropout, so what a layer draws does not depend on its stage either."""
+    config = dataclasses.replace(SMALL, hidden_dropout=0.2, attention_dropout=0.2)
+    ranges = [range(1), range(1, 3), range(3, 4)]
+    whole = GPTModel(config, moe, VOCAB, seed=3)
+    stages = [
+        GPTModel(config, moe, VOCAB, seed=3, layers=layers, with_embedding=layers[0] == 0, with_head=layers[-1] == 3)
+        for layers in ranges
+    ]
+    theirs = dict(whole.named_parameters())
+    parts = [dict(stage.named_parameters()) for stage in stages]
+    assert set().union(*parts) == set(theirs)
+    assert sum(map(len, parts)) == len(theirs) + 1, "the token table is there twice"
+    for part in parts:
+        assert all(torch.equal(value, theirs[name]) for name, value in part.items())
+    data = batch()
+    torch.manual_seed(5)
+    loss, sums = whole.loss(**data)
+    loss.backward()
+    x, moe_loss, told = data["tokens_BS"], 0.0, {}
+    for stage in stages:
+        torch.manual_seed(5)
+        x, stats = stage.hidden_states(x)
+        moe_loss, told = moe_loss + stage.moe_loss(stats), told | stats
+    lm_loss = cross_entropy(stages[-1].head(x), data["labels_BS"], data["loss_mask_BS"])
+    (lm_loss + moe_loss).backward()
+    assert torch.equal(lm_loss, sums.losses[0])
+    assert list(told) == [layer for layer in range(4) if moe.is_moe_layer(layer)]
+    assert all(torch.equal(mine.counts_E, counts) for mine, counts in zip(told.values(), sums.counts, strict=True))
+    table = "embedding.word_embeddings.weight"
+    torch.testing.assert_close(parts[0][table].grad + parts[2][table].grad, theirs.pop(table).grad)
+    for name, parameter in theirs.items():
+        assert all(torch.equal(part[name].grad, parameter.grad) for part in parts if name in part), name
+
+
+def test_a_stage_without_the_head_gives_no_logits():
+    stage = GPTModel(SMALL, DENSE, VOCAB, layers=range(2), with_head=False)
+    for function in (stage, lambda tokens: stage.loss(tokens, tokens)):
+        with pytest.raises(ValueError, match="this pipeline stage has no head"):
+            function(batch()["tokens_BS"])
 
 
 def test_dropout_is_active_in_training_only():
@@ -161,22 +205,22 @@ def test_training_lowers_the_loss(moe):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     torch.manual_seed(0)
     for _ in range(30):
-        loss = model(**data).lm_loss
+        loss, sums = model.loss(**data)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert loss < 1.0
+    assert sums.losses[0] < 1.0
 
 
 @KINDS
 def test_bf16_stays_near_fp32(moe):
     model, data = GPTModel(SMALL, moe, VOCAB).eval(), batch()
-    exact = model(**data)
+    exact, _ = model.loss(**data)
     model.to(torch.bfloat16)
     assert model(data["tokens_BS"]).dtype == torch.bfloat16
-    out = model(**data)
-    assert out.lm_loss.dtype == torch.float32
-    torch.testing.assert_close(out.lm_loss, exact.lm_loss, rtol=0.02, atol=0)
+    rounded, _ = model.loss(**data)
+    assert rounded.dtype == torch.float32
+    torch.testing.assert_close(rounded, exact, rtol=0.02, atol=0)
 
 
 def test_too_long_a_sequence():

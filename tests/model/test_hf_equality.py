@@ -115,9 +115,9 @@ def test_loss_and_gradients_equal_hugging_face():
     logits = reference(tokens[:, :-1]).logits
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
     expected.backward()
-    out = ours(tokens[:, :-1], tokens[:, 1:])
-    out.lm_loss.backward()
-    torch.testing.assert_close(out.lm_loss, expected, rtol=1e-6, atol=1e-6)
+    loss, _ = ours.loss(tokens[:, :-1], tokens[:, 1:])
+    loss.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
     gradients = {name: parameter.grad for name, parameter in ours.named_parameters()}
     for parameter in reference.parameters():
         parameter.data = parameter.grad

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from megatron.config import ModelConfig
 from megatron.moe.experts import Experts
 from megatron.moe.mlp import MLP
 from megatron.parallel.groups import ExpertGroup
@@ -23,7 +24,7 @@ def as_mlps(experts: Experts) -> list[MLP]:
     """The same experts as dense feed-forwards."""
     mlps = []
     for w1, b1, w2, b2 in zip(experts.w1, experts.b1, experts.w2, experts.b2, strict=True):
-        mlp = MLP(w1.size(0), w1.size(1))
+        mlp = MLP(ModelConfig(hidden_size=w1.size(0), ffn_hidden_size=w1.size(1)))
         mlp.load_state_dict({"fc1.weight": w1.T, "fc1.bias": b1, "fc2.weight": w2.T, "fc2.bias": b2})
         mlps.append(mlp)
     return mlps

@@ -12,10 +12,9 @@ from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("triton")
 from megatron.config import ModelConfig, MoEConfig
-from megatron.moe import MoELayer, fused, kernels
+from megatron.moe import MoELayer, MoEStats, fused, kernels
 from megatron.moe.dispatch import IndexMoves
 from megatron.moe.experts import Experts
-from megatron.moe.layer import MoEOutput
 from megatron.moe.plan import RoutingPlan
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -43,29 +42,30 @@ def make_layer(topk: int, mode: str, dtype: torch.dtype, **moe) -> MoELayer:
 
 def run(
     layer: MoELayer, x: torch.Tensor, dy: torch.Tensor, *, recompute: bool = False
-) -> tuple[MoEOutput, dict[str, torch.Tensor]]:
-    """Forward and backward, and every gradient."""
+) -> tuple[torch.Tensor, MoEStats, dict[str, torch.Tensor]]:
+    """Output, losses and counts, and every gradient."""
     x = x.clone().requires_grad_()
     torch.manual_seed(5)  # random token selection
-    out = checkpoint(layer, x, use_reentrant=False) if recompute else layer(x)
-    ((out.y * dy).sum() + out.aux_loss + 0.1 * out.z_loss).backward()
-    return out, {name: p.grad for name, p in layer.named_parameters()} | {"x": x.grad}
+    y, stats = checkpoint(layer, x, use_reentrant=False) if recompute else layer(x)
+    ((y * dy).sum() + stats.aux_loss + 0.1 * stats.z_loss).backward()
+    return y, stats, {name: p.grad for name, p in layer.named_parameters()} | {"x": x.grad}
 
 
-def assert_equal_to_float64(layer: MoELayer, x: torch.Tensor) -> MoEOutput:
+def assert_equal_to_float64(layer: MoELayer, x: torch.Tensor) -> MoEStats:
     dtype, dy = x.dtype, torch.randn_like(x)
     exact = copy.deepcopy(layer).double()  # float64 is for plain torch only
-    out, gradients = run(layer, x, dy)
-    expected, exact_gradients = run(exact, x.double(), dy.double())
-    assert out.y.dtype == dtype
-    assert torch.equal(out.counts_E, expected.counts_E)
-    assert torch.equal(out.dropped, expected.dropped)
-    assert out.y.shape == x.shape
+    y, stats, gradients = run(layer, x, dy)
+    expected_y, expected, exact_gradients = run(exact, x.double(), dy.double())
+    assert y.dtype == dtype
+    assert torch.equal(stats.counts_E, expected.counts_E)
+    assert torch.equal(stats.dropped, expected.dropped)
+    assert y.shape == x.shape
     pairs = {name: (gradient, exact_gradients[name]) for name, gradient in gradients.items()}
-    pairs |= {name: (getattr(out, name), getattr(expected, name)) for name in ("y", "aux_loss", "z_loss")}
+    pairs |= {name: (getattr(stats, name), getattr(expected, name)) for name in ("aux_loss", "z_loss")}
+    pairs["y"] = y, expected_y
     for name, (a, b) in pairs.items():
         assert (a.double() - b).norm() <= TOLERANCE[dtype] * b.norm(), name  # NaN fails too
-    return out
+    return stats
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -81,8 +81,8 @@ def test_the_layer_and_all_gradients_are_those_of_float64(mode, topk, dtype, mon
         if kernels.groupable(x, H, 24):
             forbid.setattr(Experts, "forward_sorted", plain_torch)
         layer(x)
-    out = assert_equal_to_float64(layer, x)
-    assert bool(out.dropped) == (mode == "capacity")
+    stats = assert_equal_to_float64(layer, x)
+    assert bool(stats.dropped) == (mode == "capacity")
 
 
 @EVERY_TOPK
@@ -90,10 +90,10 @@ def test_the_layer_and_all_gradients_are_those_of_float64(mode, topk, dtype, mon
 def test_recomputed_activations_give_the_same_gradients(mode, topk):
     layer = make_layer(topk, mode, torch.float32)
     x, dy = (torch.randn(15, H, device=DEVICE) for _ in range(2))
-    _, expected = run(layer, x, dy)
+    _, _, expected = run(layer, x, dy)
     layer.zero_grad()
-    out, gradients = run(layer, x, dy, recompute=True)
-    assert out.y.requires_grad
+    y, _, gradients = run(layer, x, dy, recompute=True)
+    assert y.requires_grad
     for name, gradient in gradients.items():
         assert torch.equal(gradient, expected[name]), name
 
@@ -111,8 +111,8 @@ def test_an_expert_without_tokens_gets_gradients_of_zero(topk):
         layer.router.weight[2] = -10 * layer.router.weight[0].abs()
         layer.router.weight[:2].abs_()
     x = torch.rand(40, H, device=DEVICE)
-    out = assert_equal_to_float64(layer, x)
-    assert out.counts_E[2] == 0 or topk == 3
+    stats = assert_equal_to_float64(layer, x)
+    assert stats.counts_E[2] == 0 or topk == 3
     if topk < 3:
         assert not layer.experts.w1.grad[2].any()
 
@@ -133,9 +133,9 @@ def test_rows_that_cannot_be_grouped_go_through_the_loop():
 def test_few_tokens(topk, mode, tokens):
     layer = make_layer(topk, mode, torch.float32)
     x = torch.randn(1, tokens, H, device=DEVICE, requires_grad=True)
-    out = layer(x)
-    (out.y.sum() + out.aux_loss).backward()
-    assert out.y.shape == x.shape
+    y, stats = layer(x)
+    (y.sum() + stats.aux_loss).backward()
+    assert y.shape == x.shape
     for tensor in (x, *layer.parameters()):
         assert tensor.grad.isfinite().all()
 

@@ -47,10 +47,10 @@ def by_hand(layer: MoELayer, x_TH: torch.Tensor, topk: int) -> torch.Tensor:
 def test_equals_the_sum_over_experts_written_out(topk, token_dropping, mlp_type):
     layer = make_layer(topk, token_dropping, mlp_type=mlp_type, moe_train_capacity_factor=4.0)
     x = torch.randn(2, 10, H)
-    out = layer(x)
-    torch.testing.assert_close(out.y, by_hand(layer, x.view(-1, H), topk).view(2, 10, H), rtol=1e-5, atol=1e-5)
-    assert out.dropped.item() == 0
-    assert out.counts_E.sum().item() == 20 * topk
+    y, stats = layer(x)
+    torch.testing.assert_close(y, by_hand(layer, x.view(-1, H), topk).view(2, 10, H), rtol=1e-5, atol=1e-5)
+    assert stats.dropped.item() == 0
+    assert stats.counts_E.sum().item() == 20 * topk
 
 
 @EVERY_TOPK
@@ -63,10 +63,10 @@ def test_gradcheck(topk, token_dropping, mlp_type):
     x_TH = torch.randn(6, H, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) + 0.5
 
     def losses(x_TH, *values):
-        out = torch.func.functional_call(layer, dict(zip(names, values, strict=True)), (x_TH,))
-        return out.y, out.aux_loss, out.z_loss
+        y, stats = torch.func.functional_call(layer, dict(zip(names, values, strict=True)), (x_TH,))
+        return y, stats.aux_loss, stats.z_loss
 
-    assert (layer(x_TH).dropped > 0) == token_dropping
+    assert (layer(x_TH)[1].dropped > 0) == token_dropping
     inputs = (x_TH, *(p.detach().clone() for p in parameters))
     # fast_mode checks a random projection of the Jacobian.
     assert torch.autograd.gradcheck(losses, [i.requires_grad_() for i in inputs], fast_mode=True)
@@ -74,7 +74,7 @@ def test_gradcheck(topk, token_dropping, mlp_type):
 
 def test_the_output_alone_trains_the_router_of_top1():
     layer = make_layer()
-    layer(torch.randn(20, H)).y.square().sum().backward()
+    layer(torch.randn(20, H))[0].square().sum().backward()
     assert layer.router.weight.grad.abs().max() > 1e-3
 
 
@@ -86,32 +86,32 @@ def test_few_tokens(topk, token_dropping, train, tokens):
     """One token at a time, as in generation, or none: fewer than experts and than the least capacity."""
     layer = make_layer(topk, token_dropping, moe_noise_policy="RSample").train(train)
     x = torch.randn(1, tokens, H, requires_grad=True)
-    out = layer(x)
-    assert out.y.shape == (1, tokens, H)
-    (out.y.sum() + out.aux_loss + out.z_loss).backward()
+    y, stats = layer(x)
+    assert y.shape == (1, tokens, H)
+    (y.sum() + stats.aux_loss + stats.z_loss).backward()
     assert x.grad.isfinite().all()
     for parameter in layer.parameters():
         assert parameter.grad.isfinite().all()
     if not train:
-        torch.testing.assert_close(out.y[0], by_hand(layer, x[0], topk) if tokens else x[0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(y[0], by_hand(layer, x[0], topk) if tokens else x[0], rtol=1e-5, atol=1e-5)
 
 
 @EVERY_TOPK
 def test_evaluation_is_deterministic_and_a_token_does_not_feel_the_others(topk):
     layer = make_layer(topk, moe_noise_policy="Jitter", moe_train_capacity_factor=0.5).eval()
     x = torch.randn(30, H) + 0.5
-    together = layer(x)
-    assert torch.equal(together.y, layer(x).y)
-    assert together.dropped.item() == 0
-    alone = torch.cat([layer(x[t : t + 1]).y for t in range(30)])
-    torch.testing.assert_close(alone, together.y, rtol=1e-5, atol=1e-5)
+    together, stats = layer(x)
+    assert torch.equal(together, layer(x)[0])
+    assert stats.dropped.item() == 0
+    alone = torch.cat([layer(x[t : t + 1])[0] for t in range(30)])
+    torch.testing.assert_close(alone, together, rtol=1e-5, atol=1e-5)
 
 
 def test_evaluation_with_a_capacity_drops():
     layer = make_layer(moe_eval_capacity_factor=0.5).eval()
-    out = layer(torch.randn(32, H) + 0.5)
-    assert out.dropped.item() == (out.counts_E - 4).clamp(min=0).sum().item() > 0
-    assert (out.y == 0).all(-1).sum() == out.dropped
+    y, stats = layer(torch.randn(32, H) + 0.5)
+    assert stats.dropped.item() == (stats.counts_E - 4).clamp(min=0).sum().item() > 0
+    assert (y == 0).all(-1).sum() == stats.dropped
 
 
 @pytest.mark.parametrize("noise", [None, "Jitter", "RSample"])
@@ -120,7 +120,7 @@ def test_what_is_random_in_training_follows_from_the_default_generator(noise):
     outputs = []
     for seed in (5, 5, 6):
         torch.manual_seed(seed)
-        outputs.append(layer(x).y)
+        outputs.append(layer(x)[0])
     assert torch.equal(outputs[0], outputs[1])
     assert not torch.equal(outputs[0], outputs[2])
 
@@ -133,10 +133,10 @@ def test_capacity_mode_has_static_shapes_and_never_reads_from_the_device(topk, m
     with FakeTensorMode(allow_non_fake_inputs=False):
         layer = make_layer(topk, mlp_type=mlp_type, moe_noise_policy=noise)
         x = torch.randn(2, 16, H, requires_grad=True)
-        out = layer(x)
-        (out.y.sum() + out.aux_loss + out.z_loss).backward()
-        assert out.y.shape == x.grad.shape == (2, 16, H)
-        assert out.dropped.shape == ()
+        y, stats = layer(x)
+        (y.sum() + stats.aux_loss + stats.z_loss).backward()
+        assert y.shape == x.grad.shape == (2, 16, H)
+        assert stats.dropped.shape == ()
 
 
 def test_the_test_above_would_notice_a_read():
@@ -152,16 +152,17 @@ def test_bf16_stays_near_fp32(topk, token_dropping):
     exact = make_layer(topk, token_dropping, moe_rts=False)
     exact.load_state_dict({name: value.float() for name, value in low.state_dict().items()})
     x = torch.randn(40, H).bfloat16()
-    out, expected = low(x), exact(x.float())
-    assert out.y.dtype == torch.bfloat16
-    assert out.aux_loss.dtype == out.z_loss.dtype == torch.float32
-    assert torch.equal(out.counts_E, expected.counts_E)
-    torch.testing.assert_close(out.aux_loss, expected.aux_loss)
-    torch.testing.assert_close(out.z_loss, expected.z_loss)
-    scale = expected.y.abs().max().item()
-    torch.testing.assert_close(out.y.float(), expected.y, rtol=0, atol=0.02 * scale)
-    out.y.sum().backward()
-    expected.y.sum().backward()
+    y, stats = low(x)
+    expected_y, expected = exact(x.float())
+    assert y.dtype == torch.bfloat16
+    assert stats.aux_loss.dtype == stats.z_loss.dtype == torch.float32
+    assert torch.equal(stats.counts_E, expected.counts_E)
+    torch.testing.assert_close(stats.aux_loss, expected.aux_loss)
+    torch.testing.assert_close(stats.z_loss, expected.z_loss)
+    scale = expected_y.abs().max().item()
+    torch.testing.assert_close(y.float(), expected_y, rtol=0, atol=0.02 * scale)
+    y.sum().backward()
+    expected_y.sum().backward()
     for (name, a), b in zip(low.named_parameters(), exact.parameters(), strict=True):
         assert a.grad.dtype == torch.bfloat16
         atol = 0.03 * b.grad.abs().max().item()
@@ -171,10 +172,10 @@ def test_bf16_stays_near_fp32(topk, token_dropping):
 def test_a_dropped_token_gets_nothing_and_gives_no_gradient():
     layer = make_layer(moe_rts=False, moe_train_capacity_factor=0.25)
     x = torch.randn(32, H, requires_grad=True)
-    out = layer(x)
-    lost = (out.y == 0).all(-1)
-    assert lost.sum() == out.dropped > 0
-    out.y.square().sum().backward()
+    y, stats = layer(x)
+    lost = (y == 0).all(-1)
+    assert lost.sum() == stats.dropped > 0
+    y.square().sum().backward()
     assert torch.equal((x.grad == 0).all(-1), lost)
 
 
@@ -183,10 +184,10 @@ def test_values_that_are_not_finite_pass_through_to_the_losses():
     for token_dropping in (True, False):
         x = torch.randn(10, H)
         x[3] = torch.nan
-        out = make_layer(2, token_dropping)(x)
-        assert out.aux_loss.isnan()
-        assert out.y[3].isnan().all()
-        assert out.counts_E.sum().item() == 20
+        y, stats = make_layer(2, token_dropping)(x)
+        assert stats.aux_loss.isnan()
+        assert y[3].isnan().all()
+        assert stats.counts_E.sum().item() == 20
 
 
 def test_initial_values_follow_from_seed_and_layer_only():

@@ -9,13 +9,14 @@ from torch import nn
 from megatron.config import ModelConfig, MoEConfig
 from megatron.model.attention import SelfAttention
 from megatron.model.loss import cross_entropy
+from megatron.model.norm import build_norm
 from megatron.moe.layer import MoELayer
 from megatron.moe.mlp import MLP
 from megatron.parallel.groups import ALONE, ExpertGroup, TensorGroup
 from megatron.parallel.randomness import own_randomness
 from megatron.parallel.sharding import collect_layouts, take
 from megatron.parallel.tensor_collectives import SEQUENCE, copy, enter, gather, leave, reduce, scatter, split
-from megatron.parallel.tensor_parallel import Dropout, LayerNorm, VocabParallelEmbedding
+from megatron.parallel.tensor_parallel import Dropout, VocabParallelEmbedding
 
 B, S, H, V = 2, 8, 16, 24
 
@@ -45,10 +46,11 @@ def fill(module: nn.Module, group: TensorGroup) -> None:
         p.data = take(random(*global_shape(p.shape, shards), seed=seed) / 4, shards).clone()
 
 
+SHAPE = ModelConfig(hidden_size=H, num_attention_heads=4, attention_dropout=0.0)
 MODULES = {
-    "mlp": lambda group: MLP(H, 4 * H, group),
-    "attention": lambda group: SelfAttention(H, 4, 0.0, 0, group),
-    "norm": lambda group: LayerNorm(H, 1e-5, group),
+    "mlp": lambda group: MLP(SHAPE, group),
+    "attention": lambda group: SelfAttention(SHAPE, 0, group),
+    "norm": lambda group: build_norm(SHAPE, group),
 }
 
 
@@ -150,17 +152,17 @@ def compare_experts(name: str, sequence_parallel: bool, shard_experts: bool, row
         layer = MoELayer(model, MOE[name], 4, alone_expert, who, seed=3).double()
         mine = stream(x, who)
         torch.manual_seed(7)
-        out = layer(mine)
-        ((out.y * stream(weight, who).detach()).sum() + out.aux_loss + 0.1 * out.z_loss).backward()
-        results.append((layer, mine, out))
-    (alone, whole, expected), (shared, mine, out) = results
+        y, stats = layer(mine)
+        ((y * stream(weight, who).detach()).sum() + stats.aux_loss + 0.1 * stats.z_loss).backward()
+        results.append((layer, mine, y, stats))
+    (alone, whole, expected_y, expected), (shared, mine, y, stats) = results
     pairs = {
-        "y": (out.y, stream(expected.y.detach(), group)),
+        "y": (y, stream(expected_y.detach(), group)),
         "x": (mine.grad, stream(whole.grad, group)),
-        "aux": (out.aux_loss, expected.aux_loss),
-        "z": (out.z_loss, expected.z_loss),
-        "counts": (out.counts_E.double(), expected.counts_E.double()),
-        "dropped": (out.dropped.double() + 1, expected.dropped.double() + 1),
+        "aux": (stats.aux_loss, expected.aux_loss),
+        "z": (stats.z_loss, expected.z_loss),
+        "counts": (stats.counts_E.double(), expected.counts_E.double()),
+        "dropped": (stats.dropped.double() + 1, expected.dropped.double() + 1),
     }
     layouts = collect_layouts(shared)
     for (key, p), q in zip(shared.named_parameters(), alone.parameters(), strict=True):
@@ -194,7 +196,7 @@ def uneven_tokens() -> list[float]:
     for count in (0, 1, 3, 7):
         x = random(1, count, H)
         one, many = (
-            MoELayer(model, MOE["top-2"], 4, ExpertGroup(1, 0, None), who, seed=3).double().eval()(x).y
+            MoELayer(model, MOE["top-2"], 4, ExpertGroup(1, 0, None), who, seed=3).double().eval()(x)[0]
             for who in (ALONE, here())
         )
         assert one.shape == many.shape == x.shape
@@ -267,6 +269,6 @@ def test_dropout_agrees_where_tokens_do(sequence_parallel):
 
 def test_numbers_that_do_not_divide():
     with pytest.raises(ValueError, match=r"attention heads: 6 cannot be shared evenly by 4 .* 6 = 4 x 1 \+ 2"):
-        SelfAttention(24, 6, 0.0, 0, TensorGroup(4, 0, None))
+        SelfAttention(ModelConfig(hidden_size=24, num_attention_heads=6), 0, TensorGroup(4, 0, None))
     with pytest.raises(ValueError, match="a vocabulary of 10"):
         VocabParallelEmbedding(10, 4, TensorGroup(4, 0, None))

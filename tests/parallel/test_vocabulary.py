@@ -35,7 +35,7 @@ def refused(wrong: int) -> list[str]:
     told = []
     for arguments in ((ids,), (ids, right), (right, ids), (right, ids, mask)):
         with pytest.raises(IndexError) as error:
-            model(*arguments)
+            (model if len(arguments) == 1 else model.loss)(*arguments)
         told.append(str(error.value))
     return told
 
@@ -54,7 +54,7 @@ def test_a_model_refuses_ids_outside_of_it(size, wrong):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("statement", ["model(ids)", "model(right, ids)", "cross_entropy(logits, ids)"])
+@pytest.mark.parametrize("statement", ["model(ids)", "model.loss(right, ids)", "cross_entropy(logits, ids)"])
 @OUTSIDE
 def test_a_gpu_refuses_them(statement, wrong):
     """In a process of its own, whose GPU can do nothing after."""
@@ -69,7 +69,7 @@ ids = torch.zeros(1, 8, dtype=torch.int64)
 ids[0, 3] = {wrong}
 ids = ids.cuda()
 torch.cuda.set_sync_debug_mode("error")
-model(right, right)
+model.loss(right, right)
 torch.cuda.set_sync_debug_mode("default")
 torch.cuda.synchronize()
 print("ready", flush=True)

@@ -1,4 +1,4 @@
-"""The closed form equals the parameters of the model as it is built."""
+"""Counts of layers and ends add up to the parameters of the model as it is built."""
 
 import pytest
 import torch

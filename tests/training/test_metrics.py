@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from megatron.engine.base import StepResult
-from megatron.engine.engine import LossSums
+from megatron.model.loss import LossSums
 from megatron.training.metrics import StepWindow, expert_balance, mean_losses
 
 

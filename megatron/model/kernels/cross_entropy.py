@@ -6,12 +6,14 @@ T V b bytes and backward twice as many; no fp32 copy of them exists.
 Shapes: T tokens, V vocabulary.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-BLOCK = 4096  # columns at a time
+LAUNCH: dict[str, Any] = {"BV": 4096, "num_warps": 8}  # columns at a time, and who computes them
 
 
 def reference(logits_TV: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:
@@ -65,7 +67,7 @@ class _CrossEntropy(torch.autograd.Function):
         T, V = logits_TV.shape
         loss_T, lse_T = (logits_TV.new_empty(T, dtype=torch.float32) for _ in range(2))
         if T:
-            _forward[(T,)](logits_TV, labels_T, loss_T, lse_T, V, BLOCK, num_warps=8)
+            _forward[(T,)](logits_TV, labels_T, loss_T, lse_T, V, **LAUNCH)
         ctx.save_for_backward(logits_TV, labels_T, loss_T, lse_T)
         return loss_T
 
@@ -75,7 +77,7 @@ class _CrossEntropy(torch.autograd.Function):
         logits_TV, labels_T, loss_T, lse_T = ctx.saved_tensors
         T, V = logits_TV.shape
         if T:
-            _backward[(T,)](logits_TV, labels_T, loss_T, lse_T, grad_T.contiguous(), V, BLOCK, num_warps=8)
+            _backward[(T,)](logits_TV, labels_T, loss_T, lse_T, grad_T.contiguous(), V, **LAUNCH)
         return logits_TV, None
 
 
