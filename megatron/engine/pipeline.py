@@ -15,6 +15,7 @@ from megatron.model.gpt import GPTModel
 from megatron.model.layer import compile_layers
 from megatron.model.loss import LossSums
 from megatron.parallel.initialize import Topology
+from megatron.planning.placement import place_layers
 
 if TYPE_CHECKING:
     from deepspeed.runtime.pipe.engine import PipelineEngine as DeepSpeedPipelineEngine
