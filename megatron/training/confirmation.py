@@ -24,12 +24,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron.checkpoint.folder import (
-    Standing,
+    CheckpointStatus,
+    checkpoint_status,
     complete_checkpoints,
     delete_older,
     mark_latest,
-    record_standing,
-    standing,
+    record_status,
 )
 
 
@@ -38,18 +38,20 @@ class Origin:
     """The checkpoint that a run goes on from."""
 
     path: Path
-    stands: Standing
+    stands: CheckpointStatus
     confirmed: Path | None  # it or, if it is not confirmed itself, the newest confirmed one that was saved before it
 
 
 def origin_of(source: Path) -> Origin:
     """What the folder tells of the checkpoint ``source``."""
-    stands = standing(source)
-    if stands is Standing.CONFIRMED:
+    stands = checkpoint_status(source)
+    if stands is CheckpointStatus.CONFIRMED:
         return Origin(source, stands, source)
     newest_first = complete_checkpoints(source.parent)
     older = newest_first[newest_first.index(source) + 1 :] if source in newest_first else []
-    return Origin(source, stands, next((path for path in older if standing(path) is Standing.CONFIRMED), None))
+    return Origin(
+        source, stands, next((path for path in older if checkpoint_status(path) is CheckpointStatus.CONFIRMED), None)
+    )
 
 
 @dataclasses.dataclass
@@ -57,8 +59,8 @@ class _Saved:
     """A checkpoint that was not confirmed when it was saved."""
 
     path: Path
-    recorded: Standing  # in the folder
-    stands: Standing
+    recorded: CheckpointStatus  # in the folder
+    stands: CheckpointStatus
 
 
 class Confirmation:
@@ -73,23 +75,23 @@ class Confirmation:
         self._deleting: threading.Thread | None = None
         if origin is not None:
             self.last_good = origin.confirmed
-            if origin.stands is not Standing.CONFIRMED:
+            if origin.stands is not CheckpointStatus.CONFIRMED:
                 self._open.append(_Saved(origin.path, origin.stands, origin.stands))
 
     def judge(self, finite: bool, outlier: bool) -> None:
         """Take in an update, and what it says of the checkpoints before it."""
         self.finite, self.good = finite, finite and not outlier
         for saved in self._open:
-            if saved.stands is not Standing.CONFIRMED:
-                saved.stands = Standing.CONFIRMED if self.good else Standing.DOUBTED
+            if saved.stands is not CheckpointStatus.CONFIRMED:
+                saved.stands = CheckpointStatus.CONFIRMED if self.good else CheckpointStatus.DOUBTED
 
-    def stands(self, at_the_end: bool) -> Standing:
+    def stands(self, at_the_end: bool) -> CheckpointStatus:
         """How a checkpoint stands that is saved now."""
         if not self.good:
-            return Standing.DOUBTED
-        return Standing.ENDED if at_the_end else Standing.PENDING
+            return CheckpointStatus.DOUBTED
+        return CheckpointStatus.ENDED if at_the_end else CheckpointStatus.PENDING
 
-    def begins(self, path: Path, stands: Standing) -> None:
+    def begins(self, path: Path, stands: CheckpointStatus) -> None:
         """A checkpoint is being saved at ``path``, as the run is now."""
         self._open.append(_Saved(path, stands, stands))
 
@@ -105,17 +107,17 @@ class Confirmation:
     def settle(self) -> None:
         """Write down what is known by now. Nothing must be being saved."""
         decided = [saved for saved in self._open if saved.stands is not saved.recorded]
-        good = [saved.path for saved in decided if saved.stands is Standing.CONFIRMED]
+        good = [saved.path for saved in decided if saved.stands is CheckpointStatus.CONFIRMED]
         if good:
             self.last_good = good[-1]
-        self._open = [saved for saved in self._open if saved.stands is not Standing.CONFIRMED]
+        self._open = [saved for saved in self._open if saved.stands is not CheckpointStatus.CONFIRMED]
         for saved in decided:
             saved.recorded = saved.stands
         if self._writes and decided:
             with _told():
                 for saved in decided:
                     if self._is_ours(saved.path):
-                        record_standing(saved.path, saved.stands)
+                        record_status(saved.path, saved.stands)
                 if self.last_good is not None and self._is_ours(self.last_good):
                     mark_latest(self.last_good)
         if good:

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from megatron.checkpoint import CheckpointError, Standing
-from megatron.checkpoint.folder import standing
+from megatron.checkpoint import CheckpointError, CheckpointStatus
+from megatron.checkpoint.folder import checkpoint_status
 from megatron.config import RunConfig
 from megatron.config.flags import from_dict, to_dict
 from megatron.config.spans import nth_outside
@@ -180,7 +180,7 @@ def _run(config: RunConfig, topology: Topology, stop: StopRequest, line: Line | 
             if config.optimizer.optimizer_cpu_offload:
                 print(threads_in_words(), flush=True)
             begun = found or base
-            if begun is not None and standing(begun[0]) is Standing.DOUBTED:
+            if begun is not None and checkpoint_status(begun[0]) is CheckpointStatus.DOUBTED:
                 print(f"warning: {begun[0].name} is in doubt: updates that were not good have followed it", flush=True)
             for warning in warnings:
                 print(f"warning: this run differs from the checkpoint's: {warning}", flush=True)

@@ -23,7 +23,7 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-from megatron.checkpoint.folder import complete_checkpoints, read_manifest, standing
+from megatron.checkpoint.folder import checkpoint_status, complete_checkpoints, read_manifest
 from megatron.config import GuardConfig, RunConfig
 from megatron.config.spans import Span, merge, nth_outside, parse_span
 
@@ -162,6 +162,6 @@ def checkpoint_before(folder: Path, update: Update) -> Path | None:
     goes back, it saves where it begins anew.
     """
     for path in complete_checkpoints(folder):
-        if read_manifest(path).step < update.number and standing(path).good:
+        if read_manifest(path).step < update.number and checkpoint_status(path).good:
             return path
     return None

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron.checkpoint import AsyncSaver, CheckpointError, ContactLost, Standing, save
+from megatron.checkpoint import AsyncSaver, CheckpointError, CheckpointStatus, ContactLost, save
 from megatron.checkpoint.folder import step_name
 from megatron.config import RunConfig
 from megatron.config.spans import merge, nth_outside
@@ -243,7 +243,7 @@ class Trainer:
             self._skipped_in_a_row, self._unwatched = 0, None
             self._checkpoints.goes_back(source)
             self._total = total_samples(self.config.training, self.config.model.seq_length, self.clock.samples)
-            self._save(Standing.CONFIRMED)  # the checkpoint to go on from is now one that knows of the detour
+            self._save(CheckpointStatus.CONFIRMED)  # the checkpoint to go on from is now one that knows of the detour
             self._window.clear()
         return True
 
@@ -298,7 +298,7 @@ class Trainer:
                 self._not_saved = CheckpointError(f"{problem}, and was not saved. {self._advice()}")
             self._log("not_saved", reason=problem if at_the_end else f"{problem}; saving waits for a good one")
 
-    def _save(self, stands: Standing, in_background: bool = False) -> None:
+    def _save(self, stands: CheckpointStatus, in_background: bool = False) -> None:
         folder, self._save_due = self.config.checkpoint.save, False
         if folder is None:
             return
@@ -313,7 +313,7 @@ class Trainer:
         self._checkpoints.wait()
         background = self._saver if in_background else None
         self._saving = Path(folder) / step_name(self.clock.steps)
-        if stands is not Standing.CONFIRMED:
+        if stands is not CheckpointStatus.CONFIRMED:
             self._checkpoints.begins(self._saving, stands)
         with self._told_if_not_saved():
             written = (background.save if background else save)(
@@ -322,7 +322,7 @@ class Trainer:
                 self.engine.saved_tensors(),
                 meta,
                 group=self.topology.control_group,
-                stands=stands,
+                status=stands,
             )
             if not background:
                 self._saving, self._not_saved = None, None

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron.checkpoint import Standing, latest
-from megatron.checkpoint.folder import begin, commit, standing
+from megatron.checkpoint import CheckpointStatus, latest
+from megatron.checkpoint.folder import begin, checkpoint_status, commit
 from megatron.training.confirmation import Confirmation, Origin, origin_of
 
 GOOD, OUTLIER, NAN = (True, False), (True, True), (False, True)
@@ -40,7 +40,7 @@ class Run:
 
 
 def found(folder: Path) -> dict[int, str]:
-    return {int(path.name[5:]): standing(path).value for path in sorted(folder.glob("step_*"))}
+    return {int(path.name[5:]): checkpoint_status(path).value for path in sorted(folder.glob("step_*"))}
 
 
 def marked(folder: Path) -> int:
@@ -127,7 +127,7 @@ def test_checkpoints_of_other_runs_are_left_as_they_are(tmp_path):
 
 def test_a_checkpoint_that_was_not_saved_is_not_good(tmp_path):
     run = Run(tmp_path).save(1).updates(GOOD)
-    run.checkpoints.begins(tmp_path / "step_00000002", Standing.PENDING)
+    run.checkpoints.begins(tmp_path / "step_00000002", CheckpointStatus.PENDING)
     run.checkpoints.judge(*GOOD)
     run.checkpoints.failed(tmp_path / "step_00000002")
     run.updates(GOOD)
@@ -139,13 +139,13 @@ def test_checkpoints_without_a_record_are_good(tmp_path):
     commit(tmp_path, 1, {})
     assert [path.name for path in (tmp_path / "step_00000001").iterdir()] == ["manifest.json"]
     path = tmp_path / "step_00000001"
-    assert origin_of(path) == Origin(path, Standing.CONFIRMED, path)
+    assert origin_of(path) == Origin(path, CheckpointStatus.CONFIRMED, path)
 
 
 def test_only_the_first_rank_writes(tmp_path):
     Run(tmp_path).save(1)
     other = Confirmation(str(tmp_path), 1, False, None)
-    other.begins(tmp_path / "step_00000001", Standing.PENDING)
+    other.begins(tmp_path / "step_00000001", CheckpointStatus.PENDING)
     other.judge(*GOOD)
     other.settle()
     assert other.last_good == tmp_path / "step_00000001"
@@ -157,7 +157,7 @@ def test_a_record_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     run = Run(tmp_path).save(1).updates(GOOD).save(2)
-    monkeypatch.setattr("megatron.training.confirmation.record_standing", full)
+    monkeypatch.setattr("megatron.training.confirmation.record_status", full)
     with pytest.warns(UserWarning, match="cannot be recorded: .*No space left"):
         run.updates(GOOD)
     assert found(tmp_path) == {1: "confirmed", 2: "pending"}

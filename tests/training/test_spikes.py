@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from megatron.checkpoint.folder import Standing, begin, commit, record_standing
+from megatron.checkpoint.folder import CheckpointStatus, begin, commit, record_status
 from megatron.config import GuardConfig, RunConfig
 from megatron.config.data import DataConfig
 from megatron.training.spikes import Detours, Spike, SpikeWatch, Update, checkpoint_before
@@ -113,5 +113,5 @@ def test_the_run_goes_back_to_the_checkpoint_of_the_run_as_it_is(tmp_path):
     assert checkpoint_before(tmp_path, update(9)).name == "step_00000008"
     assert checkpoint_before(tmp_path, update(5)).name == "step_00000004"
     assert checkpoint_before(tmp_path, update(4)) is None
-    record_standing(tmp_path / "step_00000009", Standing.DOUBTED)
+    record_status(tmp_path / "step_00000009", CheckpointStatus.DOUBTED)
     assert checkpoint_before(tmp_path, update(13)).name == "step_00000008"

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.checkpoint.errors import CheckpointError
-from megatron.checkpoint.folder import standing
+from megatron.checkpoint.folder import checkpoint_status
 from megatron.checkpoint.formats.changes import tokens_seen
 from megatron.checkpoint.formats.contents import MODEL, Contents
 from megatron.checkpoint.formats.hf import has_checksums, is_hf, read_hf
@@ -36,7 +36,7 @@ def inspect(folder: str, verify: bool) -> dict[str, Any]:
         "path": contents.where,
         "format": "hf" if hf else "native",
         "verified": has_checksums(folder) if hf else verify,
-        "standing": None if hf else standing(Path(contents.where)).value,
+        "standing": None if hf else checkpoint_status(Path(contents.where)).value,
         "step": contents.step,
         "tokens": tokens_seen(contents),
         "parameters": _elements(contents, MODEL),
