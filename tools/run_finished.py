@@ -9,7 +9,7 @@ Says so and ends with status 0 if the last start of the run in ``--save`` came t
 import sys
 
 from megatron.config.flags import parse_args
-from megatron.training.ending import finished
+from megatron.training.exit_record import finished
 
 if __name__ == "__main__":
     said = finished(parse_args())

@@ -1,6 +1,8 @@
 """Where the figures of a run go: the console, a JSON-lines file, TensorBoard, Weights & Biases."""
 
 import contextlib
+import functools
+import importlib
 import json
 import math
 import sys
@@ -190,19 +192,21 @@ class TensorBoard:
     def __init__(self, folder: str) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._folder, self._class, self._writer = folder, SummaryWriter, None
+        self._open = functools.partial(SummaryWriter, folder)
+        self._writer: SummaryWriter | None = None
 
     def write(self, record: dict[str, Any]) -> None:
         """Add the record's numbers at its tokens."""
         tokens = went_back_to(record)
         if tokens is not None:
             self.close()
-            self._writer = self._class(self._folder, purge_step=tokens + 1)
+            self._writer = self._open(purge_step=tokens + 1)
         values = scalars(record)
         if values and self._writer is None:
-            self._writer = self._class(self._folder)
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, record["tokens"])
+            self._writer = self._open()
+        if self._writer is not None:
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, record["tokens"])
 
     def close(self) -> None:
         """Flush and close."""
@@ -219,7 +223,7 @@ class WeightsAndBiases:
 
     def __init__(self, project: str, name: str, save: str | None) -> None:
         try:
-            import wandb
+            wandb = importlib.import_module("wandb")
         except ImportError:
             raise ValueError("--wandb-project needs Weights & Biases; run: pip install -e '.[wandb]'") from None
         self._file = None if save is None else Path(save) / "wandb.json"

@@ -27,7 +27,7 @@ PHASES = {
     "joined": ("megatron.training.pretrain", "initialize"),
     "load": ("megatron.training.resume", "load"),
     "step": ("megatron.training.trainer", "Trainer._next"),
-    "validate": ("megatron.training.trainer", "evaluate"),
+    "validate": ("megatron.training.hooks.validation", "evaluate"),
     "write": ("megatron.checkpoint.storage", "write_safetensors"),
     "commit": ("megatron.checkpoint.storage", "commit"),  # on rank 0 only
 }

@@ -1,12 +1,12 @@
 """Which checkpoints of a run are good, and what follows: ``latest``, and what ``--keep-last`` may delete.
 
 **The rule.** An update is good if its loss and gradient are finite and its loss is no outlier
-(:meth:`megatron.training.spikes.SpikeWatch.is_outlier`). An update's loss is that of the weights before it, so a
-checkpoint is confirmed by the first good update after it. Until then it is pending or, once an update that is not good
-has followed, in doubt. An fp16 overflow that only lowers the loss scale, at a usual loss, does not count.
+(:meth:`megatron.training.hooks.spikes.SpikeDetector.is_outlier`). An update's loss is that of the weights before it, so
+a checkpoint is confirmed by the first good update after it. Until then it is pending or, once an update that is not
+good has followed, in doubt. An fp16 overflow that only lowers the loss scale, at a usual loss, does not count.
 
 **What is saved.** At an interval, a checkpoint is saved right after a good update only; else it waits for the next one.
-At the end of a run, or when it is asked to stop, what follows a good update counts as good (a run that goes on from it
+At the end of a run, or when it is asked to stop, what follows a good update counts as good (a run that resumes from it
 may yet doubt it), what follows an outlier is saved in doubt, and after an update that is not finite nothing is saved.
 
 **What follows.** ``latest`` names the newest checkpoint of the run that is not in doubt. Only good ones count for
@@ -35,89 +35,95 @@ from megatron.checkpoint.folder import (
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """The checkpoint that a run goes on from."""
+    """The checkpoint that a run resumes from."""
 
     path: Path
-    stands: CheckpointStatus
+    status: CheckpointStatus
     confirmed: Path | None  # it or, if it is not confirmed itself, the newest confirmed one that was saved before it
 
 
 def origin_of(source: Path) -> Origin:
     """What the folder tells of the checkpoint ``source``."""
-    stands = checkpoint_status(source)
-    if stands is CheckpointStatus.CONFIRMED:
-        return Origin(source, stands, source)
+    status = checkpoint_status(source)
+    if status is CheckpointStatus.CONFIRMED:
+        return Origin(source, status, source)
     newest_first = complete_checkpoints(source.parent)
     older = newest_first[newest_first.index(source) + 1 :] if source in newest_first else []
-    return Origin(
-        source, stands, next((path for path in older if checkpoint_status(path) is CheckpointStatus.CONFIRMED), None)
-    )
+    confirmed = (path for path in older if checkpoint_status(path) is CheckpointStatus.CONFIRMED)
+    return Origin(source, status, next(confirmed, None))
 
 
 @dataclasses.dataclass
-class _Saved:
+class _Unconfirmed:
     """A checkpoint that was not confirmed when it was saved."""
 
     path: Path
-    recorded: CheckpointStatus  # in the folder
-    stands: CheckpointStatus
+    written: CheckpointStatus  # in the folder
+    status: CheckpointStatus
 
 
-class Confirmation:
-    """Follows the updates of a run and the checkpoints between them."""
+class CheckpointTracker:
+    """Follows the updates of a run and the checkpoints between them.
 
-    def __init__(self, folder: str | None, keep_last: int, is_first: bool, origin: Origin | None) -> None:
-        """``is_first``: this rank does the writing."""
-        self._folder, self._keep_last, self._writes = folder and Path(folder), keep_last, is_first
+    Args:
+        folder: of the run's checkpoints; None if it saves none.
+        keep_last: how many good checkpoints to keep; 0 keeps all.
+        writes: whether this rank writes the records.
+    """
+
+    def __init__(self, folder: Path | None, keep_last: int, writes: bool) -> None:
+        self._folder, self._keep_last, self._writes = folder, keep_last, writes
         self.finite = self.good = True  # of the last update that says something
         self.last_good: Path | None = None
-        self._open: list[_Saved] = []
+        self._unconfirmed: list[_Unconfirmed] = []
         self._deleting: threading.Thread | None = None
-        if origin is not None:
-            self.last_good = origin.confirmed
-            if origin.stands is not CheckpointStatus.CONFIRMED:
-                self._open.append(_Saved(origin.path, origin.stands, origin.stands))
 
-    def judge(self, finite: bool, outlier: bool) -> None:
+    def start_from(self, origin: Origin) -> None:
+        """The run resumes from a checkpoint, which the next updates may confirm or doubt."""
+        self.last_good = origin.confirmed
+        if origin.status is not CheckpointStatus.CONFIRMED:
+            self._unconfirmed.append(_Unconfirmed(origin.path, origin.status, origin.status))
+
+    def add_update(self, *, finite: bool, good: bool) -> None:
         """Take in an update, and what it says of the checkpoints before it."""
-        self.finite, self.good = finite, finite and not outlier
-        for saved in self._open:
-            if saved.stands is not CheckpointStatus.CONFIRMED:
-                saved.stands = CheckpointStatus.CONFIRMED if self.good else CheckpointStatus.DOUBTED
+        self.finite, self.good = finite, good
+        for saved in self._unconfirmed:
+            if saved.status is not CheckpointStatus.CONFIRMED:
+                saved.status = CheckpointStatus.CONFIRMED if good else CheckpointStatus.DOUBTED
 
-    def stands(self, at_the_end: bool) -> CheckpointStatus:
-        """How a checkpoint stands that is saved now."""
+    def status_of_new(self, at_the_end: bool) -> CheckpointStatus:
+        """The status of a checkpoint that is saved now."""
         if not self.good:
             return CheckpointStatus.DOUBTED
         return CheckpointStatus.ENDED if at_the_end else CheckpointStatus.PENDING
 
-    def begins(self, path: Path, stands: CheckpointStatus) -> None:
-        """A checkpoint is being saved at ``path``, as the run is now."""
-        self._open.append(_Saved(path, stands, stands))
+    def add_checkpoint(self, path: Path, status: CheckpointStatus) -> None:
+        """A checkpoint of the run as it is now is being saved at ``path``."""
+        self._unconfirmed.append(_Unconfirmed(path, status, status))
 
-    def failed(self, path: Path) -> None:
-        """It was not saved."""
-        self._open = [saved for saved in self._open if saved.path != path]
+    def remove(self, path: Path) -> None:
+        """That checkpoint could not be saved."""
+        self._unconfirmed = [saved for saved in self._unconfirmed if saved.path != path]
 
-    def goes_back(self, source: Path) -> None:
+    def rewind(self, source: Path) -> None:
         """The run goes on from an earlier checkpoint, which is good; of the later ones nothing more will be known."""
         self.finite = self.good = True
-        self.last_good, self._open = source, []
+        self.last_good, self._unconfirmed = source, []
 
-    def settle(self) -> None:
+    def write_statuses(self) -> None:
         """Write down what is known by now. Nothing must be being saved."""
-        decided = [saved for saved in self._open if saved.stands is not saved.recorded]
-        good = [saved.path for saved in decided if saved.stands is CheckpointStatus.CONFIRMED]
+        changed = [saved for saved in self._unconfirmed if saved.status is not saved.written]
+        good = [saved.path for saved in changed if saved.status is CheckpointStatus.CONFIRMED]
         if good:
             self.last_good = good[-1]
-        self._open = [saved for saved in self._open if saved.stands is not CheckpointStatus.CONFIRMED]
-        for saved in decided:
-            saved.recorded = saved.stands
-        if self._writes and decided:
-            with _told():
-                for saved in decided:
+        self._unconfirmed = [saved for saved in self._unconfirmed if saved.status is not CheckpointStatus.CONFIRMED]
+        for saved in changed:
+            saved.written = saved.status
+        if self._writes and changed:
+            with _failure_as_warning():
+                for saved in changed:
                     if self._is_ours(saved.path):
-                        record_status(saved.path, saved.stands)
+                        record_status(saved.path, saved.status)
                 if self.last_good is not None and self._is_ours(self.last_good):
                     mark_latest(self.last_good)
         if good:
@@ -143,9 +149,9 @@ class Confirmation:
 
 
 @contextlib.contextmanager
-def _told() -> Iterator[None]:
+def _failure_as_warning() -> Iterator[None]:
     """A record that the disk does not take is no reason for a run to end; a checkpoint then stays unconfirmed."""
     try:
         yield
     except OSError as error:
-        warnings.warn(f"how the checkpoints stand cannot be recorded: {error}", stacklevel=3)
+        warnings.warn(f"the status of checkpoints cannot be recorded: {error}", stacklevel=3)
