@@ -1,17 +1,32 @@
-"""The training loop."""
+"""The training loop.
+
+The host never waits for the device without need: what an update did is read while the device is busy with the next one,
+or at once where a hook needs it, for a log line, a validation or a save.
+"""
 
 import itertools
-from collections.abc import Iterator
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any, Concatenate, NamedTuple, ParamSpec
 
 from megatron.engine.engine import LateNumber, StepResult
 from megatron.training.batches import micro_batches_per_rank, training_batches
 from megatron.training.clock import Step, global_batch_size
-from megatron.training.hooks.hook import Outcome
+from megatron.training.hooks.hook import Hook, Outcome
 from megatron.training.metadata import hook_states
 from megatron.training.metrics import mean_loss
 from megatron.training.run import Run
 from megatron.training.start import Checkpoint
+
+_P = ParamSpec("_P")
+
+
+class _Queued(NamedTuple):
+    """An update that the device may still be computing, and its loss."""
+
+    step: Step
+    result: StepResult
+    loss: LateNumber
 
 
 class Trainer:
@@ -23,13 +38,10 @@ class Trainer:
 
     def __init__(self, run: Run) -> None:
         self.run, self.hooks = run, run.hooks
-        self._queued: tuple[Step, StepResult, LateNumber] | None = None  # the update that is not read yet, its loss
-        names = [hook.key for hook in self.hooks]
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(
-                    f"got {names.count(name)} hooks with the name {name!r}; set the attribute name of each"
-                )
+        self._queued: _Queued | None = None
+        for name, count in Counter(hook.key for hook in self.hooks).items():
+            if count > 1:
+                raise ValueError(f"got {count} hooks with the name {name!r}; set the attribute name of each")
         for hook in self.hooks:
             hook.run = run
 
@@ -47,47 +59,45 @@ class Trainer:
         try:
             return self._train()
         finally:
-            for hook in self.hooks:
-                hook.close()
+            self._call(Hook.close)
 
     def _train(self) -> str:
-        for hook in self.hooks:
-            hook.pre_train()
+        self._call(Hook.pre_train)
         batches, reason = training_batches(self.run), self.run.stop_reason()
         while reason is None:
-            for hook in self.hooks:
-                hook.pre_step()
+            self._call(Hook.pre_step)
             queued = self._queue_step(batches)
             self._read_outcome()  # of the update before: the device is busy with this one
-            self._queued = step, _, _ = queued
-            for hook in self.hooks:
-                hook.post_step(step)
-            if any(hook.needs_outcome(step) for hook in self.hooks):
+            self._queued = queued
+            self._call(Hook.post_step, queued.step)
+            if any(hook.needs_outcome(queued.step) for hook in self.hooks):
                 self._read_outcome()
             if self._went_back():
                 batches = training_batches(self.run)
                 continue
-            for hook in self.hooks:
-                hook.end_step(step)
+            self._call(Hook.end_step, queued.step)
             reason = self.run.stop_reason()
             if reason is not None:
                 self._read_outcome()
                 if self._went_back():
                     break
-            for hook in self.hooks:
-                hook.save(reason)
-        for hook in self.hooks:
-            hook.post_train(reason)
+            self._call(Hook.save, reason)
+        self._call(Hook.post_train, reason)
         return reason
 
-    def _queue_step(self, batches: Iterator[dict[str, Any]]) -> tuple[Step, StepResult, LateNumber]:
+    def _call(self, method: Callable[Concatenate[Hook, _P], None], *args: _P.args, **kwargs: _P.kwargs) -> None:
+        """Call a method of every hook, in their order."""
+        for hook in self.hooks:
+            getattr(hook, method.__name__)(*args, **kwargs)
+
+    def _queue_step(self, batches: Iterator[dict[str, Any]]) -> _Queued:
         """Have the device do the next update, and set the clock past it."""
         run = self.run
         size = global_batch_size(run.config.training, run.clock.samples)
         tokens_after = (run.clock.samples + size) * run.config.model.seq_length
         result = run.engine.train_step(self._next(batches, micro_batches_per_rank(run, size)), tokens_after)
         loss = mean_loss(result.sums)
-        return run.clock.advance(size), result, loss
+        return _Queued(run.clock.advance(size), result, loss)
 
     def _next(self, batches: Iterator[dict[str, Any]], count: int) -> list[dict[str, Any]]:
         """The micro-batches of an update."""
@@ -103,10 +113,8 @@ class Trainer:
         if self._queued is None:
             return
         (step, result, loss), self._queued = self._queued, None
-        outcome = Outcome(step, result, float(loss))
         self.run.clock.skipped += result.skipped
-        for hook in self.hooks:
-            hook.on_outcome(outcome)
+        self._call(Hook.on_outcome, Outcome(step, result, float(loss)))
 
     def _went_back(self) -> bool:
         """Go back to an earlier checkpoint, which is then saved anew, if a hook asks for it."""
@@ -122,8 +130,7 @@ class Trainer:
             self._queued = None
             self.run.restore(source)
             self._load_hook_states(source)
-            for hook in self.hooks:
-                hook.post_rewind(source)
+            self._call(Hook.post_rewind, source)
 
     def _load_hook_states(self, source: Checkpoint) -> None:
         states = hook_states(source.meta)
