@@ -1,7 +1,7 @@
 """Hooks that end a run which has gone wrong."""
 
 from megatron.training.clock import Step
-from megatron.training.hooks.checkpoints import Checkpoints
+from megatron.training.hooks.checkpointer import Checkpointer
 from megatron.training.hooks.hook import Hook, Outcome
 from megatron.training.start import Checkpoint
 
@@ -32,8 +32,8 @@ class TrainingDiverged(RuntimeError):
 class SkippedUpdateLimit(Hook):
     """Ends a run after more than ``--max-skipped-updates`` in a row whose loss or gradient is not finite."""
 
-    def __init__(self, checkpoints: Checkpoints) -> None:
-        self._checkpoints = checkpoints
+    def __init__(self, checkpointer: Checkpointer) -> None:
+        self._checkpointer = checkpointer
         self._in_a_row = 0
 
     def on_outcome(self, outcome: Outcome) -> None:
@@ -43,10 +43,10 @@ class SkippedUpdateLimit(Hook):
         self._in_a_row = 0 if outcome.finite else self._in_a_row + 1
         most = self.run.config.training.max_skipped_updates
         if self._in_a_row > most:
-            self._checkpoints.finish_background_save()
+            self._checkpointer.finish_background_save()
             raise TrainingDiverged(
                 f"{self._in_a_row} updates in a row had a loss or gradient that is not finite "
-                f"(--max-skipped-updates {most}), at {self.run.clock.tokens} tokens. {self._checkpoints.advice()}"
+                f"(--max-skipped-updates {most}), at {self.run.clock.tokens} tokens. {self._checkpointer.advice()}"
             )
 
     def post_rewind(self, source: Checkpoint) -> None:

@@ -27,7 +27,7 @@ from megatron.checkpoint import read_meta
 from megatron.checkpoint.folder import checkpoint_status, complete_checkpoints, read_manifest
 from megatron.config import GuardConfig
 from megatron.training.clock import Step
-from megatron.training.hooks.checkpoints import Checkpoints
+from megatron.training.hooks.checkpointer import Checkpointer
 from megatron.training.hooks.hook import Hook, Outcome
 from megatron.training.resume import clock_from
 from megatron.training.start import Checkpoint, on_first_rank
@@ -41,9 +41,9 @@ class SpikeRestarts(Hook):
 
     name = "spikes"
 
-    def __init__(self, config: GuardConfig, checkpoints: Checkpoints) -> None:
+    def __init__(self, config: GuardConfig, checkpointer: Checkpointer) -> None:
         self._restarts, self._updates = config.spike_restarts, config.spike_updates
-        self._checkpoints = checkpoints
+        self._checkpointer = checkpointer
         self._detector = SpikeDetector(config)
         self._spike: Spike | None = None
 
@@ -73,7 +73,7 @@ class SpikeRestarts(Hook):
             return None
         spike, self._spike = self._spike, None
         with self.run.paused():
-            self._checkpoints.wait()
+            self._checkpointer.wait()
             source, why_not = self._checkpoint_before(spike)
             self._log(spike, source, why_not)
             if source is not None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from megatron.training.hooks.checkpoints import Checkpoints
+from megatron.training.hooks.checkpointer import Checkpointer
 from megatron.training.hooks.guards import ReplicaCheck, SkippedUpdateLimit, WatchdogTimer
 from megatron.training.hooks.hook import Hook
 from megatron.training.hooks.profiling import Profiler
@@ -17,15 +17,15 @@ def standard_hooks(run: Run, added: Sequence[Hook] = ()) -> list[Hook]:
 
     Added hooks see whether a loss is an outlier, and come before the save of an update, which has their states.
     """
-    checkpoints = Checkpoints(run.config.checkpoint, run.topology)
+    checkpointer = Checkpointer(run.config.checkpoint, run.topology)
     return [
         WatchdogTimer(),
         Profiler(),
         ReplicaCheck(),
         TrainingLog(run),
-        SpikeRestarts(run.config.guard, checkpoints),
+        SpikeRestarts(run.config.guard, checkpointer),
         Validation(),
         *added,
-        checkpoints,
-        SkippedUpdateLimit(checkpoints),
+        checkpointer,
+        SkippedUpdateLimit(checkpointer),
     ]

@@ -16,7 +16,7 @@ from megatron.training.metadata import describe
 from megatron.training.start import Checkpoint, on_first_rank
 
 
-class Checkpoints(Hook):
+class Checkpointer(Hook):
     """Saves after good updates only, and keeps track of which checkpoints are good.
 
     Every ``--save-interval`` updates a save is due; after an update that is not good it waits for the next good one. A
