@@ -30,7 +30,6 @@ from megatron.training.hooks.guards import TrainingDiverged
 from megatron.training.hooks.hook import Hook
 from megatron.training.hooks.standard import standard_hooks
 from megatron.training.report import Report
-from megatron.training.resume import find_start
 from megatron.training.run import Run
 from megatron.training.signals import StopRequest, StopSignals
 from megatron.training.start import (
@@ -42,6 +41,7 @@ from megatron.training.start import (
     log_folder,
     only_run_in,
 )
+from megatron.training.starting_point import find_start
 from megatron.training.trainer import Trainer
 
 

@@ -1,4 +1,4 @@
-"""Where a run starts, and whether it may go on from the checkpoint that is there."""
+"""Whether a run may start from a checkpoint, and how it does."""
 
 import dataclasses
 from collections.abc import Collection, Sequence
@@ -9,16 +9,11 @@ from megatron.checkpoint import CheckpointError, load
 from megatron.config import RunConfig
 from megatron.config.flags import from_dict
 from megatron.config.options import OPTIONS
-from megatron.config.spans import nth_outside
-from megatron.data.data_state import DataState
-from megatron.data.gpt_dataset import ResumedData
 from megatron.data.tokenizer import Tokenizer
 from megatron.engine.engine import Engine
 from megatron.parallel.initialize import Topology
 from megatron.training.clock import Clock
-from megatron.training.metadata import carried
-from megatron.training.skipped_data import SkippedData
-from megatron.training.start import Checkpoint, find_base, find_checkpoint
+from megatron.training.start import Checkpoint
 
 # Options that may change at a resume without changing how the run goes on.
 _HARMLESS = {
@@ -33,75 +28,6 @@ _HARMLESS = {
 _COMPARED = ("model", "moe", "optimizer", "training", "data")
 # Of model and experts, what may change when a new run starts from the weights and says nothing of what they compute.
 _FREE_TO_FINETUNE = {"hidden_dropout", "attention_dropout", "init_method_std"}
-
-
-@dataclasses.dataclass(frozen=True)
-class StartingPoint:
-    """Where a run starts: anew, from a checkpoint of its own, or from the weights of another run.
-
-    Attributes:
-        vocab_size: rows of the model's token table, padding included.
-        resumed: the checkpoint of this run that it goes on from.
-        base: the checkpoint whose weights ``--finetune`` starts from.
-        carried: what the run's checkpoints keep of the metadata of ``resumed`` or ``base``.
-        differences: from ``resumed`` or ``base`` that change how the run goes on.
-    """
-
-    vocab_size: int
-    clock: Clock
-    resumed: Checkpoint | None = None
-    base: Checkpoint | None = None
-    carried: dict[str, Any] = dataclasses.field(default_factory=dict)
-    differences: list[str] = dataclasses.field(default_factory=list)
-
-    @property
-    def source(self) -> Checkpoint | None:
-        """The checkpoint whose weights are loaded."""
-        return self.resumed or self.base
-
-    def skipped_data(self, config: RunConfig) -> SkippedData:
-        """What the run leaves out of its training data."""
-        return SkippedData.of(config, self.resumed and self.resumed.meta, self.clock.samples)
-
-    def resumed_data(self, skipped: SkippedData) -> ResumedData | None:
-        """What the checkpoint says of the training data; None for a run that has read none yet."""
-        if self.resumed is None or self.clock.samples == 0:
-            return None
-        meta = self.resumed.meta
-        state = DataState.load(meta["data"]) if "data" in meta else None
-        return ResumedData(state, nth_outside(skipped.spans, self.clock.samples), from_dict(meta["config"]).data)
-
-    def load(self, engine: Engine, config: RunConfig, topology: Topology) -> None:
-        """Load the weights, and the optimizer state if it is to be kept, into a new engine."""
-        if self.resumed is not None:
-            restore(engine, self.resumed, topology)
-        elif self.base is not None:
-            restore(engine, self.base, topology, optimizer_state=config.checkpoint.finetune_load_optim)
-
-
-def find_start(config: RunConfig, topology: Topology, tokenizer: Tokenizer) -> StartingPoint:
-    """Where the run starts, the same on all ranks.
-
-    Raises:
-        ConfigError, CheckpointError: ``--load`` or ``--save`` does not hold what the run needs, or the checkpoint there
-            belongs to another model or tokenizer.
-    """
-    resumed = find_checkpoint(config, topology)
-    if resumed is not None:
-        vocab_size = padded_as_before(resumed.meta, topology.tensor_parallel_size)
-        differences = check(resumed.meta, config, vocab_size, tokenizer)
-        kept = carried(resumed.meta, tokenizer)
-        return StartingPoint(
-            vocab_size, clock_from(resumed.meta), resumed=resumed, carried=kept, differences=differences
-        )
-    clock = Clock(config.model.seq_length)
-    if config.checkpoint.finetune:
-        base = find_base(config, topology)
-        vocab_size = padded_as_before(base.meta, topology.tensor_parallel_size)
-        differences = check_base(base.meta, config, vocab_size, tokenizer)
-        kept = carried(base.meta, tokenizer) | {"finetuned_from": describe_base(config, base)}
-        return StartingPoint(vocab_size, clock, base=base, carried=kept, differences=differences)
-    return StartingPoint(config.model.padded_vocab_size(tokenizer.vocab_size, topology.tensor_parallel_size), clock)
 
 
 def describe_base(config: RunConfig, base: Checkpoint) -> dict[str, Any]:

@@ -15,10 +15,11 @@ from megatron.training.clock import Clock, last_samples, total_samples
 from megatron.training.hooks.hook import Hook
 from megatron.training.metrics import PausableTimer
 from megatron.training.report import Report
-from megatron.training.resume import StartingPoint, clock_from, restore
+from megatron.training.resume import clock_from, restore
 from megatron.training.signals import StopRequest
 from megatron.training.skipped_data import SkippedData
 from megatron.training.start import Checkpoint
+from megatron.training.starting_point import StartingPoint
 
 
 @dataclasses.dataclass

@@ -14,10 +14,10 @@ from megatron.training import run as run_module
 from megatron.training import trainer as trainer_module
 from megatron.training.clock import Clock, Step
 from megatron.training.hooks import Hook, Outcome
-from megatron.training.resume import StartingPoint
 from megatron.training.run import Run
 from megatron.training.skipped_data import SkippedData
 from megatron.training.start import Checkpoint
+from megatron.training.starting_point import StartingPoint
 from megatron.training.trainer import Trainer
 
 BATCH, SEQ, UPDATES = 8, 16, 4
