@@ -19,7 +19,7 @@ class Writer(Protocol):
     """Takes one record at a time."""
 
     def write(self, record: dict[str, Any]) -> None:
-        """Write a record; ``record["kind"]`` is run, train, valid, test, save, not_saved, spike or stop."""
+        """Write a record of kind run, train, valid, test, save, not_saved, spike, stop, or a user's hook's own."""
 
     def close(self) -> None:
         """Flush and close."""
@@ -48,7 +48,7 @@ class Console:
 
     def write(self, record: dict[str, Any]) -> None:
         """Print the record's line at once."""
-        line = getattr(self, f"_{record['kind']}")(record)
+        line = getattr(self, f"_{record['kind']}", self._other)(record)
         print(line, flush=True)
 
     def close(self) -> None:
@@ -113,6 +113,11 @@ class Console:
 
     def _spike(self, record: dict[str, Any]) -> str:
         return f"{self._progress(record)} | SPIKE: {record['reason']}"
+
+    def _other(self, record: dict[str, Any]) -> str:
+        known = ("kind", "step", "tokens", "train_tokens")
+        values = ", ".join(f"{name} {value}" for name, value in record.items() if name not in known)
+        return f"{self._progress(record)} | {record['kind']}: {values}"
 
     def _stop(self, record: dict[str, Any]) -> str:
         return f"{self._progress(record)} | stopped: {record['reason']}"

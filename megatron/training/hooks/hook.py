@@ -85,7 +85,10 @@ class Hook:
         return False
 
     def on_outcome(self, outcome: Outcome) -> None:
-        """Called once for each update, in order, when its loss and gradient norm are known."""
+        """Called once for each update, in order, when its loss and gradient norm are known.
+
+        Not called for an update that is undone before that, because the run goes back.
+        """
 
     def rewind_to(self) -> Checkpoint | None:
         """The earlier checkpoint that the run has to go on from; None, as nearly always, to train on."""
