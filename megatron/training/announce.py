@@ -26,13 +26,14 @@ def announce(run: Run, name: str) -> None:
         print(place(config, run.vocab_size), flush=True)
     if config.optimizer.optimizer_cpu_offload:
         print(threads_in_words(), flush=True)
-    for warning in _warnings(run):
+    for warning in warnings_of(run):
         print(f"warning: {warning}", flush=True)
     for note in run.data.notes:
         print(f"data: {note}", flush=True)
 
 
-def _warnings(run: Run) -> list[str]:
+def warnings_of(run: Run) -> list[str]:
+    """What the user should know of the checkpoint that the run starts from."""
     found, start = [], run.start
     if start.source is not None and checkpoint_status(start.source.path) is CheckpointStatus.DOUBTED:
         found.append(f"{start.source.path.name} is in doubt: updates that were not good have followed it")
