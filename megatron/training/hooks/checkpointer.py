@@ -56,6 +56,7 @@ class Checkpointer(Hook):
 
     def post_rewind(self, source: Checkpoint) -> None:
         """Save the checkpoint that the run goes on from anew: it now knows of the data that is left out."""
+        self.wait()
         self._tracker.rewind(source.path)
         self._save(CheckpointStatus.CONFIRMED)
 
