@@ -34,7 +34,7 @@ from megatron.config import ModelConfig, MoEConfig
 from megatron.moe import MoELayer, fused
 from megatron.moe.mlp import MLP
 from megatron.moe.router import Router
-from megatron.training.profiling import profiled
+from megatron.training.hooks.profiling import profiled
 
 TOLERANCE = {"bf16": 2e-2, "fp32": 2e-5}  # of the norm of what is compared
 

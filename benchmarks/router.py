@@ -24,7 +24,7 @@ from benchmarks.output import DTYPES, device_name, make_parser, markdown, number
 from benchmarks.timing import median_ms
 from megatron.moe.kernels import gate as kernels
 from megatron.moe.plan import expert_capacity
-from megatron.training.profiling import profiled
+from megatron.training.hooks.profiling import profiled
 
 
 @dataclasses.dataclass(frozen=True)

@@ -40,7 +40,7 @@ from megatron.parallel.determinism import make_deterministic
 from megatron.planning.flops import model_flops_per_token, peak_tflops
 from megatron.planning.measured import VOCAB, run_of
 from megatron.planning.parameters import count_parameters
-from megatron.training.profiling import profiled
+from megatron.training.hooks.profiling import profiled
 
 EOD = VOCAB - 1
 PROFILED = 3  # steps: in the first the host is not yet ahead of the device

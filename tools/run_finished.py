@@ -13,7 +13,7 @@ from megatron.config.flags import parse_args
 from megatron.data.corpora import find_corpora
 from megatron.data.errors import DataError
 from megatron.data.tokenizer import option_problems
-from megatron.training.ending import finished
+from megatron.training.exit_record import finished
 
 
 def main() -> int:

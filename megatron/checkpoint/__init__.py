@@ -13,7 +13,7 @@ The files: :mod:`megatron.checkpoint.folder`; how boxes get into them and out: :
 """
 
 from megatron.checkpoint.errors import CheckpointError, ContactLost
-from megatron.checkpoint.folder import Standing, latest
+from megatron.checkpoint.folder import CheckpointStatus, latest
 from megatron.checkpoint.loading import load, read_meta
 from megatron.checkpoint.saving import AsyncSaver, save
 from megatron.checkpoint.tensors import Box, Deferred, ShardedTensor, data_of, flat_boxes
@@ -22,10 +22,10 @@ __all__ = [
     "AsyncSaver",
     "Box",
     "CheckpointError",
+    "CheckpointStatus",
     "ContactLost",
     "Deferred",
     "ShardedTensor",
-    "Standing",
     "data_of",
     "flat_boxes",
     "latest",

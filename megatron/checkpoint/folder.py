@@ -6,7 +6,7 @@
         index.json                 every tensor: data type, global shape, its boxes and their files
         meta.json                  what else the run wants to remember
         manifest.json              size and SHA-256 of every other file; written last
-        unconfirmed                its Standing, while that is not CONFIRMED; not in the manifest
+        unconfirmed                its CheckpointStatus, unless that is CONFIRMED; not in the manifest
     SAVE/.step_00000200.tmp/       being written, or left over by a crash: never loaded
     SAVE/.step_00000100.replaced/  an older save of the same step, for the moment in which the newer one takes its name
     SAVE/.step_00000100.deleted/   being deleted
@@ -60,7 +60,7 @@ class Manifest:
     files: dict[str, FileRecord]
 
 
-class Standing(enum.Enum):
+class CheckpointStatus(enum.Enum):
     """What is known of the weights in a checkpoint. Without a record, as in those of earlier versions, CONFIRMED."""
 
     CONFIRMED = "confirmed"  # good: a good update followed it
@@ -71,7 +71,7 @@ class Standing(enum.Enum):
     @property
     def good(self) -> bool:
         """Whether it counts for ``--keep-last``."""
-        return self in (Standing.CONFIRMED, Standing.ENDED)
+        return self in (CheckpointStatus.CONFIRMED, CheckpointStatus.ENDED)
 
 
 def step_name(step: int) -> str:
@@ -127,19 +127,19 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     return [path for _, _, path in sorted(found, reverse=True)]
 
 
-def standing(checkpoint: Path) -> Standing:
-    """How a checkpoint stands. A record that cannot be read is no confirmation."""
+def checkpoint_status(checkpoint: Path) -> CheckpointStatus:
+    """The status of a checkpoint. A record that cannot be read is no confirmation."""
     try:
-        return Standing((checkpoint / UNCONFIRMED).read_text().strip())
+        return CheckpointStatus((checkpoint / UNCONFIRMED).read_text().strip())
     except FileNotFoundError:
-        return Standing.CONFIRMED
+        return CheckpointStatus.CONFIRMED
     except (OSError, ValueError):
-        return Standing.PENDING
+        return CheckpointStatus.PENDING
 
 
 def _best_first(checkpoints: list[Path]) -> list[Path]:
     """Those in doubt last, else in the order given."""
-    return sorted(checkpoints, key=lambda path: standing(path) is Standing.DOUBTED)
+    return sorted(checkpoints, key=lambda path: checkpoint_status(path) is CheckpointStatus.DOUBTED)
 
 
 def latest(folder: str | os.PathLike) -> Path | None:
@@ -291,12 +291,14 @@ def abandon(folder: Path, step: int) -> None:
     shutil.rmtree(temporary_path(folder, step), ignore_errors=True)
 
 
-def commit(folder: Path, step: int, files: Mapping[str, FileRecord], stands: Standing = Standing.CONFIRMED) -> Path:
+def commit(
+    folder: Path, step: int, files: Mapping[str, FileRecord], status: CheckpointStatus = CheckpointStatus.CONFIRMED
+) -> Path:
     """Turn the folder made by :func:`begin` into the checkpoint of ``step`` and mark it latest.
 
     Args:
         files: every file in it; all are on disk already.
-        stands: how it stands. One in doubt is marked latest only if no other checkpoint is.
+        status: of the checkpoint. One in doubt is marked latest only if no other checkpoint is.
     """
     temporary, final = temporary_path(folder, step), folder / step_name(step)
     content: dict[str, Any] = {
@@ -306,8 +308,8 @@ def commit(folder: Path, step: int, files: Mapping[str, FileRecord], stands: Sta
         "files": {name: dataclasses.asdict(files[name]) for name in sorted(files)},
     }
     content["sha256"] = _digest(content)
-    if stands is not Standing.CONFIRMED:
-        write_file(temporary / UNCONFIRMED, f"{stands.value}\n".encode())
+    if status is not CheckpointStatus.CONFIRMED:
+        write_file(temporary / UNCONFIRMED, f"{status.value}\n".encode())
     write_file(temporary / MANIFEST, json.dumps(content, indent=1).encode())
     sync_folder(temporary)
     replaced = folder / f".{final.name}.replaced"
@@ -316,7 +318,7 @@ def commit(folder: Path, step: int, files: Mapping[str, FileRecord], stands: Sta
     temporary.rename(final)
     sync_folder(folder)
     marked = _marked(folder)
-    if stands is not Standing.DOUBTED or marked is None or not is_complete(folder / marked):
+    if status is not CheckpointStatus.DOUBTED or marked is None or not is_complete(folder / marked):
         mark_latest(final)
     if replaced.exists():
         _delete_or_warn(replaced)
@@ -334,13 +336,13 @@ def mark_latest(checkpoint: Path) -> None:
     sync_folder(folder)
 
 
-def record_standing(checkpoint: Path, stands: Standing) -> None:
-    """Record how a checkpoint stands from now on; a crash leaves the record from before or the new one."""
-    if stands is Standing.CONFIRMED:
+def record_status(checkpoint: Path, status: CheckpointStatus) -> None:
+    """Record the status of a checkpoint; a crash leaves the record from before or the new one."""
+    if status is CheckpointStatus.CONFIRMED:
         (checkpoint / UNCONFIRMED).unlink(missing_ok=True)
     else:
         unfinished = checkpoint / f".{UNCONFIRMED}.tmp"
-        write_file(unfinished, f"{stands.value}\n".encode())
+        write_file(unfinished, f"{status.value}\n".encode())
         unfinished.replace(checkpoint / UNCONFIRMED)
     sync_folder(checkpoint)
 
@@ -354,12 +356,12 @@ def delete_older(folder: Path, keep_last: int, spared: Path | None = None) -> No
     if keep_last <= 0:
         return
     try:
-        newest_first = {path: standing(path) for path in complete_checkpoints(folder)}
+        newest_first = {path: checkpoint_status(path) for path in complete_checkpoints(folder)}
     except OSError as error:
         warnings.warn(f"cannot look for old checkpoints in {folder}: {error}", stacklevel=2)
         return
-    good = [path for path, stands in newest_first.items() if stands.good]
-    confirmed = [path for path in good if newest_first[path] is Standing.CONFIRMED]
+    good = [path for path, status in newest_first.items() if status.good]
+    confirmed = [path for path in good if newest_first[path] is CheckpointStatus.CONFIRMED]
     kept = {path.name for path in good[:keep_last] + confirmed[:1]} | {_marked(folder), spared and spared.name}
     for path in itertools.dropwhile(lambda path: path not in good, newest_first):
         if path.name not in kept:

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron.checkpoint.agree import Group, raise_failures
 from megatron.checkpoint.errors import ContactLost
-from megatron.checkpoint.folder import Standing, abandon, delete_older, step_name
+from megatron.checkpoint.folder import CheckpointStatus, abandon, delete_older, step_name
 from megatron.checkpoint.storage import BoxSavePlanner, Writer
 from megatron.checkpoint.tensors import Box, ShardedTensor, data_of
 
@@ -30,7 +30,7 @@ def save(
     group: dist.ProcessGroup | None = None,
     *,
     keep_last: int = 0,
-    stands: Standing = Standing.CONFIRMED,
+    status: CheckpointStatus = CheckpointStatus.CONFIRMED,
 ) -> Path:
     """Write a checkpoint and mark it latest. All ranks of ``group`` call it together.
 
@@ -46,7 +46,7 @@ def save(
         group: a process group, best on a CPU backend; None is the default group, or this process alone if
             torch.distributed is not initialised.
         keep_last: delete all but this many most recently saved good checkpoints; 0 keeps all.
-        stands: how the checkpoint stands; one in doubt is marked latest only if no other one is.
+        status: of the checkpoint; one in doubt is marked latest only if no other one is.
 
     Returns:
         The checkpoint's folder.
@@ -55,7 +55,7 @@ def save(
         CheckpointError: on every rank, with the same message, which names the ranks and what went wrong. The ranks may
             go on and save again, but for ContactLost.
     """
-    return _write(Path(folder), step, lambda: entries, meta, Group(group), keep_last, stands)
+    return _write(Path(folder), step, lambda: entries, meta, Group(group), keep_last, status)
 
 
 class AsyncSaver:
@@ -90,7 +90,7 @@ class AsyncSaver:
         group: dist.ProcessGroup | None = None,
         *,
         keep_last: int = 0,
-        stands: Standing = Standing.CONFIRMED,
+        status: CheckpointStatus = CheckpointStatus.CONFIRMED,
     ) -> Path:
         """Start a save; takes what :func:`megatron.checkpoint.save` takes. Waits for the save before.
 
@@ -120,7 +120,7 @@ class AsyncSaver:
             return staged
 
         self._thread = threading.Thread(
-            target=self._run, args=(Path(folder), step, copies, meta, self._ranks, keep_last, stands),
+            target=self._run, args=(Path(folder), step, copies, meta, self._ranks, keep_last, status),
             name=f"save-{step_name(step)}",
         )  # fmt: skip
         atexit.register(self.wait)
@@ -161,13 +161,13 @@ def _write(
     meta: dict[str, Any],
     ranks: Group,
     keep_last: int,
-    stands: Standing,
+    status: CheckpointStatus,
 ) -> Path:
     doing = f"the checkpoint of step {step} was not saved in {folder}; earlier ones are as they were. "
     try:
         state_dict_saver.save(
             {},
-            storage_writer=Writer(folder, step, meta, stands),
+            storage_writer=Writer(folder, step, meta, status),
             planner=BoxSavePlanner(entries),
             process_group=ranks.process_group,
             no_dist=not ranks.distributed,

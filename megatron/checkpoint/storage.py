@@ -45,7 +45,16 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future
 
 from megatron.checkpoint.errors import CheckpointError
-from megatron.checkpoint.folder import INDEX, META, FileRecord, Standing, begin, commit, temporary_path, write_file
+from megatron.checkpoint.folder import (
+    INDEX,
+    META,
+    CheckpointStatus,
+    FileRecord,
+    begin,
+    commit,
+    temporary_path,
+    write_file,
+)
 from megatron.checkpoint.tensors import DTYPES, Deferred, ShardedTensor, by_name, data_of, dtype_name, dtype_of
 
 # said by every save and load of a process on its own, for which it is meant here
@@ -139,8 +148,10 @@ class _DataFile:
 class Writer(StorageWriter):
     """Writes one safetensors file a rank into a temporary folder; the coordinator then commits the checkpoint."""
 
-    def __init__(self, folder: Path, step: int, meta: dict[str, Any], stands: Standing = Standing.CONFIRMED) -> None:
-        self._folder, self._step, self._meta, self._stands = folder, step, meta, stands
+    def __init__(
+        self, folder: Path, step: int, meta: dict[str, Any], status: CheckpointStatus = CheckpointStatus.CONFIRMED
+    ) -> None:
+        self._folder, self._step, self._meta, self._status = folder, step, meta, status
         self._temporary = Path()
 
     def reset(self, checkpoint_id: str | os.PathLike | None = None) -> None:
@@ -201,7 +212,7 @@ class Writer(StorageWriter):
             index = json.dumps({"files": sorted(files), "tensors": tensors})
             files[INDEX] = write_file(temporary / INDEX, index.encode())
             files[META] = write_file(temporary / META, json.dumps(self._meta, indent=1).encode())
-            commit(self._folder, self._step, files, self._stands)
+            commit(self._folder, self._step, files, self._status)
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike) -> bool:

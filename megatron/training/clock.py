@@ -21,6 +21,23 @@ def global_batch_size(config: TrainingConfig, consumed_samples: int) -> int:
     return min(start + increment * (consumed_samples * stages // samples), full)
 
 
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One optimizer update: its number, from 1, and the samples that the run has consumed before and after it."""
+
+    number: int
+    start: int
+    end: int
+
+    def crosses(self, interval: int, batch_size: int) -> bool:
+        """Whether the update passes a multiple of ``interval`` full batches of ``batch_size`` sequences; never for 0.
+
+        Intervals are given in updates but measured in samples, so that a run with a batch ramp-up validates and saves
+        at the same tokens as one without.
+        """
+        return interval > 0 and self.start // (interval * batch_size) != self.end // (interval * batch_size)
+
+
 @dataclasses.dataclass
 class Clock:
     """How far a run has come. ``samples`` decides; the rest is counted for people and for the optimizer."""
@@ -35,13 +52,11 @@ class Clock:
         """Consumed tokens."""
         return self.samples * self.seq_length
 
-    def crosses(self, next_samples: int, interval: int, batch: int) -> bool:
-        """Whether going to ``next_samples`` passes a multiple of ``interval`` full batches of ``batch`` sequences.
-
-        Intervals are given in updates but measured in samples, so that a run with a batch ramp-up validates and saves
-        at the same tokens as one without.
-        """
-        return interval > 0 and self.samples // (interval * batch) != next_samples // (interval * batch)
+    def advance(self, batch_size: int) -> Step:
+        """Count an update over ``batch_size`` sequences."""
+        step = Step(self.steps + 1, self.samples, self.samples + batch_size)
+        self.steps, self.samples = step.number, step.end
+        return step
 
     def state(self) -> dict[str, int]:
         """JSON-able state."""

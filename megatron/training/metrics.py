@@ -1,6 +1,8 @@
 """From sums on the device to the figures of a log line."""
 
+import contextlib
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -53,13 +55,46 @@ def expert_balance(sums: LossSums) -> dict[str, list[float]]:
     }
 
 
+class PausableTimer:
+    """Seconds since some moment, without those of pauses."""
+
+    def __init__(self) -> None:
+        self._paused = 0.0  # s, in pauses that are over
+        self._paused_at: float | None = None
+
+    def __call__(self) -> float:
+        """The seconds; they stand still in a pause."""
+        now = time.perf_counter() if self._paused_at is None else self._paused_at
+        return now - self._paused
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """A pause; one inside another changes nothing."""
+        if self._paused_at is not None:
+            yield
+            return
+        self._paused_at = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._paused += time.perf_counter() - self._paused_at
+            self._paused_at = None
+
+
 class StepWindow:
     """Collects the updates between two log lines."""
 
-    def __init__(self, flops_per_token: float, peak_tflops: float | None, devices: int) -> None:
+    def __init__(
+        self,
+        flops_per_token: float,
+        peak_tflops: float | None,
+        devices: int,
+        timer: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self._flops_per_token = flops_per_token
         self._peak_tflops = peak_tflops
         self._devices = devices
+        self._timer = timer  # in seconds
         self.clear()
 
     def clear(self) -> None:
@@ -69,8 +104,7 @@ class StepWindow:
         self._tokens = 0
         self._steps = 0
         self._skipped = 0
-        self._paused = 0.0
-        self._start = time.perf_counter()
+        self._start = self._timer()
 
     def add(self, result: StepResult, tokens: int) -> None:
         """Take in one update over ``tokens`` tokens. The losses of skipped updates are not averaged in."""
@@ -82,15 +116,11 @@ class StepWindow:
         self._tokens += tokens
         self._steps += 1
 
-    def pause(self, seconds: float) -> None:
-        """Leave ``seconds`` out of the speed: a validation or a save."""
-        self._paused += seconds
-
     def take(self) -> dict[str, Any] | None:
         """The figures of all updates since the last call, equal on every rank; None if there were none."""
         if self._last is None:
             return None
-        seconds = max(time.perf_counter() - self._start - self._paused, 1e-9)
+        seconds = max(self._timer() - self._start, 1e-9)
         record: dict[str, Any] = {"loss": None}
         if self._sums is not None:
             reduced = reduce_sums(self._sums)

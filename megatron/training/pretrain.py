@@ -1,26 +1,20 @@
 """From a configuration to a finished run."""
 
+import contextlib
 import dataclasses
 import socket
 import sys
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 
-from megatron.checkpoint import CheckpointError, Standing
-from megatron.checkpoint.folder import standing
+from megatron.checkpoint import CheckpointError
 from megatron.config import RunConfig
-from megatron.config.run import from_dict, to_dict
 from megatron.config.validation import validate
-from megatron.data.data_state import DataState
-from megatron.data.data_table import data_table
 from megatron.data.documents import check_documents
-from megatron.data.gpt_dataset import ResumedData, build_datasets
-from megatron.data.spans import nth_outside
-from megatron.data.tokenizer import Tokenizer, build_tokenizer
+from megatron.data.gpt_dataset import build_datasets
+from megatron.data.tokenizer import build_tokenizer
 from megatron.engine import deepspeed_config
-from megatron.engine.offload import threads_in_words
 from megatron.engine.pipeline import build_engine
 from megatron.parallel.determinism import make_deterministic
 from megatron.parallel.failure_monitor import FailureMonitor, monitor_failures
@@ -28,36 +22,40 @@ from megatron.parallel.initialize import NoDevice, Topology, choose_device, init
 from megatron.parallel.launch import Launch
 from megatron.parallel.replicas import ReplicasDiffer
 from megatron.parallel.watchdog import Watchdog
-from megatron.planning.parameters import count_parameters
-from megatron.planning.placement import place_layers
 from megatron.preflight import gather_problems, preflight
+from megatron.training.announce import announce
 from megatron.training.clock import Clock, total_samples
-from megatron.training.ending import record_end
-from megatron.training.outlook import outlook
+from megatron.training.exit_record import write_exit_record
+from megatron.training.hooks.guards import TrainingDiverged
+from megatron.training.hooks.hook import Hook
+from megatron.training.hooks.standard import standard_hooks
 from megatron.training.report import Report
-from megatron.training.resume import carried, check, check_base, clock_from, describe_base, padded_as_before, restore
+from megatron.training.run import Run
 from megatron.training.signals import StopRequest, StopSignals
-from megatron.training.spikes import Detours
 from megatron.training.start import (
     check_graphs,
     check_optimizer,
     check_outputs,
     check_precision,
-    find_base,
-    find_checkpoint,
     how_to_go_on,
     log_folder,
     only_run_in,
 )
-from megatron.training.trainer import Trainer, TrainingDiverged
+from megatron.training.starting_point import find_start
+from megatron.training.trainer import Trainer
 
 
-def pretrain(config: RunConfig, signals: StopSignals) -> int:
+def pretrain(config: RunConfig, signals: StopSignals, hooks: Sequence[Hook] = ()) -> int:
     """Train as ``config`` says. Returns the exit status; what the user can mend is printed, not raised.
 
     A signal stops the run wherever it stands: before the first update, or after a save.
 
     In a run of several processes an error is the end of this one: see :mod:`megatron.parallel.failure_monitor`.
+
+    Args:
+        config: of the run.
+        signals: that have come since this process began.
+        hooks: what else is to happen beside the updates (:class:`megatron.training.hooks.Hook`), the same on all ranks.
     """
     local_rank, problem = 0, None
     looks_first = config.guard.preflight or config.guard.preflight_only
@@ -96,7 +94,7 @@ def pretrain(config: RunConfig, signals: StopSignals) -> int:
             if ready and not config.guard.preflight_only:
                 with only_run_in(config.checkpoint.save, topology):
                     stop = StopRequest(signals, topology, config.checkpoint.exit_duration_in_mins)
-                    _run(config, topology, stop, monitor)
+                    _train(config, topology, stop, monitor, hooks)
             shut_down()
     except (ValueError, OSError, TrainingDiverged, ReplicasDiffer, CheckpointError) as error:
         # the process groups are left as they are: other ranks may be inside a collective
@@ -131,78 +129,39 @@ def _looks_ready(config: RunConfig, topology: Topology, monitor: FailureMonitor 
     return not outcome.broken and not (config.guard.preflight_only and outcome.slow)
 
 
-def _run(config: RunConfig, topology: Topology, stop: StopRequest, monitor: FailureMonitor | None) -> None:
+def _train(
+    config: RunConfig, topology: Topology, stop: StopRequest, monitor: FailureMonitor | None, added: Sequence[Hook]
+) -> None:
+    """Build a run, from its tokenizer to its hooks, and train."""
     tokenizer = build_tokenizer(config.data)
-    vocab_size = config.model.padded_vocab_size(tokenizer.vocab_size, topology.tensor_parallel_size)
-    clock, warnings, meta = Clock(config.model.seq_length), [], None
-    kept: dict[str, Any] = {}  # of the metadata, for the next checkpoints
-    found = find_checkpoint(config, topology)
-    base = find_base(config, topology) if config.checkpoint.finetune and found is None else None
-    if found is not None:
-        _, meta = found
-        vocab_size = padded_as_before(meta, topology.tensor_parallel_size)
-        warnings = check(meta, config, vocab_size, tokenizer)
-        clock, kept = clock_from(meta), carried(meta, tokenizer)
-    elif base is not None:
-        vocab_size = padded_as_before(base[1], topology.tensor_parallel_size)
-        warnings = check_base(base[1], config, vocab_size, tokenizer)
-        kept = carried(base[1], tokenizer) | {"finetuned_from": describe_base(config, *base)}
-    if _stops_early(stop, config, topology, clock):
+    start = find_start(config, topology, tokenizer)
+    if _stops_early(stop, config, topology, start.clock):
         return
-    detours = Detours.of(config, meta, clock.samples)
-    samples = total_samples(config.training, config.model.seq_length, clock.samples)
-    wanted = (
-        samples,
-        config.training.eval_samples if config.training.eval_interval else 0,
-        config.training.eval_samples,
-    )
-    data = build_datasets(config, tokenizer, wanted, _resumed_data(meta, clock, detours))
+    skipped = start.skipped_data(config)
+    data = build_datasets(config, tokenizer, _wanted_samples(config, start.clock), start.resumed_data(skipped))
     check_documents(config.data, tokenizer)
-    if _stops_early(stop, config, topology, clock):
+    if _stops_early(stop, config, topology, start.clock):
         return
+    engine = build_engine(config, topology, start.vocab_size)
+    start.load(engine, config, topology)
 
-    engine = build_engine(config, topology, vocab_size)
-    if found is not None:
-        restore(engine, *found, topology)
-    elif base is not None:
-        restore(engine, *base, topology, optimizer_state=config.checkpoint.finetune_load_optim)
-
-    name = _name(config)
-    report = Report(config.logging, name, config.checkpoint.save, topology.is_first)
     guard = config.guard
+    report = Report(config.logging, _name(config), config.checkpoint.save, topology.is_first)
     watchdog = Watchdog(guard.watchdog_factor, guard.watchdog_min_seconds, log_folder(config), topology, monitor)
-    try:
-        train_tokens = samples * config.model.seq_length
-        _announce(report, config, topology, tokenizer, clock, vocab_size, train_tokens, name, found is not None, base)
-        if topology.is_first:
-            print(data_table(config, samples, data.state), flush=True)
-            print(outlook(config, topology, vocab_size), flush=True)
-            if topology.pipeline_parallel_size > 1:
-                print(place_layers(config, vocab_size), flush=True)
-            if config.optimizer.optimizer_cpu_offload:
-                print(threads_in_words(), flush=True)
-            begun = found or base
-            if begun is not None and standing(begun[0]) is Standing.DOUBTED:
-                print(f"warning: {begun[0].name} is in doubt: updates that were not good have followed it", flush=True)
-            for warning in warnings:
-                print(f"warning: this run differs from the checkpoint's: {warning}", flush=True)
-            for note in data.notes:
-                print(f"data: {note}", flush=True)
-        Trainer(
-            config, topology, engine, tokenizer, data, clock, report, stop, watchdog, vocab_size, detours,
-            resumed_from=found, carried=kept,
-        ).run()  # fmt: skip
-    finally:
-        watchdog.close()
-        report.close()
+    run = Run(config, topology, tokenizer, start, skipped, data, engine, report, stop, watchdog)
+    with contextlib.closing(run):
+        run.hooks = standard_hooks(run, added)
+        announce(run, _name(config))
+        reason = Trainer(run).train()
+    if topology.is_first:
+        write_exit_record(config, run.clock, reason)
 
 
-def _resumed_data(meta: dict[str, Any] | None, clock: Clock, detours: Detours) -> ResumedData | None:
-    """What the checkpoint says of the training data; None for a run that has read none yet."""
-    if meta is None or clock.samples == 0:
-        return None
-    state = DataState.load(meta["data"]) if "data" in meta else None
-    return ResumedData(state, nth_outside(detours.skipped, clock.samples), from_dict(meta["config"]).data)
+def _wanted_samples(config: RunConfig, clock: Clock) -> tuple[int, int, int]:
+    """Samples of the training, validation and test data that the run reads."""
+    training = config.training
+    total = total_samples(training, config.model.seq_length, clock.samples)
+    return total, training.eval_samples if training.eval_interval else 0, training.eval_samples
 
 
 def _name(config: RunConfig) -> str:
@@ -210,46 +169,12 @@ def _name(config: RunConfig) -> str:
 
 
 def _stops_early(stop: StopRequest, config: RunConfig, topology: Topology, clock: Clock) -> bool:
-    """Whether the run is asked to stop; if so, this is told."""
+    """Whether the run is asked to stop before its first update; if so, this is logged."""
     reason = stop.agreed()
     if reason is not None and topology.is_first:
         tokens = total_samples(config.training, config.model.seq_length, clock.samples) * config.model.seq_length
         report = Report(config.logging, _name(config), config.checkpoint.save, is_first=True)
         report.write("stop", step=clock.steps, tokens=clock.tokens, train_tokens=tokens, reason=reason)
         report.close()
-        record_end(config, clock, reason)
+        write_exit_record(config, clock, reason)
     return reason is not None
-
-
-def _announce(
-    report: Report,
-    config: RunConfig,
-    topology: Topology,
-    tokenizer: Tokenizer,
-    clock: Clock,
-    vocab_size: int,
-    train_tokens: int,
-    name: str,
-    resumed: bool,
-    base: tuple[Path, dict[str, Any]] | None,
-) -> None:
-    count = count_parameters(config.model, config.moe, vocab_size)
-    report.write(
-        "run",
-        step=clock.steps,
-        tokens=clock.tokens,
-        train_tokens=train_tokens,
-        name=name,
-        parameters=count.total,
-        active_parameters=count.active,
-        vocab_size=tokenizer.vocab_size,
-        world_size=topology.launch.world_size,
-        pipeline_parallel=topology.pipeline_parallel_size,
-        expert_parallel=sorted(set(topology.expert_parallel_sizes)),
-        tensor_parallel=topology.tensor_parallel_size,
-        device=torch.cuda.get_device_name(topology.device) if topology.device.type == "cuda" else "cpu",
-        precision=config.optimizer.precision,
-        resumed_at_tokens=clock.tokens if resumed else None,
-        started_from=None if base is None else str(base[0]),
-        config=to_dict(config),
-    )

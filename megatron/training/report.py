@@ -1,6 +1,8 @@
 """Where the figures of a run go: the console, a JSON-lines file, TensorBoard, Weights & Biases."""
 
 import contextlib
+import functools
+import importlib
 import json
 import math
 import sys
@@ -17,7 +19,7 @@ class Writer(Protocol):
     """Takes one record at a time."""
 
     def write(self, record: dict[str, Any]) -> None:
-        """Write a record; ``record["kind"]`` is run, train, valid, test, save, not_saved, spike or stop."""
+        """Write a record of kind run, train, valid, test, save, not_saved, spike, stop, or a user's hook's own."""
 
     def close(self) -> None:
         """Flush and close."""
@@ -46,7 +48,7 @@ class Console:
 
     def write(self, record: dict[str, Any]) -> None:
         """Print the record's line at once."""
-        line = getattr(self, f"_{record['kind']}")(record)
+        line = getattr(self, f"_{record['kind']}", self._other)(record)
         print(line, flush=True)
 
     def close(self) -> None:
@@ -111,6 +113,11 @@ class Console:
 
     def _spike(self, record: dict[str, Any]) -> str:
         return f"{self._progress(record)} | SPIKE: {record['reason']}"
+
+    def _other(self, record: dict[str, Any]) -> str:
+        known = ("kind", "step", "tokens", "train_tokens")
+        values = ", ".join(f"{name} {value}" for name, value in record.items() if name not in known)
+        return f"{self._progress(record)} | {record['kind']}: {values}"
 
     def _stop(self, record: dict[str, Any]) -> str:
         return f"{self._progress(record)} | stopped: {record['reason']}"
@@ -190,19 +197,21 @@ class TensorBoard:
     def __init__(self, folder: str) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._folder, self._class, self._writer = folder, SummaryWriter, None
+        self._open = functools.partial(SummaryWriter, folder)
+        self._writer: SummaryWriter | None = None
 
     def write(self, record: dict[str, Any]) -> None:
         """Add the record's numbers at its tokens."""
         tokens = went_back_to(record)
         if tokens is not None:
             self.close()
-            self._writer = self._class(self._folder, purge_step=tokens + 1)
+            self._writer = self._open(purge_step=tokens + 1)
         values = scalars(record)
         if values and self._writer is None:
-            self._writer = self._class(self._folder)
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, record["tokens"])
+            self._writer = self._open()
+        if self._writer is not None:
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, record["tokens"])
 
     def close(self) -> None:
         """Flush and close."""
@@ -219,7 +228,7 @@ class WeightsAndBiases:
 
     def __init__(self, project: str, name: str, save: str | None) -> None:
         try:
-            import wandb
+            wandb = importlib.import_module("wandb")
         except ImportError:
             raise ValueError("--wandb-project needs Weights & Biases; run: pip install -e '.[wandb]'") from None
         self._file = None if save is None else Path(save) / "wandb.json"

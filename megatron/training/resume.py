@@ -1,66 +1,27 @@
-"""What a checkpoint records beside its tensors, and whether a run may continue from it."""
+"""Whether a run may start from a checkpoint, and how it does."""
 
 import dataclasses
-import platform
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megatron.checkpoint import CheckpointError, load
 from megatron.config import RunConfig
-from megatron.config.run import OPTIONS, SECTIONS, flatten, from_dict, to_dict
-from megatron.conversion.hf_extras import KEY as HUGGINGFACE
-from megatron.data.data_state import DataState
+from megatron.config.run import OPTIONS, SECTIONS, flatten, from_dict
 from megatron.data.tokenizer import Tokenizer
 from megatron.engine.base import Engine
 from megatron.parallel.initialize import Topology
 from megatron.training.clock import Clock
-from megatron.training.spikes import Detours, SpikeWatch
+from megatron.training.start import Checkpoint
 
 # Of model and experts, what may change when a new run starts from the weights and says nothing of what they compute.
 _FREE_TO_FINETUNE = {"hidden_dropout", "attention_dropout", "init_method_std"}
 
 
-def describe(
-    config: RunConfig,
-    clock: Clock,
-    detours: Detours,
-    spikes: SpikeWatch,
-    vocab_size: int,
-    tokenizer: Tokenizer,
-    optimizer: dict[str, Any],
-    world_size: int,
-    data: DataState,
-) -> dict[str, Any]:
-    """The metadata of a checkpoint, JSON-able."""
-    return {
-        "clock": clock.state(),
-        "detours": detours.state(),
-        "spikes": spikes.state(),
-        "config": to_dict(config),
-        "vocab_size": vocab_size,
-        "tokenizer": {"vocab_size": tokenizer.vocab_size, "fingerprint": tokenizer.fingerprint},
-        "optimizer": optimizer,
-        "world_size": world_size,
-        "data": data.state(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-    }
-
-
-def carried(meta: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
-    """What later checkpoints keep of an earlier one's metadata, though training does not use it: where the run's first
-    weights came from and, if the tokenizer is the same, what a Hugging Face folder held beside its weights."""
-    same = meta["tokenizer"]["fingerprint"] == tokenizer.fingerprint
-    kept = ("finetuned_from", HUGGINGFACE) if same else ("finetuned_from",)
-    return {name: meta[name] for name in kept if name in meta}
-
-
-def describe_base(config: RunConfig, source: Path, meta: dict[str, Any]) -> dict[str, Any]:
+def describe_base(config: RunConfig, base: Checkpoint) -> dict[str, Any]:
     """What the checkpoints of a run with ``--finetune`` record of the checkpoint that its weights came from."""
     load = Path(str(config.checkpoint.load)).resolve()
-    return {"load": str(load), "checkpoint": source.name, "tokens": clock_from(meta).tokens}
+    return {"load": str(load), "checkpoint": base.path.name, "tokens": clock_from(base.meta).tokens}
 
 
 def _structure(config: RunConfig) -> dict[str, Any]:
@@ -185,15 +146,13 @@ def clock_from(meta: dict[str, Any]) -> Clock:
     return Clock(**{field.name: meta["clock"][field.name] for field in dataclasses.fields(Clock)})
 
 
-def restore(
-    engine: Engine, source: Path, meta: dict[str, Any], topology: Topology, optimizer_state: bool = True
-) -> None:
+def restore(engine: Engine, source: Checkpoint, topology: Topology, optimizer_state: bool = True) -> None:
     """Load a checkpoint into an engine. Without ``optimizer_state``, or where it holds none, Adam starts anew.
 
     Raises:
         CheckpointError: it is damaged or does not fit.
     """
-    state = meta.get("optimizer") if optimizer_state else None
+    state = source.meta.get("optimizer") if optimizer_state else None
     with engine.loading(moments=state is not None) as tensors:
-        load(source, tensors, group=topology.control_group, strict=optimizer_state)
+        load(source.path, tensors, group=topology.control_group, strict=optimizer_state)
     engine.load_scalar_state(state)

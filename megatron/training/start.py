@@ -3,9 +3,9 @@
 import contextlib
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,8 +16,15 @@ from megatron.config.checkpoint import saves_where_it_loads
 from megatron.config.errors import ConfigError
 from megatron.data.files import try_lock
 from megatron.parallel.initialize import Topology
-from megatron.training.confirmation import Origin, origin_of
-from megatron.training.spikes import Update, checkpoint_before
+
+_T = TypeVar("_T")
+
+
+class Checkpoint(NamedTuple):
+    """The folder of a checkpoint, and its metadata."""
+
+    path: Path
+    meta: dict[str, Any]
 
 
 def check_outputs(config: RunConfig) -> None:
@@ -83,8 +90,8 @@ def _continues(config: RunConfig) -> bool:
     return config.checkpoint.finetune or saves_where_it_loads(config)
 
 
-def find_checkpoint(config: RunConfig, topology: Topology) -> tuple[Path, dict[str, Any]] | None:
-    """The checkpoint to go on from and its metadata, as the first rank sees them; None to start anew.
+def find_checkpoint(config: RunConfig, topology: Topology) -> Checkpoint | None:
+    """The checkpoint to resume from, as the first rank sees it; None to start anew.
 
     With ``--finetune`` it is one of ``--save``: the run has been started before.
 
@@ -98,36 +105,36 @@ def find_checkpoint(config: RunConfig, topology: Topology) -> tuple[Path, dict[s
     if folder is None:
         return None
 
-    def find() -> tuple[Path, dict[str, Any]] | None:
+    def find() -> Checkpoint | None:
         source = latest(folder)
         if source is not None:
             meta = read_meta(source)
             if finetune:
                 _check_same_base(config, source, meta)
-            return source, meta
+            return Checkpoint(source, meta)
         if _continues(config):
             return None
         raise _nothing_in(folder)
 
-    return _as_first_rank(find, topology)
+    return on_first_rank(find, topology)
 
 
-def find_base(config: RunConfig, topology: Topology) -> tuple[Path, dict[str, Any]]:
-    """The checkpoint whose weights ``--finetune`` starts from and its metadata, as the first rank sees them.
+def find_base(config: RunConfig, topology: Topology) -> Checkpoint:
+    """The checkpoint whose weights ``--finetune`` starts from, as the first rank sees it.
 
     Raises:
         ConfigError: ``--load`` holds no checkpoint.
         CheckpointError: it holds only damaged ones.
     """
 
-    def find() -> tuple[Path, dict[str, Any]]:
+    def find() -> Checkpoint:
         load = str(config.checkpoint.load)
         source = latest(load)
         if source is None:
             raise _nothing_in(load)
-        return source, read_meta(source)
+        return Checkpoint(source, read_meta(source))
 
-    return _as_first_rank(find, topology)
+    return on_first_rank(find, topology)
 
 
 def _nothing_in(load: str) -> ConfigError:
@@ -150,21 +157,6 @@ def _check_same_base(config: RunConfig, source: Path, meta: dict[str, Any]) -> N
         )
 
 
-def find_checkpoint_before(config: RunConfig, update: Update, topology: Topology) -> tuple[Path, dict[str, Any]] | None:
-    """The checkpoint of this run to do ``update`` anew from, and its metadata, as the first rank sees them."""
-
-    def find() -> tuple[Path, dict[str, Any]] | None:
-        source = checkpoint_before(Path(config.checkpoint.save or "."), update)
-        return None if source is None else (source, read_meta(source))
-
-    return _as_first_rank(find, topology)
-
-
-def find_origin(source: Path, topology: Topology) -> Origin:
-    """How the checkpoint ``source`` stands, as the first rank sees it."""
-    return _as_first_rank(lambda: origin_of(source), topology)
-
-
 def how_to_go_on(config: RunConfig) -> str:
     """What the user can do when the run ended before its time."""
     save = config.checkpoint.save
@@ -176,7 +168,7 @@ def how_to_go_on(config: RunConfig) -> str:
     return f"To go on from {found.name}, restart with --load {save}"
 
 
-def _as_first_rank(function: Any, topology: Topology) -> Any:
+def on_first_rank(function: Callable[[], _T], topology: Topology) -> _T:
     """What ``function()`` returns or raises on the first rank, on all ranks."""
     answer: list[Any] = [None, None]
     if topology.is_first:
@@ -207,7 +199,7 @@ def only_run_in(save: str | None, topology: Topology) -> Iterator[None]:
         if try_lock(held[0]) is False:
             raise ConfigError(f"--save {save}: another run is writing there; wait for it or choose another folder")
 
-    _as_first_rank(lock, topology)
+    on_first_rank(lock, topology)
     try:
         yield
     finally:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron.checkpoint import Box, CheckpointError, ShardedTensor, latest, load, save
-from megatron.checkpoint.folder import Standing, complete_checkpoints, in_use, record_standing
+from megatron.checkpoint.folder import CheckpointStatus, complete_checkpoints, in_use, record_status
 
 pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]
 
@@ -128,12 +128,12 @@ def test_keep_last(tmp_path):
 
 def test_one_in_doubt_is_the_last_choice(tmp_path):
     save_value(tmp_path, 100, 1.0)
-    save_value(tmp_path, 200, 2.0, stands=Standing.DOUBTED)
+    save_value(tmp_path, 200, 2.0, status=CheckpointStatus.DOUBTED)
     assert load_value(tmp_path) == 1.0
     assert load_value(tmp_path / "step_00000200") == 2.0
-    save_value(tmp_path, 300, 3.0, stands=Standing.PENDING)
+    save_value(tmp_path, 300, 3.0, status=CheckpointStatus.PENDING)
     assert load_value(tmp_path) == 3.0
-    record_standing(tmp_path / "step_00000300", Standing.DOUBTED)
+    record_status(tmp_path / "step_00000300", CheckpointStatus.DOUBTED)
     (tmp_path / "latest").unlink()
     with pytest.warns(UserWarning, match=r"using .*step_00000100"):
         assert load_value(tmp_path) == 1.0

@@ -47,7 +47,7 @@ RAMP = (8, 24, 16, 4)  # micro-batches of the run in each update
 
 def ramp_up_and_evaluate(run: RunConfig) -> tuple:
     """Losses and norms of updates of different sizes with an evaluation between them, and the weights."""
-    from megatron.training.evaluation import evaluate
+    from megatron.training.hooks.validation import evaluate
     from megatron.training.metrics import mean_losses, reduce_sums
 
     engine = build(run)

@@ -6,7 +6,7 @@ import pytest
 import tiny_run
 from distributed.trainers import Death
 
-from megatron.checkpoint.folder import standing
+from megatron.checkpoint.folder import checkpoint_status
 
 pytestmark = pytest.mark.distributed
 BATCH_TOKENS = 16 * tiny_run.SEQ
@@ -17,7 +17,7 @@ RUN = {
 
 
 def found(folder: Path) -> dict[int, str]:
-    return {int(path.name[5:]): standing(path).value for path in sorted(folder.glob("step_*"))}
+    return {int(path.name[5:]): checkpoint_status(path).value for path in sorted(folder.glob("step_*"))}
 
 
 def marked(folder: Path) -> str:

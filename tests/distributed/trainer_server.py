@@ -27,7 +27,7 @@ PHASES = {
     "joined": ("megatron.training.pretrain", "initialize"),
     "load": ("megatron.training.resume", "load"),
     "step": ("megatron.training.trainer", "Trainer._next"),
-    "validate": ("megatron.training.trainer", "evaluate"),
+    "validate": ("megatron.training.hooks.validation", "evaluate"),
     "write": ("megatron.checkpoint.storage", "write_safetensors"),
     "commit": ("megatron.checkpoint.storage", "commit"),  # on rank 0 only
 }
@@ -70,6 +70,7 @@ def _child(
     output: str,
     dies: dict | None,
     faults: list[str],
+    hooks: list[str],
 ) -> None:
     status = 1
     try:
@@ -85,12 +86,14 @@ def _child(
             import faults as module
 
             getattr(module, fault.split()[0])(*fault.split()[1:])
+        import user_hooks
+
         from megatron.config.flags import parse_args
         from megatron.training.pretrain import pretrain
         from megatron.training.signals import StopSignals
 
         with StopSignals() as signals:
-            status = pretrain(parse_args(arguments), signals)
+            status = pretrain(parse_args(arguments), signals, [getattr(user_hooks, name)() for name in hooks])
     except SystemExit as error:
         status = error.code
     except BaseException:

@@ -83,6 +83,7 @@ class Server:
         dies: Death | None = None,
         faults: Mapping[int, Sequence[str]] | None = None,
         one_node_each: bool = False,
+        hooks: Sequence[str] = (),
     ) -> Job:
         """Start ``ranks`` processes with these flags.
 
@@ -92,6 +93,7 @@ class Server:
             dies: what happens to one of them.
             faults: what is wrong with some ranks' nodes, in words of faults.py.
             one_node_each: each process takes itself for a node of its own.
+            hooks: classes of user_hooks.py, one hook of each.
         """
         folder = self._folder / f"job-{self._jobs}"
         folder.mkdir()
@@ -104,6 +106,7 @@ class Server:
             order = {
                 "environment": places | {"RANK": str(rank)} | local,
                 "faults": (faults or {}).get(rank, ()),
+                "hooks": list(hooks),
                 "arguments": arguments,
                 "output": str(folder / f"output-{rank}"),
                 "dies": dataclasses.asdict(dies) if dies and dies.rank == rank and dies.phase != "joined" else None,

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from megatron.training.profiling import profiled
+from megatron.training.hooks.profiling import profiled
 
 pytestmark = pytest.mark.gpu
 SLEEP = 20_000_000  # clock cycles, about 10 ms

@@ -1,7 +1,7 @@
 import pytest
 
 from megatron.config import TrainingConfig
-from megatron.training.clock import Clock, global_batch_size, total_samples
+from megatron.training.clock import Clock, Step, global_batch_size, total_samples
 
 
 def test_without_a_ramp_up_the_batch_is_constant():
@@ -26,13 +26,15 @@ def test_total_samples_is_where_stepping_first_reaches_the_tokens(rampup):
 
 def test_intervals_are_measured_in_samples_so_small_batches_cross_them_less_often():
     clock = Clock(seq_length=16)
-    crossings = []
-    while clock.samples < 64:
-        if clock.crosses(clock.samples + 2, interval=2, batch=8):
-            crossings.append(clock.samples + 2)
-        clock.samples += 2
-    assert crossings == [16, 32, 48, 64]
-    assert not clock.crosses(10**6, interval=0, batch=8)
+    steps = [clock.advance(2) for _ in range(32)]
+    assert [step.end for step in steps if step.crosses(interval=2, batch_size=8)] == [16, 32, 48, 64]
+    assert not Step(1, 0, 10**6).crosses(interval=0, batch_size=8)
+
+
+def test_an_update_moves_the_clock():
+    clock = Clock(seq_length=16, samples=48, steps=5)
+    assert clock.advance(8) == Step(6, 48, 56)
+    assert (clock.samples, clock.steps) == (56, 6)
 
 
 def test_state_round_trip():

@@ -3,7 +3,7 @@ import torch
 
 from megatron.engine.base import StepResult
 from megatron.model.loss import LossSums
-from megatron.training.metrics import StepWindow, expert_balance, mean_losses
+from megatron.training.metrics import PausableTimer, StepWindow, expert_balance, mean_losses
 
 
 def sums(lm: float, counts: list[int], dropped: int) -> LossSums:
@@ -29,6 +29,7 @@ def test_a_window_averages_updates_and_leaves_skipped_ones_out():
     window.add(StepResult(sums(2.0, [1, 1], 0), 1e-3, 0.5), tokens=100)
     window.add(StepResult(sums(float("nan"), [1, 1], 0), 1e-3, float("nan")), tokens=100)
     record = window.take()
+    assert record is not None
     assert record["loss"] == 2.0
     assert record["skipped"] == 1
     assert record["mfu"] is None
@@ -36,12 +37,35 @@ def test_a_window_averages_updates_and_leaves_skipped_ones_out():
 
 
 def test_pauses_do_not_count_as_training_time(monkeypatch):
-    clock = iter([0.0, 10.0, 10.0])
-    monkeypatch.setattr("megatron.training.metrics.time.perf_counter", lambda: next(clock))
-    window = StepWindow(flops_per_token=1e12, peak_tflops=100.0, devices=2)
+    clock = [0.0]
+    monkeypatch.setattr("megatron.training.metrics.time.perf_counter", lambda: clock[0])
+    timer = PausableTimer()
+    window = StepWindow(flops_per_token=1e12, peak_tflops=100.0, devices=2, timer=timer)
     window.add(StepResult(sums(2.0, [1], 0), 1e-3, 0.5), tokens=50)
-    window.pause(5.0)
+    clock[0] = 3.0
+    with timer.paused():
+        clock[0] = 6.0
+        with timer.paused():
+            clock[0] = 8.0
+    clock[0] = 10.0
     record = window.take()
+    assert record is not None
     assert record["tokens_per_second"] == pytest.approx(10.0)
     assert record["tflops_per_device"] == pytest.approx(5.0)
     assert record["mfu"] == pytest.approx(0.05)
+
+
+def test_a_window_that_begins_in_a_pause_begins_at_its_end(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("megatron.training.metrics.time.perf_counter", lambda: clock[0])
+    timer = PausableTimer()
+    window = StepWindow(flops_per_token=1.0, peak_tflops=None, devices=1, timer=timer)
+    with timer.paused():
+        clock[0] = 5.0
+        window.clear()
+        clock[0] = 7.0
+    clock[0] = 9.0
+    window.add(StepResult(sums(2.0, [1], 0), 1e-3, 0.5), tokens=50)
+    record = window.take()
+    assert record is not None
+    assert record["seconds_per_step"] == pytest.approx(2.0)

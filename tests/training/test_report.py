@@ -297,3 +297,14 @@ def test_what_a_full_disk_does_not_take_is_kept_and_told_once(tmp_path, capsys):
     report.close()
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["tokens"] for line in lines] == [1, 2, 3, 4]
+
+
+def test_records_of_a_users_hook_are_logged_as_they_are(tmp_path, capsys):
+    report = Report(LoggingConfig(), "moe", str(tmp_path), is_first=True)
+    report.write("gradient_noise", step=3, tokens=1000, train_tokens=2000, scale=1.5, layers=[1, 2])
+    report.close()
+    assert capsys.readouterr().out == "step      3 | 1k/2k tokens | gradient_noise: scale 1.5, layers [1, 2]\n"
+    record = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert record == {
+        "kind": "gradient_noise", "step": 3, "tokens": 1000, "train_tokens": 2000, "scale": 1.5, "layers": [1, 2],
+    }  # fmt: skip

@@ -9,7 +9,8 @@ from megatron.checkpoint import CheckpointError
 from megatron.config import RunConfig
 from megatron.config.run import to_dict
 from megatron.data.tokenizer import build_tokenizer
-from megatron.training.resume import carried, check, check_base
+from megatron.training.metadata import carried
+from megatron.training.resume import check, check_base
 
 
 def test_another_tokenizer_is_refused_unless_allowed(tmp_path):

@@ -42,8 +42,8 @@ class Native(Format):
 
     def inspect(self, folder: str, verify: bool) -> Inspected:
         """See :meth:`Format.inspect`."""
-        from megatron.checkpoint.folder import standing
+        from megatron.checkpoint.folder import checkpoint_status
         from megatron.conversion.native import read_native
 
         contents = read_native(folder, verify)
-        return Inspected(contents, verify, standing(Path(contents.where)).value)
+        return Inspected(contents, verify, checkpoint_status(Path(contents.where)).value)

@@ -8,7 +8,7 @@ from tiny_run import ROOT
 
 from megatron.config import CheckpointConfig, ModelConfig, RunConfig, TrainingConfig
 from megatron.training.clock import Clock
-from megatron.training.ending import FILE, finished, record_end
+from megatron.training.exit_record import FILE, finished, write_exit_record
 
 
 def config(save, tokens: int = 1000, exit_tokens: int | None = None) -> RunConfig:
@@ -23,7 +23,7 @@ def config(save, tokens: int = 1000, exit_tokens: int | None = None) -> RunConfi
 def ended(tmp_path):
     """The folder of a run that was saved after 13 batches of 80 tokens, more than 1000."""
     (tmp_path / "latest").write_text("step_00000013\n")
-    record_end(config(tmp_path), Clock(10, samples=104, steps=13), "all tokens are trained on")
+    write_exit_record(config(tmp_path), Clock(10, samples=104, steps=13), "all tokens are trained on")
     return tmp_path
 
 
@@ -50,12 +50,12 @@ def test_the_checkpoint_has_to_be_there(ended):
 
 
 def test_without_a_folder_there_is_nothing_to_say():
-    record_end(config(None), Clock(10), "all tokens are trained on")
+    write_exit_record(config(None), Clock(10), "all tokens are trained on")
     assert finished(config(None)) is None
 
 
 def test_a_folder_that_takes_nothing_does_no_harm(tmp_path):
-    record_end(config(tmp_path / "missing"), Clock(10), "all tokens are trained on")
+    write_exit_record(config(tmp_path / "missing"), Clock(10), "all tokens are trained on")
 
 
 @pytest.mark.parametrize(("tokens", "status"), [("1000", 0), ("2000", 1)])

@@ -13,7 +13,7 @@ from megatron.training.clock import Clock, last_samples
 FILE = "ended.json"
 
 
-def record_end(config: RunConfig, clock: Clock, reason: str) -> None:
+def write_exit_record(config: RunConfig, clock: Clock, reason: str) -> None:
     """Write why the run ended in order and how far it had come; nothing without ``--save``. One rank calls it.
 
     A disk that does not take it is no reason for the run to fail.

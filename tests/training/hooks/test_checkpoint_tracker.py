@@ -4,11 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from megatron.checkpoint import Standing, latest
-from megatron.checkpoint.folder import begin, commit, standing
-from megatron.training.confirmation import Confirmation, Origin, origin_of
+from megatron.checkpoint import CheckpointStatus, latest
+from megatron.checkpoint.folder import begin, checkpoint_status, commit
+from megatron.training.hooks.checkpoint_tracker import CheckpointTracker, Origin, origin_of
 
-GOOD, OUTLIER, NAN = (True, False), (True, True), (False, True)
+GOOD, OUTLIER, NAN = (
+    {"finite": finite, "good": good} for finite, good in ((True, True), (True, False), (False, False))
+)
 
 
 class Run:
@@ -16,31 +18,33 @@ class Run:
 
     def __init__(self, folder: Path, keep_last: int = 2, origin: Path | None = None) -> None:
         self.folder = folder
-        self.checkpoints = Confirmation(str(folder), keep_last, True, origin and origin_of(origin))
+        self.checkpoints = CheckpointTracker(folder, keep_last, writes=True)
+        if origin is not None:
+            self.checkpoints.start_from(origin_of(origin))
 
-    def updates(self, *updates: tuple[bool, bool]) -> "Run":
+    def updates(self, *updates: dict[str, bool]) -> "Run":
         for update in updates:
-            self.checkpoints.judge(*update)
-            self.checkpoints.settle()
+            self.checkpoints.add_update(**update)
+            self.checkpoints.write_statuses()
         self.checkpoints.wait()
         return self
 
-    def save(self, step: int, *meanwhile: tuple[bool, bool], at_the_end: bool = False) -> "Run":
-        stands = self.checkpoints.stands(at_the_end)
-        self.checkpoints.begins(self.folder / f"step_{step:08d}", stands)
+    def save(self, step: int, *meanwhile: dict[str, bool], at_the_end: bool = False) -> "Run":
+        status = self.checkpoints.status_of_new(at_the_end)
+        self.checkpoints.add_checkpoint(self.folder / f"step_{step:08d}", status)
         for update in meanwhile:
-            self.checkpoints.judge(*update)
+            self.checkpoints.add_update(**update)
         begin(self.folder, step)
-        commit(self.folder, step, {}, stands)
-        self.checkpoints.settle()
-        if stands.good:
+        commit(self.folder, step, {}, status)
+        self.checkpoints.write_statuses()
+        if status.good:
             self.checkpoints.delete_older()
         self.checkpoints.wait()
         return self
 
 
 def found(folder: Path) -> dict[int, str]:
-    return {int(path.name[5:]): standing(path).value for path in sorted(folder.glob("step_*"))}
+    return {int(path.name[5:]): checkpoint_status(path).value for path in sorted(folder.glob("step_*"))}
 
 
 def marked(folder: Path) -> int:
@@ -127,9 +131,9 @@ def test_checkpoints_of_other_runs_are_left_as_they_are(tmp_path):
 
 def test_a_checkpoint_that_was_not_saved_is_not_good(tmp_path):
     run = Run(tmp_path).save(1).updates(GOOD)
-    run.checkpoints.begins(tmp_path / "step_00000002", Standing.PENDING)
-    run.checkpoints.judge(*GOOD)
-    run.checkpoints.failed(tmp_path / "step_00000002")
+    run.checkpoints.add_checkpoint(tmp_path / "step_00000002", CheckpointStatus.PENDING)
+    run.checkpoints.add_update(**GOOD)
+    run.checkpoints.remove(tmp_path / "step_00000002")
     run.updates(GOOD)
     assert run.checkpoints.last_good == tmp_path / "step_00000001"
 
@@ -139,15 +143,15 @@ def test_checkpoints_without_a_record_are_good(tmp_path):
     commit(tmp_path, 1, {})
     assert [path.name for path in (tmp_path / "step_00000001").iterdir()] == ["manifest.json"]
     path = tmp_path / "step_00000001"
-    assert origin_of(path) == Origin(path, Standing.CONFIRMED, path)
+    assert origin_of(path) == Origin(path, CheckpointStatus.CONFIRMED, path)
 
 
 def test_only_the_first_rank_writes(tmp_path):
     Run(tmp_path).save(1)
-    other = Confirmation(str(tmp_path), 1, False, None)
-    other.begins(tmp_path / "step_00000001", Standing.PENDING)
-    other.judge(*GOOD)
-    other.settle()
+    other = CheckpointTracker(tmp_path, 1, writes=False)
+    other.add_checkpoint(tmp_path / "step_00000001", CheckpointStatus.PENDING)
+    other.add_update(**GOOD)
+    other.write_statuses()
     assert other.last_good == tmp_path / "step_00000001"
     assert found(tmp_path) == {1: "pending"}
 
@@ -157,7 +161,7 @@ def test_a_record_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     run = Run(tmp_path).save(1).updates(GOOD).save(2)
-    monkeypatch.setattr("megatron.training.confirmation.record_standing", full)
+    monkeypatch.setattr("megatron.training.hooks.checkpoint_tracker.record_status", full)
     with pytest.warns(UserWarning, match="cannot be recorded: .*No space left"):
         run.updates(GOOD)
     assert found(tmp_path) == {1: "confirmed", 2: "pending"}

@@ -1,4 +1,4 @@
-"""What a run will need and how long it will take, said at its start."""
+"""What a run is expected to need and how long it will take, printed at its start."""
 
 import os
 
@@ -11,10 +11,10 @@ from megatron.planning.devices import Device, device_of
 from megatron.planning.plan import Machine, aligned, make_plan, needs
 
 
-def outlook(config: RunConfig, topology: Topology, vocab_size: int) -> str:
-    """The plan of a run as it was started, on the GPUs that it was started on, in a few lines.
+def estimate(config: RunConfig, topology: Topology, vocab_size: int) -> str:
+    """Memory, speed and time of a run on the GPUs that it was started on, in a few lines.
 
-    On a CPU or an unknown GPU it is without times.
+    Without speed and time on a CPU or an unknown GPU.
 
     Args:
         config: of the run, valid.

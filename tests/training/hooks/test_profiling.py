@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron.training.profiling import idle_share, profiled, spans_idle
+from megatron.training.hooks.profiling import idle_share, profiled, spans_idle
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,39 @@
-"""A profile of a few updates: which kernels take the time, and how long the device has nothing to do."""
+"""A profile of an update: which kernels take the time, and how long the device has nothing to do."""
 
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch.autograd.profiler_util import FunctionEvent
+
+from megatron.training.clock import Step
+from megatron.training.hooks.hook import Hook
 
 ROWS = 30  # of the table
+
+
+class Profiler(Hook):
+    """Profiles one update, number ``--profile-step`` of this start of the run, on the first rank."""
+
+    def pre_train(self) -> None:
+        """Count the updates from here."""
+        self._first = self.run.clock.steps + 1
+        self._profiling = contextlib.ExitStack()
+
+    def pre_step(self) -> None:
+        """Start the profile. The watchdog does not count the update, on any rank."""
+        logging, number = self.run.config.logging, self.run.clock.steps + 1
+        if logging.profile is not None and number - self._first + 1 == logging.profile_step:
+            self._profiling.enter_context(self.run.watchdog.paused())
+            if self.run.topology.is_first:
+                self._profiling.enter_context(
+                    profiled(Path(logging.profile), f"update {number}", self.run.topology.device)
+                )
+
+    def post_step(self, step: Step) -> None:
+        """End the profile when the device is through with the update."""
+        self._profiling.close()
 
 
 @contextlib.contextmanager
@@ -45,8 +72,14 @@ def idle_share(seen: torch.profiler.profile) -> tuple[float, float]:
 
     A named range of the program is an event on the device too, as long as what it spans, and does not count.
     """
-    events = (e for e in seen.events() if e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation)
-    return spans_idle([(event.time_range.start, event.time_range.end) for event in events])
+    events: list[FunctionEvent] = list(seen.events() or ())
+    return spans_idle(
+        [
+            (event.time_range.start, event.time_range.end)
+            for event in events
+            if event.device_type.name == "CUDA" and not event.is_user_annotation
+        ]
+    )
 
 
 def spans_idle(spans: list[tuple[float, float]]) -> tuple[float, float]:

@@ -1,0 +1,46 @@
+"""The figures of training, every ``--log-interval`` updates."""
+
+import torch
+
+from megatron.planning.flops import model_flops_per_token, peak_tflops
+from megatron.training.clock import Step
+from megatron.training.hooks.hook import Hook, Outcome
+from megatron.training.metrics import StepWindow
+from megatron.training.run import Run
+from megatron.training.start import Checkpoint
+
+
+class TrainingLog(Hook):
+    """Writes the ``train`` and ``stop`` records of a run."""
+
+    def __init__(self, run: Run) -> None:
+        config, device = run.config, run.topology.device
+        device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+        self._window = StepWindow(
+            model_flops_per_token(config.model, config.moe, run.vocab_size),
+            config.logging.peak_tflops or peak_tflops(device_name, config.optimizer.precision),
+            run.topology.launch.world_size,
+            run.timer,
+        )
+
+    def needs_outcome(self, step: Step) -> bool:
+        """Whether this update ends with a log line."""
+        return self.run.done or step.number % self.run.config.logging.log_interval == 0
+
+    def on_outcome(self, outcome: Outcome) -> None:
+        """Add an update to the figures of the next line."""
+        samples = outcome.step.end - outcome.step.start
+        self._window.add(outcome.result, samples * self.run.config.model.seq_length)
+
+    def post_rewind(self, source: Checkpoint) -> None:
+        """Forget the updates that are undone."""
+        self._window.clear()
+
+    def end_step(self, step: Step) -> None:
+        """Log the updates since the last line."""
+        if self.needs_outcome(step) and (figures := self._window.take()) is not None:
+            self.run.log("train", **figures)
+
+    def post_train(self, reason: str) -> None:
+        """Log the end of the run."""
+        self.run.log("stop", reason=reason)
