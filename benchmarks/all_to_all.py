@@ -27,12 +27,12 @@ from benchmarks.output import DTYPES, device_name, make_parser, markdown, number
 from megatron.config import ModelConfig, MoEConfig
 from megatron.moe import MoELayer
 from megatron.moe.plan import expert_capacity
+from megatron.parallel.all_to_all import equal_all_to_all
+from megatron.parallel.async_all_to_all import AsyncAllToAll
 from megatron.parallel.groups import ExpertGroup, NodeGroups
 from megatron.parallel.initialize import choose_device
 from megatron.parallel.launch import Launch
 from megatron.parallel.nodes import build_node_groups
-from megatron.parallel.routes import equal_route
-from megatron.parallel.trips import Trip
 
 TOLERANCE = {"bf16": 2e-2, "fp32": 1e-5}  # of a tensor's largest value
 
@@ -138,7 +138,7 @@ def exchange_step(group: ExpertGroup) -> Callable[[torch.Tensor], None]:
     """The all-to-all alone."""
 
     def step(x: torch.Tensor) -> None:
-        Trip(x.detach(), equal_route(group)).finish()
+        AsyncAllToAll(x.detach(), equal_all_to_all(group)).wait()
 
     return step
 

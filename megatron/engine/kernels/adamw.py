@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from megatron.engine.adamw import SPREAD, Piece, Rates
-from megatron.moe.kernels.place import mix
+from megatron.moe.kernels.slots import mix
 
 BLOCK = 1024  # elements of a program
 PROGRAMS = 1024  # of a sum of squares
