@@ -311,7 +311,7 @@ def verify(peer: Peer, x_TH: torch.Tensor, tolerance: float) -> None:
         y = gelu(h) @ w2 if b2 is None else gelu(h) @ w2 + b2
         y = y * F.linear(x, router_EH).softmax(-1)[:, number, None]
         y.backward(dy_TH[rows].double())
-        _assert_close(f"answers of expert {number}", y_TH[rows], y, tolerance)
+        _assert_close(f"outputs of expert {number}", y_TH[rows], y, tolerance)
     rows = (clear_T & kept_T).nonzero()[:, 0]
     _assert_close("tokens' gradient", x_TH.grad[rows], exact_TH.grad[rows], tolerance)
     for parameter in peer.layer.parameters():

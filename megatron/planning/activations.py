@@ -6,8 +6,8 @@ In numbers a token, in the number format of the computation; compiled layers kee
     feed-forward     H before the norm, H after it, F before and F after GELU
     experts          H before the norm, H after it, and for each row of their buffers H, F before and F after GELU
 
-That is a top-1 layer with a capacity on one process, one function of kernels. Other layers also keep the experts'
-answers, H for each row; kernels then do not keep the F after GELU, and plain torch keeps above top-1 the tokens as they
+That is a top-1 layer with a capacity on one process, one function of kernels. Other layers also keep the expert
+outputs, H for each row; kernels then do not keep the F after GELU, and plain torch keeps above top-1 the tokens as they
 were sent, K H. A router in plain torch keeps the tokens in fp32 and a few tensors of [T, E].
 
 Shapes: T tokens of a micro-batch, H hidden, F inner size, E experts, K top-k.

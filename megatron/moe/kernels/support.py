@@ -1,10 +1,14 @@
-"""Which Triton kernels know all options of a layer. A kernel is not used for an option that it does not name here.
+"""Which Triton kernels know all options of a layer.
 
-top1_layer           router, permutation, experts and unpermutation of a top-1 layer as one function
-route                the top-1 router
-permute              tokens into the rows of their experts, and expert outputs back
-expert_mlp           the experts, with equally many rows for each
-expert_mlp_sorted    the experts, with rows sorted by expert
+    top1_layer           router, permutation and experts of a top-1 layer with a capacity as one function
+    route                the top-1 router
+    permutation          tokens into the rows of their experts, and expert outputs back
+    reorder              rows from several processes sorted by expert, and back
+    expert_mlp           the experts, with equally many rows for each
+    expert_mlp_sorted    the experts, with rows sorted by expert
+
+A kernel opts in: it is not used for a layer with an option that it does not name here, unless that has its default. To
+use kernels for a new option, name it where they know it.
 """
 
 from collections.abc import Container, Mapping
@@ -29,7 +33,7 @@ _ELSEWHERE: Options = dict.fromkeys(
     ANY,
 )  # fmt: skip
 
-# A permutation carries out any routing plan, and experts compute any rows, however the router decided.
+# A permutation is right for any routing plan, and experts compute any rows, however the router decided.
 _ANY_ROUTING: Options = dict.fromkeys(
     ("moe.topk", "moe.moe_token_dropping", "moe.moe_noise_policy", "moe.moe_rts", "num_experts"), ANY
 )
