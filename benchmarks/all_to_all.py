@@ -2,10 +2,10 @@
 
     torchrun --nproc-per-node 2 -m benchmarks.all_to_all --json all_to_all.json
 
-Each form is first compared with the direct all-to-all in one piece: in the hierarchical form every bit must be the same,
-with chunks (whose gradients are summed in another order) the numbers must be close. Then it is timed: with CUDA events
-on a GPU, every run on fresh inputs, the median of the slowest process. ``--ranks-per-node`` cuts the processes of one
-machine into pretended nodes.
+Each form is first compared with the direct all-to-all in one piece: in the hierarchical form every bit must be
+the same, with chunks (whose gradients are summed in another order) the numbers must be close. Then it is timed: with
+CUDA events on a GPU, every run on fresh inputs, the median of the slowest process. ``--ranks-per-node`` cuts the
+processes of one machine into pretended nodes.
 
 "exchange" is the all-to-all of the layer's buffers alone, in one piece; its rate counts the bytes that a process sends
 to others.

@@ -11,7 +11,7 @@ def run_seeded(layer: Callable[[torch.Tensor], Any], x: torch.Tensor, seed: Call
     """``layer(x)``, after ``seed()`` has seeded what it draws from.
 
     With ``recompute`` only ``x`` is kept for the backward pass, which seeds and runs the layer again as far as it needs
-    to: the last all-to-all of expert outputs is not repeated. To seed is quicker than to keep and set generators' states.
+    to: the last all-to-all of expert outputs is not repeated. Seeding is quicker than keeping generators' states.
     """
 
     def run(x: torch.Tensor) -> Any:

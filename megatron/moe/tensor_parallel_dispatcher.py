@@ -35,13 +35,13 @@ class TensorParallelDispatcher:
     def __init__(self, inner: Dispatcher, group: TensorGroup, *, dropless: bool) -> None:
         self._inner, self._group = inner, group
         if group.shard_experts:
-            self._carry_out = self._whole_plan
+            self._run = self._whole_plan
         elif not dropless:
-            self._carry_out = self._range_of_slots
+            self._run = self._range_of_slots
         elif group.sequence_parallel:
-            self._carry_out = self._own_tokens
+            self._run = self._own_tokens
         else:
-            self._carry_out = self._range_of_tokens
+            self._run = self._range_of_tokens
 
     def __call__(
         self, x: torch.Tensor, plan: RoutingPlan, experts: Experts, overlap: Callable[[], object] | None = None
@@ -49,7 +49,7 @@ class TensorParallelDispatcher:
         """See :class:`megatron.moe.dispatcher.Dispatcher`."""
         # A gate's gradient arises where its assignment is carried out; every process's router gets the sum.
         plan = dataclasses.replace(plan, gate_TK=copy(plan.gate_TK, self._group))
-        return self._carry_out(x, plan, experts, overlap)
+        return self._run(x, plan, experts, overlap)
 
     def _whole_plan(
         self, x: torch.Tensor, plan: RoutingPlan, experts: Experts, overlap: Callable[[], object] | None

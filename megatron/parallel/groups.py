@@ -23,8 +23,8 @@ class ExpertGroup:
     """The ``size`` processes over which the experts of a layer are spread, seen from the one at place ``rank``.
 
     With E experts, place r holds the E / size experts from r * E / size on. ``group`` is None for a single process.
-    The all-to-all is hierarchical with ``node_groups``. Buffers of fixed capacity are sent in ``overlap_chunks`` pieces:
-    while one is computed, others are being sent.
+    With ``node_groups`` the all-to-all is hierarchical. Buffers of fixed capacity are sent in ``overlap_chunks``
+    pieces: while one is computed, others are being sent.
     """
 
     size: int
