@@ -9,7 +9,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
-TOGETHER = ("distributed", "gpu", "parallel", "slurm")  # folders of tests that have limits of time, or take the GPU
+# folders and files whose tests have limits of time, or take the GPU
+TOGETHER = ("gpu", "parallel", "slurm", "test_kills.py", "test_preflight.py", "test_pretrain.py", "test_watchdog.py")
 
 # Processes that tests start find this checkout too, installed or not.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -36,13 +37,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)  # without pytest-xdist there is none
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Files go to whichever worker is free, but those of ``TOGETHER`` to one, one after another: they have limits of
-    time, or take the GPU, and would get into each other's way."""
+    """Files go to whichever worker is free, but those of ``TOGETHER`` to one, one after another: they would get into
+    each other's way."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.split("::")[0]
-            return "together" if file.split("/")[1] in TOGETHER else file
+            return "together" if any(part in TOGETHER for part in file.split("/")) else file
 
     return Scheduling(config, log)

@@ -64,7 +64,14 @@ def ramp_up_and_evaluate(run: RunConfig) -> tuple:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    ("size", "layout"), [(2, {PP: 2}), (4, {PP: 2, EP: (2,)}), (4, {PP: 2, TP: 2, SP: True}), (2, {EP: (2,)})], ids=str
+    ("size", "layout"),
+    [
+        (2, {PP: 2}),
+        (2, {EP: (2,)}),
+        pytest.param(4, {PP: 2, EP: (2,)}, marks=pytest.mark.exhaustive),
+        pytest.param(4, {PP: 2, TP: 2, SP: True}, marks=pytest.mark.exhaustive),
+    ],
+    ids=str,
 )
 def test_a_batch_ramp_up_and_evaluations_are_those_of_one_process(size: int, layout: dict):
     history, valid, weights = run_distributed(ramp_up_and_evaluate, 1, run_config(TOP1))[0]
@@ -89,7 +96,12 @@ def train_with_dropout(run: RunConfig) -> tuple:
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("size", "layout"),
-    [(2, {TP: 2}), (2, {TP: 2, SP: True}), (2, {TP: 2, ETP: True}), (4, {PP: 2, TP: 2, SP: True})],
+    [
+        pytest.param(2, {TP: 2}, marks=pytest.mark.exhaustive),
+        (2, {TP: 2, SP: True}),
+        pytest.param(2, {TP: 2, ETP: True}, marks=pytest.mark.exhaustive),
+        pytest.param(4, {PP: 2, TP: 2, SP: True}, marks=pytest.mark.exhaustive),
+    ],
     ids=str,
 )
 def test_with_dropout_tensor_parallel_replicas_stay_equal_and_recomputing_repeats_the_draws(size: int, layout: dict):

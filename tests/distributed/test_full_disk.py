@@ -43,7 +43,9 @@ def enlarge(folder: Path) -> None:
     subprocess.run(["mount", "-o", "remount,size=100m", folder], check=True)
 
 
-@pytest.mark.parametrize("in_background", [False, True], ids=["synchronous", "asynchronous"])
+@pytest.mark.parametrize(
+    "in_background", [pytest.param(False, marks=pytest.mark.exhaustive), True], ids=["synchronous", "asynchronous"]
+)
 def test_a_run_outlives_a_full_disk(server, corpus, on_a_large_disk, tmp_path, in_background):
     checkpoint = sum(file.stat().st_size for file in (on_a_large_disk / "step_00000002").iterdir())
     save = tmp_path / "small"

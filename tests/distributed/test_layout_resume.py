@@ -131,7 +131,9 @@ def test_what_one_layout_saved_another_resumes(tmp_path: Path, model: str):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("layout", [{EP: (2,)}, {PP: 2}, {TP: 2, SP: True, ETP: True}], ids=str)
+@pytest.mark.parametrize(
+    "layout", [{EP: (2,)}, {PP: 2}, pytest.param({TP: 2, SP: True, ETP: True}, marks=pytest.mark.exhaustive)], ids=str
+)
 def test_a_bf16_run_resumes_with_its_fp32_weights(tmp_path: Path, layout: dict):
     run = run_config(TOP1, "bf16", **layout)
     expected = run_distributed(save_then_go_on, 2, str(tmp_path), run, True)[0]

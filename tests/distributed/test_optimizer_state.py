@@ -28,7 +28,14 @@ from distributed.tiny_training import (
 from megatron.config import RunConfig
 
 needs_fp16 = pytest.mark.skipif(not FP16_ON_CPU, reason="needs a processor with instructions for fp16")
-LAYOUTS = [(1, {}), (2, {EP: (2,)}), (4, {EP: (2,)}), (2, {TP: 2, SP: True}), (2, {PP: 2}), (4, {PP: 2, EP: (2,)})]
+LAYOUTS = [
+    (1, {}),
+    (4, {PP: 2, EP: (2,)}),
+    *(
+        pytest.param(*one, marks=pytest.mark.exhaustive)
+        for one in [(2, {EP: (2,)}), (4, {EP: (2,)}), (2, {TP: 2, SP: True}), (2, {PP: 2})]
+    ),
+]
 
 
 def with_(run: RunConfig, **optimizer) -> RunConfig:
@@ -66,11 +73,11 @@ def test_offloaded_updates_are_those_of_one_process_in_plain_torch(size: int, la
     ("precision", "size", "layout"),
     [
         ("bf16", 1, {}),
-        ("bf16", 2, {}),
-        ("bf16", 2, {TP: 2, SP: True}),
+        pytest.param("bf16", 2, {}, marks=pytest.mark.exhaustive),
+        pytest.param("bf16", 2, {TP: 2, SP: True}, marks=pytest.mark.exhaustive),
         ("bf16", 2, {PP: 2}),
         pytest.param("fp16", 2, {}, marks=needs_fp16),
-        pytest.param("fp16", 2, {PP: 2}, marks=needs_fp16),
+        pytest.param("fp16", 2, {PP: 2}, marks=(needs_fp16, pytest.mark.exhaustive)),
     ],
     ids=str,
 )
@@ -126,7 +133,8 @@ def test_8_bit_moments_in_bf16_stray_no_further_than_bf16_does():
 
 
 @pytest.mark.parametrize(
-    ("saves", "resumes"), [(False, True), (True, False), pytest.param(True, True, marks=pytest.mark.exhaustive)]
+    ("saves", "resumes"),
+    [(False, True), *(pytest.param(True, resumes, marks=pytest.mark.exhaustive) for resumes in (False, True))],
 )
 def test_a_checkpoint_goes_from_gpu_to_cpu_memory_and_back(tmp_path: Path, saves: bool, resumes: bool):
     run = run_config(TOP1, **{EP: (2,)})
@@ -196,7 +204,7 @@ def saving(folder: str, run: RunConfig) -> tuple[dict, dict, dict]:
     return saved
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.exhaustive), "bf16"])
 def test_8_bit_moments_are_saved_as_fp32_and_loaded_from_it(tmp_path: Path, precision: str):
     plain = run_config(TOP1, precision, **{EP: (2,)})
     for name, saves, size, resumes in (

@@ -48,8 +48,15 @@ def name(moe: MoEConfig) -> str:
     return f"{moe.num_experts[0]} experts, top-{moe.topk}, {moe.mlp_type}, {mode}, {moe.moe_noise_policy}"
 
 
-@pytest.mark.parametrize("in_kernels", [False, True], ids=["torch", "kernels"])
-@pytest.mark.parametrize("precision", ["fp16", "fp32"])
+@pytest.mark.parametrize(
+    ("precision", "in_kernels"),
+    [
+        ("fp32", False),
+        ("fp16", True),
+        *(pytest.param(*case, marks=pytest.mark.exhaustive) for case in [("fp16", False), ("fp32", True)]),
+    ],
+    ids=["fp32-torch", "fp16-kernels", "fp16-torch", "fp32-kernels"],
+)
 @pytest.mark.parametrize("moe", KINDS, ids=name)
 def test_it_is_what_autograd_saves_of_a_layer(moe, precision, in_kernels, monkeypatch):
     """On a CPU, where the kernels run in Triton's interpreter (in fp16, which is as wide as bf16)."""
