@@ -104,7 +104,7 @@ def assert_near(ranks: list[dict[str, dict[str, float]]], tolerance: float) -> N
             assert all(error <= tolerance for error in values.values()), f"{name}: {values}"  # NaN fails too
 
 
-@pytest.mark.exhaustive  # tests/moe/test_fused.py compares the kernels in one process
+@pytest.mark.exhaustive  # tests/moe/test_triton_ops.py compares the kernels in one process
 def test_in_the_interpreter():
     if torch.cuda.is_available():
         pytest.skip("kernels run on the GPU here")
