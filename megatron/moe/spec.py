@@ -22,14 +22,16 @@ class LayerSpec:
     tensor_group: TensorGroup
     training: bool
 
-    def only(self, known: Mapping[str, Container[Any]]) -> bool:
-        """Whether each option has a value that ``known`` names, or its default if ``known`` does not name it.
+    def unknown(self, known: Mapping[str, Container[Any]]) -> tuple[str, ...]:
+        """The options that have neither a value that ``known`` names nor, if it does not name them, their default.
 
         Args:
             known: option -> values. Options of a section are named "moe.topk" and so on.
         """
-        return all(
-            value in known[name] if name in known else value == default for name, value, default in self._options()
+        return tuple(
+            name
+            for name, value, default in self._options()
+            if (value not in known[name] if name in known else value != default)
         )
 
     def _options(self) -> Iterator[tuple[str, Any, Any]]:

@@ -11,6 +11,7 @@ pytest.importorskip("triton")
 from megatron.config import ModelConfig, MoEConfig
 from megatron.config.fields import option
 from megatron.moe import MoELayer, kernels, operations, torch_ops, triton_ops
+from megatron.moe.kernels import support
 from megatron.moe.kernels.support import supported
 from megatron.moe.spec import LayerSpec
 from megatron.parallel.groups import ALONE, ExpertGroup
@@ -105,11 +106,15 @@ def kernels_run(monkeypatch) -> list[str]:
 
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("changed", [{"gate_function": "sigmoid"}, {"activation": "swiglu"}])
-def test_an_option_that_kernels_do_not_name_never_reaches_one(changed, train, kernels_run):
+def test_an_option_that_kernels_do_not_name_never_reaches_one(changed, train, kernels_run, caplog):
+    caplog.set_level("INFO")
+    support._log_unknown.cache_clear()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     x = torch.randn(10, H, device=device)
     for layer in layers(**changed):
         layer.to(device).train(train)(x)[0].sum().backward()
     assert kernels_run == []
+    (option_name,) = changed
+    assert [record.message.endswith(f".{option_name}") for record in caplog.records] == [True]
     layers()[2].to(device).train(train)(x)  # at their defaults the same options change nothing
     assert "permutation" in kernels_run

@@ -11,10 +11,14 @@ A kernel opts in: it is not used for a layer with an option that it does not nam
 use kernels for a new option, name it where they know it.
 """
 
+import functools
+import logging
 from collections.abc import Container, Mapping
 from typing import Any
 
 from megatron.moe.spec import ANY, LayerSpec, Where
+
+_LOG = logging.getLogger(__name__)
 
 Options = Mapping[str, Container[Any]]
 
@@ -89,9 +93,17 @@ _KNOWN = {
 
 def supports(kernel: str, spec: LayerSpec) -> bool:
     """Whether ``kernel`` computes what a layer of this ``spec`` asks for."""
-    return spec.only(_KNOWN[kernel](spec))
+    return not spec.unknown(_KNOWN[kernel](spec))
 
 
 def supported(spec: LayerSpec) -> frozenset[str]:
-    """All kernels that do."""
+    """All kernels that do; if none does because of an option, the log says so once."""
+    unknown = spec.unknown(_any_plan(spec))
+    if unknown:
+        _log_unknown(unknown)
     return frozenset(kernel for kernel in _KNOWN if supports(kernel, spec))
+
+
+@functools.cache
+def _log_unknown(options: tuple[str, ...]) -> None:
+    _LOG.info("MoE layers run in plain torch: no Triton kernel knows the value of %s", ", ".join(options))
