@@ -174,7 +174,7 @@ Weights = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def expert_mlp(x_LGcH: torch.Tensor, weights: Weights) -> torch.Tensor:
-    """Expert outputs [L, G, c, H] to equally many rows for each expert.
+    """Expert outputs [L, G, c, H] for equally many rows for each expert.
 
     Args:
         x_LGcH: at least one row, in the number format of the weights, in any order in memory.
@@ -184,7 +184,7 @@ def expert_mlp(x_LGcH: torch.Tensor, weights: Weights) -> torch.Tensor:
 
 
 def expert_mlp_sorted(x_RH: torch.Tensor, weights: Weights, counts_L: torch.Tensor) -> torch.Tensor:
-    """Expert outputs [R, H] to rows sorted by expert, at least one, of which expert i has ``counts_L[i]``.
+    """Expert outputs [R, H] for rows sorted by expert, at least one, of which expert i has ``counts_L[i]``.
 
     Args:
         x_RH, weights: as for :func:`expert_mlp`.
