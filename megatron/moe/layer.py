@@ -95,7 +95,7 @@ class MoELayer(nn.Module):
             self._initialize(model, seed, layer)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, MoEStats]:
-        """Map [..., H] to [..., H], 0 for a token of which every assignment was dropped; and tell losses and counts.
+        """Map [..., H] to [..., H]. Experts add nothing to a token whose assignments were all dropped.
 
         With several processes, all of the group must call this together.
         """
