@@ -1,11 +1,11 @@
-"""An MoE layer whose experts are spread over all processes, forward and backward: chunks, and the way by nodes.
+"""An MoE layer whose experts are spread over all processes, forward and backward: in chunks, and hierarchical.
 
     torchrun --nproc-per-node 2 -m benchmarks.all_to_all --json all_to_all.json
 
-Each form is first compared with the plain exchange in one piece: by way of the nodes every bit must be the same, with
-chunks (whose gradients are summed in another order) the numbers must be close. Then it is timed: with CUDA events on a
-GPU, every run on fresh inputs, the median of the slowest process. ``--ranks-per-node`` cuts the processes of one
-machine into pretended nodes.
+Each form is first compared with the direct all-to-all in one piece: in the hierarchical form every bit must be
+the same, with chunks (whose gradients are summed in another order) the numbers must be close. Then it is timed: with
+CUDA events on a GPU, every run on fresh inputs, the median of the slowest process. ``--ranks-per-node`` cuts the
+processes of one machine into pretended nodes.
 
 "exchange" is the all-to-all of the layer's buffers alone, in one piece; its rate counts the bytes that a process sends
 to others.
@@ -27,13 +27,13 @@ from benchmarks.output import DTYPES, device_name, make_parser, markdown, number
 from megatron.config import ModelConfig, MoEConfig
 from megatron.moe import MoELayer
 from megatron.moe.plan import expert_capacity
+from megatron.parallel.all_to_all import equal_all_to_all
+from megatron.parallel.async_all_to_all import AsyncAllToAll
 from megatron.parallel.groups import ExpertGroup, NodeGroups
 from megatron.parallel.initialize import choose_device
 from megatron.parallel.launch import Launch
 from megatron.parallel.nodes import build_node_groups
-from megatron.parallel.routes import equal_route
 from megatron.parallel.sharding import collect_layouts
-from megatron.parallel.trips import Trip
 
 TOLERANCE = {"bf16": 2e-2, "fp32": 1e-5}  # of a tensor's largest value
 
@@ -140,7 +140,7 @@ def exchange_step(group: ExpertGroup) -> Callable[[torch.Tensor], None]:
     """The all-to-all alone."""
 
     def step(x: torch.Tensor) -> None:
-        Trip(x.detach(), equal_route(group)).finish()
+        AsyncAllToAll(x.detach(), equal_all_to_all(group)).wait()
 
     return step
 
@@ -205,8 +205,8 @@ def table(args: argparse.Namespace, device: torch.device, rows: list[Row]) -> st
 
     def cells(row: Row) -> list[str]:
         numbers = [number(row.layer_ms, 2), number(row.ratio, 3), number(row.exchange_ms, 2)]
-        route = "by node" if row.by_node else "plain"
-        return [str(row.experts), route, str(row.chunks), *numbers, number(row.exchange_gb_per_s, 1)]
+        form = "by node" if row.by_node else "plain"
+        return [str(row.experts), form, str(row.chunks), *numbers, number(row.exchange_gb_per_s, 1)]
 
     columns = "experts | <exchange | chunks | layer ms | of plain, 1 chunk | exchange alone ms | GB/s sent"
     return f"{setting}\n\n" + markdown(columns, [cells(row) for row in rows])

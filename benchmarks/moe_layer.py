@@ -9,7 +9,7 @@ buffers, so for top-k it is k times as wide. In the columns "even" every expert 
 tokens as any other, in "skewed" the busiest gets twice the mean as first choice (benchmarks/loads.py); "dropped" is the
 share of assignments that then find no room.
 
-Before anything is timed, answers and gradients are compared with float64. The other layers (benchmarks/peers.py) run
+Before anything is timed, outputs and gradients are compared with float64. The other layers (benchmarks/peers.py) run
 where they can be imported: DeepSpeed's, Megatron-core's, ScatterMoE's, and a sort before torch's grouped product.
 "peer / ours" is the ratio of their milliseconds, even and skewed.
 
@@ -28,12 +28,11 @@ from torch import nn
 from benchmarks import peers
 from benchmarks.loads import Loads
 from benchmarks.output import DTYPES, device_name, make_parser, markdown, number, one_line, write_json
-from benchmarks.peers import answer, initialize
+from benchmarks.peers import initialize, output
 from benchmarks.timing import median_ms, peak_bytes, time_limit
 from megatron.config import ModelConfig, MoEConfig
-from megatron.moe import MoELayer, fused
+from megatron.moe import MoELayer
 from megatron.moe.mlp import MLP
-from megatron.moe.router import Router
 from megatron.training.hooks.profiling import profiled
 
 TOLERANCE = {"bf16": 2e-2, "fp32": 2e-5}  # of the norm of what is compared
@@ -191,7 +190,7 @@ def measure(
     loads = None if router_EH is None else Loads(router_EH, tokens)
 
     def both(x_TH: torch.Tensor, dy_TH: torch.Tensor) -> None:
-        y_TH, aux_loss = answer(layer, x_TH)
+        y_TH, aux_loss = output(layer, x_TH)
         outputs, gradients = [y_TH], [dy_TH]
         if aux_loss is not None:
             outputs, gradients = [y_TH, aux_loss], [dy_TH, torch.full_like(aux_loss, 0.01)]
@@ -201,7 +200,7 @@ def measure(
 
     def forward(x_TH: torch.Tensor, dy_TH: torch.Tensor) -> None:
         with torch.no_grad():
-            answer(layer, x_TH)
+            output(layer, x_TH)
 
     def inputs(skewed: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         x_TH = torch.randn(tokens, hidden, device=args.device)
@@ -236,7 +235,7 @@ def measure(
 
 
 def check(layer: MoELayer, hidden: int, tokens: int, args: argparse.Namespace) -> None:
-    """Compare answers and gradients of some tokens, and gradients of one expert's weights, with float64.
+    """Compare outputs and gradients of some tokens, and gradients of one expert's weights, with float64.
 
     Raises:
         AssertionError: they are further apart than the number format explains.
@@ -244,18 +243,17 @@ def check(layer: MoELayer, hidden: int, tokens: int, args: argparse.Namespace) -
     x_TH = fresh(hidden, tokens, args)
     dy_TH = torch.randn_like(x_TH)
     torch.manual_seed(0)
-    answer_TH, stats = layer(x_TH)
-    answer_TH.backward(dy_TH)
+    output_TH, stats = layer(x_TH)
+    output_TH.backward(dy_TH)
     torch.manual_seed(0)  # which tokens find room is random
     with torch.no_grad():
-        route = fused.route if fused.routes(layer.router, x_TH) else Router.__call__
-        plan = route(layer.router, x_TH).plan
+        plan = layer.router(x_TH).plan
     logits_TE = F.linear(x_TH.detach().double(), layer.router.weight.detach().double())
     best_TK = logits_TE.topk(args.topk).indices
     assert float((best_TK != plan.expert_TK).double().mean()) <= 1e-3, "tokens do not go to their best experts"
     kept_TK = plan.slot_TK < (tokens if plan.capacity is None else plan.capacity)
     assert int(stats.dropped) == int((~kept_TK).sum())
-    assert not answer_TH[~kept_TK.any(1)].any(), "a token that found no room got an answer"
+    assert not output_TH[~kept_TK.any(1)].any(), "a dropped token got an output"
 
     chosen = int(torch.bincount(plan.expert_TK[kept_TK], minlength=logits_TE.size(1)).argmax())
     own = ((plan.expert_TK == chosen) & kept_TK).any(1).nonzero()[:, 0]
@@ -269,7 +267,7 @@ def check(layer: MoELayer, hidden: int, tokens: int, args: argparse.Namespace) -
     everywhere = plan.expert_TK[some].unique().tolist()
     x, y, _ = in_float64(layer, x_TH[some], plan.expert_TK[some], kept_TK[some], everywhere)
     y.backward(dy_TH[some].double())
-    pairs |= {"answers": (answer_TH[some], y), "tokens' gradient": (x_TH.grad[some], x.grad)}
+    pairs |= {"outputs": (output_TH[some], y), "tokens' gradient": (x_TH.grad[some], x.grad)}
     for name, (found, exact) in pairs.items():
         error = float((found.detach().double() - exact.detach()).norm() / exact.detach().norm())
         assert error <= TOLERANCE[args.dtype], f"{name} of expert {chosen}: relative error {error}"  # NaN fails too
@@ -280,7 +278,7 @@ def check(layer: MoELayer, hidden: int, tokens: int, args: argparse.Namespace) -
 def in_float64(
     layer: MoELayer, x_TH: torch.Tensor, expert_TK: torch.Tensor, kept_TK: torch.Tensor, experts: list[int]
 ) -> tuple[torch.Tensor, torch.Tensor, dict[int, dict[str, torch.Tensor]]]:
-    """Tokens, the answers of those of their experts that are among ``experts``, and the weights of these."""
+    """Tokens, the outputs of those of their experts that are among ``experts``, and the weights of these."""
     x_TH = x_TH.detach().double().requires_grad_()
     gate_TK = F.linear(x_TH, layer.router.weight.detach().double()).softmax(-1).gather(1, expert_TK) * kept_TK
     if expert_TK.size(1) > 1:
@@ -291,8 +289,8 @@ def in_float64(
             name: p.detach()[expert].double().requires_grad_() for name, p in layer.experts.named_parameters()
         }
         w1, b1, w2, b2 = (weights[expert][name] for name in ("w1", "b1", "w2", "b2"))
-        answer_TH = F.gelu(x_TH @ w1 + b1, approximate="tanh") @ w2 + b2
-        y_TH = y_TH + answer_TH * (gate_TK * (expert_TK == expert)).sum(1, keepdim=True)
+        output_TH = F.gelu(x_TH @ w1 + b1, approximate="tanh") @ w2 + b2
+        y_TH = y_TH + output_TH * (gate_TK * (expert_TK == expert)).sum(1, keepdim=True)
     return x_TH, y_TH, weights
 
 
@@ -300,9 +298,9 @@ def profile(layer: nn.Module, x_TH: torch.Tensor) -> None:
     """Print the kernels of one forward and backward by time."""
     dy_TH = torch.randn_like(x_TH)
     for _ in range(3):
-        answer(layer, x_TH)[0].backward(dy_TH)
+        output(layer, x_TH)[0].backward(dy_TH)
     with profiled(None, "one layer, forward and backward", x_TH.device):
-        answer(layer, x_TH)[0].backward(dy_TH)
+        output(layer, x_TH)[0].backward(dy_TH)
 
 
 def table(rows: list[Row]) -> str:

@@ -54,7 +54,7 @@ class Peer:
     capacity_factor: float | None  # None: dropless
 
 
-def answer(layer: nn.Module, x_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+def output(layer: nn.Module, x_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Output and load-balancing loss of any of the layers."""
     out = layer(x_TH)
     if isinstance(out, torch.Tensor):
@@ -125,7 +125,7 @@ def megatron_layer(shape: Shape) -> Peer:
                 warnings.simplefilter("ignore")  # of what it would like to be installed
                 peer = _megatron_layer(shape, fusions)
             x_TH = torch.randn(8 * shape.experts, shape.hidden, device=shape.device, dtype=shape.dtype)
-            y_TH, _ = answer(peer.layer, x_TH.requires_grad_())
+            y_TH, _ = output(peer.layer, x_TH.requires_grad_())
             y_TH.backward(torch.ones_like(y_TH))
             return peer
         except Exception as error:  # versions of the two do not always fit
@@ -160,7 +160,7 @@ def _megatron_layer(shape: Shape, fusions: list[str]) -> Peer:
         moe_router_topk=1,
         moe_router_pre_softmax=True,
         moe_router_dtype="fp32",
-        moe_aux_loss_coeff=0.01,  # its gradient comes with the answer's
+        moe_aux_loss_coeff=0.01,  # its gradient comes with the output's
         moe_token_dispatcher_type="alltoall",
         activation_func=F.gelu if engine else gelu,  # Transformer Engine's is the tanh form
         add_bias_linear=engine,  # without it experts add their bias in place, which autograd refuses
@@ -280,7 +280,7 @@ PEERS = {
 
 
 def verify(peer: Peer, x_TH: torch.Tensor, tolerance: float) -> None:
-    """Compare answers and the tokens' gradient with float64, from the peer's own weights.
+    """Compare outputs and the tokens' gradient with float64, from the peer's own weights.
 
     Left out are tokens that stand between two experts, and those that found no room.
 
@@ -291,7 +291,7 @@ def verify(peer: Peer, x_TH: torch.Tensor, tolerance: float) -> None:
         AssertionError: they are further apart, or another number of tokens was dropped.
     """
     x_TH, dy_TH = x_TH.detach().clone().requires_grad_(), torch.randn_like(x_TH)
-    y_TH, _ = answer(peer.layer, x_TH)
+    y_TH, _ = output(peer.layer, x_TH)
     y_TH.backward(dy_TH)
     exact_TH, router_EH = x_TH.detach().double().requires_grad_(), peer.router_EH.detach().double()
     logits_TE = exact_TH.detach() @ router_EH.T
@@ -302,7 +302,7 @@ def verify(peer: Peer, x_TH: torch.Tensor, tolerance: float) -> None:
     wrong = abs(int((~kept_T).sum()) - int((counts_E - room).clamp(min=0).sum()))
     allowed = 0 if peer.capacity_factor is None else int((~clear_T).sum())
     assert wrong <= allowed, f"{wrong} tokens more or less were dropped than should be"
-    assert y_TH.isfinite().all(), "answers that are not finite"
+    assert y_TH.isfinite().all(), "outputs that are not finite"
     for number in range(len(router_EH)):
         rows = (clear_T & kept_T & (expert_T == number)).nonzero()[:, 0]
         w1, b1, w2, b2 = (None if part is None else part.detach().double() for part in peer.expert(number))
@@ -311,7 +311,7 @@ def verify(peer: Peer, x_TH: torch.Tensor, tolerance: float) -> None:
         y = gelu(h) @ w2 if b2 is None else gelu(h) @ w2 + b2
         y = y * F.linear(x, router_EH).softmax(-1)[:, number, None]
         y.backward(dy_TH[rows].double())
-        _assert_close(f"answers of expert {number}", y_TH[rows], y, tolerance)
+        _assert_close(f"outputs of expert {number}", y_TH[rows], y, tolerance)
     rows = (clear_T & kept_T).nonzero()[:, 0]
     _assert_close("tokens' gradient", x_TH.grad[rows], exact_TH.grad[rows], tolerance)
     for parameter in peer.layer.parameters():

@@ -53,6 +53,9 @@ def micro_batch_seed(seed: int, sample_index: int) -> int:
 class DeepSpeedEngine(ShardedState):
     """Trains a model: forward, backward, gradient reduction, clipping, ZeRO-1 update; its state is that of ZeRO-1."""
 
+    _engine: Any  # DeepSpeed's engine
+    _optimizer: Any  # DeepSpeed's, around the one that is passed to it; its type depends on the precision
+
     def __init__(self, model: GPTModel, config: RunConfig, topology: Topology) -> None:
         os.environ.setdefault("DS_ACCELERATOR", topology.device.type)
         import deepspeed
@@ -153,7 +156,9 @@ class DeepSpeedEngine(ShardedState):
             return StepResult(sums, lr, AsyncScalar(self._update.norm))
         skipped = bool(self._optimizer.overflow)
         norm = math.inf if skipped else float(self._optimizer._global_grad_norm)
-        return StepResult(sums, lr, norm, scale_fell=skipped and before is not None and self._headroom() < before)
+        after = self._headroom()
+        fell = before is not None and after is not None and after < before
+        return StepResult(sums, lr, norm, scale_fell=skipped and fell)
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Iterable[Mapping[str, Any]]) -> LossSums:

@@ -1,4 +1,4 @@
-"""Mixture of experts: router -> dispatch -> experts -> combine, in plain torch or in kernels."""
+"""Mixture of experts: router -> dispatcher -> experts, in plain torch or in kernels."""
 
 from megatron.moe.layer import MoELayer, MoEStats
 from megatron.moe.plan import RoutingPlan

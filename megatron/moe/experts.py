@@ -3,15 +3,18 @@
 Shapes: E experts, L experts on this rank, H hidden, F FFN hidden (of this rank), C rows of each expert, R rows of all.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from megatron.moe.initialization import fill_normal, named_generator
+from megatron.moe.operations import PLAIN_TORCH, OperationChoice
 from megatron.parallel.groups import ALONE, ExpertGroup, TensorGroup
 from megatron.parallel.sharding import ParamLayout, Shard
+
+Weights = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # w1, b1, w2, b2
 
 
 class Experts(nn.Module):
@@ -20,8 +23,8 @@ class Experts(nn.Module):
     Parameters are stacked: ``w1`` [L, H, F], ``b1`` [L, F], ``w2`` [L, F, H], ``b2`` [L, H]. Row i is expert
     ``expert_group.rank * L + i`` of the layer.
 
-    A ``tensor_group`` that shards experts shares the F inner units, and the answers are then partial: their sum over
-    the group counts. It shares ``b2`` too, [L, H / size]: each process adds its piece to its answers' columns.
+    A ``tensor_group`` that shards experts shards the F inner units, and the outputs are then partial: their sum over
+    the group counts. It shards ``b2`` too, [L, H / size]: each process adds its shard to its outputs' columns.
 
     Raises:
         ValueError: E is not a multiple of the size of ``expert_group``, or F and H of that of ``tensor_group``.
@@ -34,8 +37,10 @@ class Experts(nn.Module):
         num_experts: int,
         expert_group: ExpertGroup,
         tensor_group: TensorGroup = ALONE,
+        operations: Mapping[bool, OperationChoice] = PLAIN_TORCH,
     ) -> None:
         super().__init__()
+        self.operations = operations  # in training, and in evaluation
         if num_experts % expert_group.size:
             raise ValueError(
                 f"{num_experts} experts cannot be spread evenly over {expert_group.size} processes: "
@@ -77,23 +82,14 @@ class Experts(nn.Module):
             fill_normal(w2_FH, w2_std, generator, [Shard(0, self.cut.size, self.cut.rank)])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Answers [L, ..., H] to equally many rows for each expert."""
-        w1_LHF, b1_LF, w2_LFH, b2_LH = self.weights()
-        h_LCF = F.gelu(torch.baddbmm(b1_LF[:, None], x.flatten(1, -2), w1_LHF), approximate="tanh")
-        return torch.baddbmm(b2_LH[:, None], h_LCF, w2_LFH).view(x.shape)
+        """Expert outputs [L, ..., H] for equally many rows for each expert."""
+        return self.operations[self.training].of("expert_mlp", x, self.w1).expert_mlp(x, self.weights())
 
-    def forward_sorted(self, x_RH: torch.Tensor, rows_per_expert: Sequence[int]) -> torch.Tensor:
-        """Answers [R, H] to rows sorted by expert, of which expert i has ``rows_per_expert[i]``."""
-        weights = list(zip(*self.weights(), strict=True))
-        # Without any row, one empty product keeps the parameters in the graph: their gradients are then 0, not None.
-        busy = [i for i, rows in enumerate(rows_per_expert) if rows] or [0]
-        answers = []
-        for i, x_CH in zip(busy, x_RH.split([rows_per_expert[i] for i in busy]), strict=True):
-            w1_HF, b1_F, w2_FH, b2_H = weights[i]
-            h_CF = F.gelu(torch.addmm(b1_F, x_CH, w1_HF), approximate="tanh")
-            answers.append(torch.addmm(b2_H, h_CF, w2_FH))
-        return torch.cat(answers)
+    def forward_sorted(self, x_RH: torch.Tensor, counts_L: torch.Tensor) -> torch.Tensor:
+        """Expert outputs [R, H] for rows sorted by expert, of which expert i has ``counts_L[i]``."""
+        operations = self.operations[self.training].of("expert_mlp_sorted", x_RH, self.w1)
+        return operations.expert_mlp_sorted(x_RH, self.weights(), counts_L)
 
-    def weights(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    def weights(self) -> Weights:
         """w1, b1, w2 and b2 of this process, of which b2 is [L, H] in any case: 0 where others add theirs."""
         return self.w1, self.b1, self.w2, self.b2 if self.cut.size == 1 else F.pad(self.b2, self.b2_margin)

@@ -1,10 +1,10 @@
-"""The mixture-of-experts layer: router -> dispatch -> experts -> combine.
+"""The mixture-of-experts layer: router -> dispatcher -> experts.
 
-Shapes: T tokens on this rank, H hidden, E experts, L experts on this rank.
+Shapes: H hidden, E experts.
 """
 
+import functools
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -12,14 +12,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from megatron.config import ModelConfig, MoEConfig
-from megatron.moe import fused
-from megatron.moe.dispatch import CapacityExchange, DroplessExchange
+from megatron.moe.dispatcher import CapacityDispatcher, Dispatcher, DroplessDispatcher
 from megatron.moe.experts import Experts
 from megatron.moe.initialization import fill_normal, named_generator
 from megatron.moe.mlp import MLP
-from megatron.moe.plan import RoutingPlan
+from megatron.moe.operations import OperationChoice
 from megatron.moe.router import Router
-from megatron.moe.sharing import carry_out
+from megatron.moe.spec import LayerSpec
+from megatron.moe.tensor_parallel_dispatcher import TensorParallelDispatcher
 from megatron.parallel import groups
 from megatron.parallel.groups import ExpertGroup, TensorGroup
 from megatron.parallel.sharding import collect_layouts
@@ -74,10 +74,19 @@ class MoELayer(nn.Module):
         layer: int = 0,
     ) -> None:
         super().__init__()
-        self.expert_group = expert_group
         self.tensor_group = tensor_group
-        self.router = Router(model.hidden_size, num_experts, moe, tensor_group)
-        self.experts = Experts(model.hidden_size, model.ffn_size, num_experts, expert_group, tensor_group)
+        self.operations = {
+            training: OperationChoice(LayerSpec(model, moe, num_experts, expert_group, tensor_group, training))
+            for training in (True, False)
+        }
+        self.router = Router(model.hidden_size, num_experts, moe, tensor_group, self.operations)
+        self.experts = Experts(
+            model.hidden_size, model.ffn_size, num_experts, expert_group, tensor_group, self.operations
+        )
+        self._dispatchers = {
+            training: make_dispatcher(factor is None, expert_group, tensor_group, self.operations[training])
+            for training, factor in ((True, self.router.train_factor), (False, self.router.eval_factor))
+        }
         self.mlp: MLP | None = None
         if moe.mlp_type == "residual":
             self.mlp = MLP(model, tensor_group)
@@ -86,49 +95,34 @@ class MoELayer(nn.Module):
             self._initialize(model, seed, layer)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, MoEStats]:
-        """Map [..., H] to [..., H], 0 for a token of which every assignment was dropped; and tell losses and counts.
+        """Map [..., H] to [..., H]. Experts add nothing to a token whose assignments were all dropped.
 
         With several processes, all of the group must call this together.
         """
-        dense: list[torch.Tensor] = []  # the dense feed-forward's output, computed while tokens travel
-
-        def serve(x_TH: torch.Tensor, plan: RoutingPlan) -> torch.Tensor:
-            return self._serve(x_TH, plan, lambda: None if self.mlp is None else dense.append(self.mlp(x)))
-
-        if fused.serves(self.router, self.experts, x):
-            y, (plan, aux_loss, z_loss) = fused.serve(self.router, self.experts, x)
-            if self.mlp is not None:
-                dense.append(self.mlp(x))
+        # Computed when first asked for: while tokens are on their way to the experts, if a dispatcher sends them.
+        dense = None if self.mlp is None else functools.cache(functools.partial(self.mlp, x))
+        top1_layer = self.operations[self.training].top1_layer(x, self.router.weight, self.experts.w1)
+        if top1_layer is not None:  # the next two steps as one function
+            y, routing = top1_layer(self.router, self.experts, x)
         else:
-            route = fused.route if fused.routes(self.router, x) else Router.__call__
-            plan, aux_loss, z_loss = route(self.router, x)
-            y = carry_out(serve, x, plan, self.tensor_group)
-        if self.mlp is not None:
-            weight, bias = self.coefficient.weight, self.coefficient.bias
-            if self.tensor_group.sequence_parallel:
-                weight, bias = sum_gradients(self.tensor_group, weight, bias)
-            c = F.linear(x, weight, bias).softmax(-1)
-            y = y * c[..., :1] + dense[0] * c[..., 1:]
-        return y, MoEStats(aux_loss, z_loss, plan.counts_E, plan.dropped)
+            routing = self.router(x)
+            y = self.dispatcher(x, routing.plan, self.experts, overlap=dense)
+        if dense is not None:
+            y = self._blend(x, y, dense())
+        return y, MoEStats(routing.aux_loss, routing.z_loss, routing.plan.counts_E, routing.plan.dropped)
 
-    def _serve(self, x_TH: torch.Tensor, plan: RoutingPlan, meanwhile: Callable[[], None]) -> torch.Tensor:
-        """The experts' weighted answers, [T, H]; ``meanwhile`` is called while tokens travel to the experts."""
-        exchange: CapacityExchange | DroplessExchange
-        exchange = (DroplessExchange if plan.capacity is None else CapacityExchange)(
-            plan, self.expert_group, in_kernels=fused.carries(x_TH)
-        )
-        there = exchange.dispatch(x_TH)
-        meanwhile()
-        back = [exchange.send_back(self._answer(exchange.arrive(trip), exchange)) for trip in there]
-        return exchange.combine(back)
+    @property
+    def dispatcher(self) -> Dispatcher:
+        """The dispatcher of the present mode, training or evaluation: they may differ in whether tokens are dropped."""
+        return self._dispatchers[self.training]
 
-    def _answer(self, rows: torch.Tensor, exchange: CapacityExchange | DroplessExchange) -> torch.Tensor:
-        """The experts' answers to rows that arrived."""
-        if isinstance(exchange, CapacityExchange):
-            return fused.answer(self.experts, rows) if fused.answers(self.experts, rows) else self.experts(rows)
-        if fused.answers_sorted(self.experts, rows):
-            return fused.answer_sorted(self.experts, rows, exchange.counts_L)
-        return self.experts.forward_sorted(rows, exchange.rows_per_expert)
+    def _blend(self, x: torch.Tensor, y: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
+        """The residual form: experts and dense feed-forward, weighted."""
+        weight, bias = self.coefficient.weight, self.coefficient.bias
+        if self.tensor_group.sequence_parallel:
+            weight, bias = sum_gradients(self.tensor_group, weight, bias)
+        c = F.linear(x, weight, bias).softmax(-1)
+        return y * c[..., :1] + dense * c[..., 1:]
 
     @torch.no_grad()
     def _initialize(self, model: ModelConfig, seed: int, layer: int) -> None:
@@ -146,3 +140,13 @@ class MoELayer(nn.Module):
                 shards = collect_layouts(linear)["weight"].shards
                 fill_normal(linear.weight, scale, named_generator(seed, layer, name), shards)
                 linear.bias.zero_()
+
+
+def make_dispatcher(
+    dropless: bool, expert_group: ExpertGroup, tensor_group: TensorGroup, operations: OperationChoice
+) -> Dispatcher:
+    """The dispatcher of a layer in one mode."""
+    dispatcher = (DroplessDispatcher if dropless else CapacityDispatcher)(expert_group, operations)
+    if tensor_group.size == 1:
+        return dispatcher
+    return TensorParallelDispatcher(dispatcher, tensor_group, dropless=dropless)

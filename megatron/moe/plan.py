@@ -1,4 +1,4 @@
-"""The routing plan: all that router, dispatch and combine tell each other.
+"""The routing plan: what the router decides and a dispatcher carries out.
 
 Shapes: T tokens on this rank, K experts of each token, E experts, N = T * K assignments.
 """
@@ -6,20 +6,21 @@ Shapes: T tokens on this rank, K experts of each token, E experts, N = T * K ass
 import dataclasses
 import math
 from fractions import Fraction
+from typing import NamedTuple
 
 import torch
 
 
 @dataclasses.dataclass(frozen=True)
 class RoutingPlan:
-    """Where each token goes and what the answer counts for.
+    """Where each token goes, and the weight of each expert's output.
 
     An assignment is one (token, choice) pair. Its expert is ``expert_TK``, its row in that expert's buffer ``slot_TK``,
     and its weight in the token's output ``gate_TK``. No two assignments share an expert and a slot. With a capacity,
     an assignment whose slot is ``capacity`` or more has no room: it is dropped, and its gate is 0. Without one
     (dropless), the slots of an expert that gets n assignments are 0 ... n - 1, and none is dropped.
 
-    No [T, E] mask is kept: dispatch and combine are index operations on T * K rows.
+    No [T, E] mask is kept: permute and unpermute are index operations on T * K rows.
     """
 
     expert_TK: torch.Tensor  # int64
@@ -38,13 +39,23 @@ class RoutingPlan:
             return self.counts_E.new_zeros(())
         return (self.counts_E - self.capacity).clamp(min=0).sum()
 
+    def rows_per_expert(self) -> int:
+        """The capacity of a plan that has one.
+
+        Raises:
+            ValueError: it has none.
+        """
+        if self.capacity is None:
+            raise ValueError("this routing plan has no capacity: experts take as many tokens as are routed to them")
+        return self.capacity
+
     def buffer_row_TK(self, chunk: int | None = None) -> torch.Tensor:
         """Row of each assignment in the [E * capacity] rows of all buffers; the dropped ones get row E * capacity.
 
         With ``chunk``, the buffers are cut into chunks of so many slots (the last one has what is left), and the rows
         are those of all buffers' first chunks, then of their second ones, and so on.
         """
-        C, E = self.capacity, self.counts_E.numel()
+        C, E = self.rows_per_expert(), self.counts_E.numel()
         if chunk is None:
             row_TK = self.expert_TK * C + self.slot_TK
         else:
@@ -56,6 +67,14 @@ class RoutingPlan:
         """Row of each assignment when all are sorted by expert (dropless): a permutation of 0 ... N - 1."""
         first_E = self.counts_E.cumsum(0) - self.counts_E
         return first_E[self.expert_TK] + self.slot_TK
+
+
+class Routing(NamedTuple):
+    """The plan of one micro-batch, and the router's losses (scalars in the gates' number format, unscaled)."""
+
+    plan: RoutingPlan
+    aux_loss: torch.Tensor
+    z_loss: torch.Tensor
 
 
 def expert_capacity(num_tokens: int, num_experts: int, topk: int, factor: float, min_capacity: int) -> int:
@@ -74,12 +93,12 @@ def count_experts(expert_TK: torch.Tensor, num_experts: int) -> torch.Tensor:
 
 
 def slots(expert_N: torch.Tensor, counts_E: torch.Tensor, priority_N: torch.Tensor | None = None) -> torch.Tensor:
-    """Place of each assignment among those to the same expert, int64 [N], counted from 0.
+    """Position of each assignment among those to the same expert, int64 [N], counted from 0.
 
     The lowest ``priority_N`` comes first; equal ones, or all without priorities, in the order given.
 
     Two stable sorts, by priority and then by expert, bring the assignments of an expert together in order of priority;
-    an assignment's place is then its distance from the expert's first.
+    an assignment's position is then its distance from the expert's first.
     """
     if priority_N is None:
         order_N = expert_N.argsort(stable=True)
@@ -87,5 +106,5 @@ def slots(expert_N: torch.Tensor, counts_E: torch.Tensor, priority_N: torch.Tens
         order_N = priority_N.argsort(stable=True)
         order_N = order_N[expert_N[order_N].argsort(stable=True)]
     first_E = counts_E.cumsum(0) - counts_E
-    place_N = torch.arange(expert_N.numel(), device=expert_N.device) - first_E[expert_N[order_N]]
-    return torch.empty_like(order_N).scatter_(0, order_N, place_N)
+    slot_N = torch.arange(expert_N.numel(), device=expert_N.device) - first_E[expert_N[order_N]]
+    return torch.empty_like(order_N).scatter_(0, order_N, slot_N)

@@ -3,29 +3,21 @@
 Shapes: T tokens on this rank, H hidden, E experts, K experts of each token.
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from megatron.config import MoEConfig
-from megatron.moe.losses import load_balancing_loss, z_loss
+from megatron.moe.operations import PLAIN_TORCH, OperationChoice
 from megatron.moe.order import random_order
-from megatron.moe.plan import RoutingPlan, count_experts, expert_capacity, slots
+from megatron.moe.plan import Routing, expert_capacity, slots
 from megatron.parallel.groups import ALONE, TensorGroup
 from megatron.parallel.randomness import own_randomness
-from megatron.parallel.tensor_collectives import SEQUENCE, gather, sum_gradients, take_first
+from megatron.parallel.tensor_collectives import sum_gradients
 
 JITTER = 1e-2
-
-
-class Routing(NamedTuple):
-    """The plan of one micro-batch, and the router's losses (scalars in the gates' number format, unscaled)."""
-
-    plan: RoutingPlan
-    aux_loss: torch.Tensor
-    z_loss: torch.Tensor
 
 
 class Router(nn.Module):
@@ -55,7 +47,14 @@ class Router(nn.Module):
     after a sum in another order, would send a token to one expert here and to another there.
     """
 
-    def __init__(self, hidden_size: int, num_experts: int, moe: MoEConfig, tensor_group: TensorGroup = ALONE) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        moe: MoEConfig,
+        tensor_group: TensorGroup = ALONE,
+        operations: Mapping[bool, OperationChoice] = PLAIN_TORCH,
+    ) -> None:
         super().__init__()
         if not 1 <= moe.topk <= num_experts:
             raise ValueError(f"--topk {moe.topk} of {num_experts} experts; give a number from 1 to {num_experts}")
@@ -69,6 +68,7 @@ class Router(nn.Module):
         self.min_capacity = moe.moe_min_capacity
         self.train_factor = moe.moe_train_capacity_factor if moe.moe_token_dropping else None
         self.eval_factor = moe.moe_eval_capacity_factor
+        self.operations = operations  # in training, and in evaluation
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
 
     @property
@@ -78,29 +78,7 @@ class Router(nn.Module):
 
     def forward(self, x: torch.Tensor) -> Routing:
         """Route the tokens of one micro-batch, [..., H]; with sequence parallelism this rank's, [..., S, H]."""
-        logits_TE = self.logits(x)
-        if self.tensor_group.sequence_parallel:
-            logits_TE = gather(logits_TE, self.tensor_group, SEQUENCE)
-        logits_TE = logits_TE.flatten(0, -2)
-        gate_TE = logits_TE.softmax(-1)
-        expert_TK = self.choose(logits_TE.detach())
-        counts_E = count_experts(expert_TK, self.num_experts)
-        capacity = self.capacity(logits_TE.size(0))
-        slot_TK = self.place(expert_TK, gate_TE.detach().gather(1, expert_TK), counts_E, capacity)
-        if self.own_logits:
-            chosen_2TK = take_first(torch.stack([expert_TK, slot_TK]).int(), self.tensor_group)
-            expert_TK, slot_TK = chosen_2TK.long().unbind()
-            counts_E = count_experts(expert_TK, self.num_experts)
-        gate_TK = gate_TE.gather(1, expert_TK)
-        if capacity is not None:
-            gate_TK = gate_TK.masked_fill(slot_TK >= capacity, 0.0)
-        if self.topk > 1:
-            gate_TK = gate_TK / gate_TK.sum(-1, keepdim=True).clamp(min=torch.finfo(gate_TK.dtype).eps)
-        return Routing(
-            plan=RoutingPlan(expert_TK, gate_TK, slot_TK, counts_E, capacity),
-            aux_loss=load_balancing_loss(gate_TE, expert_TK[:, :1] if self.topk == 2 else expert_TK),
-            z_loss=z_loss(logits_TE),
-        )
+        return self.operations[self.training].of("route", x, self.weight).route(self, x)
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """[..., E] in fp32 or wider, for [..., H]."""
@@ -131,7 +109,7 @@ class Router(nn.Module):
             return None
         return expert_capacity(num_tokens, self.num_experts, self.topk, factor, self.min_capacity)
 
-    def place(
+    def assign_slots(
         self, expert_TK: torch.Tensor, gate_TK: torch.Tensor, counts_E: torch.Tensor, capacity: int | None
     ) -> torch.Tensor:
         """The slot of each assignment, int64 [T, K]: those that an over-full expert keeps get the first ones."""

@@ -1,19 +1,20 @@
-"""What tensor-parallel processes exchange inside a layer, forward and backward.
+"""Collectives of tensor-parallel processes inside a layer, forward and backward.
 
-A value is either whole (equal on all processes of the group), cut (each has a piece of one dimension), or partial (the
-whole is the sum over the processes). A gradient is whole, cut or partial likewise. Each function is the identity for
-a group of one process.
+A value is either whole (equal on all processes of the group), sharded (each has a shard of one dimension), or partial
+(the whole is the sum over the processes). A gradient is whole, sharded or partial likewise. Each function is the
+identity for a group of one process.
 
-    function    value in -> out     gradient in -> out
-    copy        whole -> whole      partial -> whole
-    reduce      partial -> whole    whole -> whole
-    split       whole -> cut        cut -> whole
-    gather      cut -> whole        whole -> cut
-    collect     cut -> whole        partial -> cut
-    scatter     partial -> cut      cut -> whole
+    function          value in -> out       gradient in -> out
+    copy              whole -> whole        partial -> whole
+    reduce            partial -> whole      whole -> whole
+    split             whole -> sharded      sharded -> whole
+    gather            sharded -> whole      whole -> sharded
+    all_gather        sharded -> whole      partial -> sharded
+    reduce_scatter    partial -> sharded    sharded -> whole
 
-``enter`` and ``leave`` are what a layer does whose matrices are shared: ``copy`` and ``reduce``, or, with sequence
-parallelism, ``collect`` and ``scatter`` along the sequence, which is the last dimension but one.
+A layer whose matrices are sharded begins with ``enter_tensor_region`` and ends with ``leave_tensor_region``: ``copy``
+and ``reduce``, or, with sequence parallelism, ``all_gather`` and ``reduce_scatter`` along the sequence, which is the
+last dimension but one.
 """
 
 from collections.abc import Callable
@@ -32,42 +33,42 @@ _reduce_scatter_into: Callable = getattr(dist, "reduce_scatter_single", None) or
 
 def copy(x: torch.Tensor, group: TensorGroup) -> torch.Tensor:
     """Pass on a whole value to processes that each compute a part with it: their gradients are added."""
-    return x if group.size == 1 else _Exchange.apply(x, group, _nothing, _sum, 0)
+    return x if group.size == 1 else _Collective.apply(x, group, _identity, _sum, 0)
 
 
 def reduce(x: torch.Tensor, group: TensorGroup) -> torch.Tensor:
     """The sum over the processes."""
-    return x if group.size == 1 else _Exchange.apply(x, group, _sum, _nothing, 0)
+    return x if group.size == 1 else _Collective.apply(x, group, _sum, _identity, 0)
 
 
 def split(x: torch.Tensor, group: TensorGroup, dim: int) -> torch.Tensor:
-    """This process's piece of a whole value."""
-    return x if group.size == 1 else _Exchange.apply(x, group, _piece, _join, dim)
+    """This process's shard of a whole value."""
+    return x if group.size == 1 else _Collective.apply(x, group, _shard, _concatenate, dim)
 
 
 def gather(x: torch.Tensor, group: TensorGroup, dim: int) -> torch.Tensor:
-    """All pieces joined, for processes that go on to compute the same with it."""
-    return x if group.size == 1 else _Exchange.apply(x, group, _join, _piece, dim)
+    """All shards concatenated, for processes that go on to compute the same with it."""
+    return x if group.size == 1 else _Collective.apply(x, group, _concatenate, _shard, dim)
 
 
-def collect(x: torch.Tensor, group: TensorGroup, dim: int) -> torch.Tensor:
-    """All pieces joined, for processes that each compute a part with it: their gradients are added."""
-    return x if group.size == 1 else _Exchange.apply(x, group, _join, _sum_piece, dim)
+def all_gather(x: torch.Tensor, group: TensorGroup, dim: int) -> torch.Tensor:
+    """All shards concatenated, for processes that each compute a part with it: their gradients are added."""
+    return x if group.size == 1 else _Collective.apply(x, group, _concatenate, _sum_shard, dim)
 
 
-def scatter(x: torch.Tensor, group: TensorGroup, dim: int) -> torch.Tensor:
-    """This process's piece of the sum over the processes."""
-    return x if group.size == 1 else _Exchange.apply(x, group, _sum_piece, _join, dim)
+def reduce_scatter(x: torch.Tensor, group: TensorGroup, dim: int) -> torch.Tensor:
+    """This process's shard of the sum over the processes."""
+    return x if group.size == 1 else _Collective.apply(x, group, _sum_shard, _concatenate, dim)
 
 
-def enter(x: torch.Tensor, group: TensorGroup) -> torch.Tensor:
-    """From the residual stream into matrices that the processes share: all tokens, [..., S, H]."""
-    return collect(x, group, SEQUENCE) if group.sequence_parallel else copy(x, group)
+def enter_tensor_region(x: torch.Tensor, group: TensorGroup) -> torch.Tensor:
+    """From the residual stream into sharded matrices: all tokens, [..., S, H]."""
+    return all_gather(x, group, SEQUENCE) if group.sequence_parallel else copy(x, group)
 
 
-def leave(x: torch.Tensor, group: TensorGroup) -> torch.Tensor:
+def leave_tensor_region(x: torch.Tensor, group: TensorGroup) -> torch.Tensor:
     """From each process's part of a sum, [..., S, H], back to the residual stream."""
-    return scatter(x, group, SEQUENCE) if group.sequence_parallel else reduce(x, group)
+    return reduce_scatter(x, group, SEQUENCE) if group.sequence_parallel else reduce(x, group)
 
 
 def sum_gradients(group: TensorGroup, *parameters: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -79,7 +80,7 @@ def sum_gradients(group: TensorGroup, *parameters: torch.Tensor) -> tuple[torch.
     return parameters if group.size == 1 else _SumGradients.apply(group, *parameters)
 
 
-def take_first(x: torch.Tensor, group: TensorGroup) -> torch.Tensor:
+def broadcast_first(x: torch.Tensor, group: TensorGroup) -> torch.Tensor:
     """Write the first process's ``x`` over the others', for decisions that must be the same; without gradients.
 
     Args:
@@ -90,16 +91,16 @@ def take_first(x: torch.Tensor, group: TensorGroup) -> torch.Tensor:
     return x
 
 
-class _Exchange(torch.autograd.Function):
+class _Collective(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, group, forward, backward, dim):
-        ctx.group, ctx.exchanges, ctx.dim = group, (backward, forward), dim
+        ctx.group, ctx.functions, ctx.dim = group, (backward, forward), dim
         return forward(x, group, dim)
 
     @staticmethod
     def backward(ctx, grad):
-        forward, backward = ctx.exchanges
-        return _Exchange.apply(grad, ctx.group, forward, backward, ctx.dim), None, None, None, None
+        forward, backward = ctx.functions
+        return _Collective.apply(grad, ctx.group, forward, backward, ctx.dim), None, None, None, None
 
 
 class _SumGradients(torch.autograd.Function):
@@ -116,7 +117,7 @@ class _SumGradients(torch.autograd.Function):
         return None, *(piece.view_as(grad).to(grad.dtype) for piece, grad in zip(pieces, grads, strict=True))
 
 
-def _nothing(x: torch.Tensor, group: TensorGroup, dim: int) -> torch.Tensor:
+def _identity(x: torch.Tensor, group: TensorGroup, dim: int) -> torch.Tensor:
     return x.view_as(x)
 
 
@@ -126,19 +127,19 @@ def _sum(x: torch.Tensor, group: TensorGroup, dim: int) -> torch.Tensor:
     return x
 
 
-def _piece(x: torch.Tensor, group: TensorGroup, dim: int) -> torch.Tensor:
+def _shard(x: torch.Tensor, group: TensorGroup, dim: int) -> torch.Tensor:
     length = group.piece(x.size(dim), "a dimension of")
     return x.narrow(dim, group.rank * length, length).contiguous()
 
 
-def _join(x: torch.Tensor, group: TensorGroup, dim: int) -> torch.Tensor:
+def _concatenate(x: torch.Tensor, group: TensorGroup, dim: int) -> torch.Tensor:
     first = x.movedim(dim, 0).contiguous()
     joined = first.new_empty(group.size * first.size(0), *first.shape[1:])
     _all_gather_into(joined, first, group=group.group)
     return joined.movedim(0, dim).contiguous()
 
 
-def _sum_piece(x: torch.Tensor, group: TensorGroup, dim: int) -> torch.Tensor:
+def _sum_shard(x: torch.Tensor, group: TensorGroup, dim: int) -> torch.Tensor:
     first = x.movedim(dim, 0).contiguous()
     piece = first.new_empty(group.piece(first.size(0), "a dimension of"), *first.shape[1:])
     _reduce_scatter_into(piece, first, group=group.group)

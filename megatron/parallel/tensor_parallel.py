@@ -10,7 +10,7 @@ from torch import nn
 from megatron.parallel.groups import ALONE, TensorGroup
 from megatron.parallel.randomness import own_randomness
 from megatron.parallel.sharding import ParamLayout, Shard
-from megatron.parallel.tensor_collectives import enter, leave, sum_gradients
+from megatron.parallel.tensor_collectives import enter_tensor_region, leave_tensor_region, sum_gradients
 from megatron.parallel.vocabulary import check_ids
 
 
@@ -39,7 +39,7 @@ class ColumnParallelLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map the residual stream to this process's outputs, for all tokens."""
-        return F.linear(enter(x, self.group), self.weight, self.bias)
+        return F.linear(enter_tensor_region(x, self.group), self.weight, self.bias)
 
 
 class RowParallelLinear(nn.Module):
@@ -66,7 +66,7 @@ class RowParallelLinear(nn.Module):
         if self.group.size == 1:
             return F.linear(x, self.weight, self.bias)
         bias = sum_gradients(self.group, self.bias)[0] if self.group.sequence_parallel else self.bias
-        return leave(F.linear(x, self.weight), self.group) + bias
+        return leave_tensor_region(F.linear(x, self.weight), self.group) + bias
 
 
 class VocabParallelEmbedding(nn.Module):
@@ -98,11 +98,11 @@ class VocabParallelEmbedding(nn.Module):
         local_BS = ids_BS - self.group.rank * self.rows
         elsewhere_BS = (local_BS < 0) | (local_BS >= self.rows)
         found_BSH = F.embedding(local_BS.masked_fill(elsewhere_BS, 0), self.weight)
-        return leave(found_BSH.masked_fill(elsewhere_BS[..., None], 0.0), self.group)
+        return leave_tensor_region(found_BSH.masked_fill(elsewhere_BS[..., None], 0.0), self.group)
 
     def logits(self, x_BSH: torch.Tensor) -> torch.Tensor:
         """The residual stream's products with this process's rows, [B, S, V / size], for all tokens."""
-        return F.linear(enter(x_BSH, self.group), self.weight)
+        return F.linear(enter_tensor_region(x_BSH, self.group), self.weight)
 
 
 class Dropout(nn.Dropout):

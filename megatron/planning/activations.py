@@ -6,15 +6,18 @@ In numbers a token, in the number format of the computation; compiled layers kee
     feed-forward     H before the norm, H after it, F before and F after GELU
     experts          H before the norm, H after it, and for each row of their buffers H, F before and F after GELU
 
-That is a top-1 layer with a capacity on one process, one function of kernels. Other layers also keep the experts'
-answers, H for each row; kernels then do not keep the F after GELU, and plain torch keeps above top-1 the tokens as they
+That is a top-1 layer with a capacity on one process, one function of kernels. Other layers also keep the expert
+outputs, H for each row; kernels then do not keep the F after GELU, and plain torch keeps above top-1 the tokens as they
 were sent, K H. A router in plain torch keeps the tokens in fp32 and a few tensors of [T, E].
 
 Shapes: T tokens of a micro-batch, H hidden, F inner size, E experts, K top-k.
 """
 
 from megatron.config import RunConfig
+from megatron.moe.kernels.support import supports
 from megatron.moe.plan import expert_capacity
+from megatron.moe.spec import LayerSpec
+from megatron.parallel.groups import ExpertGroup, TensorGroup
 
 FP32 = 4
 SCORES = 4  # fp32 tensors of [T, E] that a router in plain torch keeps
@@ -60,13 +63,13 @@ def kept_by_layer(config: RunConfig, layer: int, *, kernels: bool = True) -> flo
     residual = moe.mlp_type == "residual"
     if residual:
         kept += 2 * own
-    if served_by_kernels(config, layer, kernels):
+    if kernels and uses_kernel("top1_layer", config, layer):
         return kept + of_experts * size
     if kernels:
         kept += rows * model.hidden_size * size
     else:
         kept += (of_experts + choices * model.hidden_size * (1 if moe.topk == 1 else 2)) * size
-    if not routed_by_kernels(config, kernels):
+    if not (kernels and uses_kernel("route", config, layer)):
         kept += SCORES * tokens * experts * FP32
         if size < FP32:
             kept += own / size * FP32
@@ -110,13 +113,14 @@ def rows_of_experts(config: RunConfig, layer: int) -> tuple[int, int]:
     return experts * -(-capacity // share), tokens * moe.topk
 
 
-def routed_by_kernels(config: RunConfig, kernels: bool = True) -> bool:
-    """Whether the router is a kernel (:func:`megatron.moe.fused.routes`)."""
-    moe = config.moe
-    return kernels and moe.topk == 1 and moe.moe_noise_policy is None and not config.parallel.sequence_parallel
-
-
-def served_by_kernels(config: RunConfig, layer: int, kernels: bool = True) -> bool:
-    """Whether a whole MoE layer is one function of kernels (:func:`megatron.moe.fused.serves`)."""
-    alone = config.parallel.tensor_model_parallel_size == 1 and config.expert_parallel_degree(layer) == 1
-    return alone and routed_by_kernels(config, kernels) and config.moe.moe_token_dropping
+def uses_kernel(kernel: str, config: RunConfig, layer: int) -> bool:
+    """Whether an MoE layer in training uses a kernel of :mod:`megatron.moe.kernels.support`, where kernels can run."""
+    parallel = config.parallel
+    tensor_group = TensorGroup(
+        parallel.tensor_model_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        shard_experts=parallel.enable_expert_tensor_parallelism,
+    )
+    expert_group = ExpertGroup(config.expert_parallel_degree(layer), 0, None)
+    experts = config.moe.experts_of_layer(layer)
+    return supports(kernel, LayerSpec(config.model, config.moe, experts, expert_group, tensor_group, training=True))

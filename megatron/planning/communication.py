@@ -100,7 +100,7 @@ def _parameters_of_a_rank(config: RunConfig, vocab_size: int) -> tuple[float, di
 def _rows_exchanged(config: RunConfig) -> dict[int, int]:
     """Rows of H numbers that a rank hands to all-to-alls for one micro-batch, all layers together, by degree.
 
-    Forward a layer sends tokens out and answers back; backward and recomputation each do the same.
+    Forward a layer sends tokens to experts and their outputs back; backward and recomputation each do the same.
     """
     moe, tensor = config.moe, config.parallel.tensor_model_parallel_size
     share = 1 if config.parallel.enable_expert_tensor_parallelism else tensor  # replicated experts divide the plan

@@ -35,8 +35,8 @@ from megatron.planning.activations import (
     kept_by_layer,
     own_stream_bytes,
     rows_of_experts,
-    served_by_kernels,
     stream_bytes,
+    uses_kernel,
     width,
 )
 from megatron.planning.optimizer_memory import BytesPerParameter, bytes_per_parameter
@@ -188,7 +188,7 @@ class _Stage:
         """
         config = self._config
         table = self._vocab * config.model.hidden_size / self._tensor * self._width  # waits for the embedding's
-        whole = served_by_kernels(config, layer, self._kernels)
+        whole = self._kernels and uses_kernel("top1_layer", config, layer)
         again = inner_units_of_experts(config, layer) if self._kernels and not whole else 0.0  # GELU's output
         bucket = OFFLOAD_BUCKET if config.optimizer.optimizer_cpu_offload else 0.0
         return {
@@ -215,7 +215,9 @@ class _Stage:
     def _exchange(self, layer: int) -> float:
         """Rows that leave, rows that arrive, and their copy in the experts' order."""
         config = self._config
-        if config.moe.experts_of_layer(layer) == 1 or served_by_kernels(config, layer, self._kernels):
+        if config.moe.experts_of_layer(layer) == 1:
+            return 0.0
+        if self._kernels and uses_kernel("top1_layer", config, layer):
             return 0.0
         return 3 * rows_of_experts(config, layer)[0] * config.model.hidden_size * self._width
 

@@ -77,7 +77,7 @@ def test_scattermoe_without_a_checkout_says_how_to_give_one(monkeypatch):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ("answer", "answers of expert 0: relative error 0.001"),
+        ("output", "outputs of expert 0: relative error 0.001"),
         ("gradient", "tokens' gradient: relative error 0.001"),
         ("nan", "not finite"),
         ("dropped", "64 tokens more or less"),
@@ -89,7 +89,7 @@ def test_a_wrong_peer_is_found(wrong, message, monkeypatch):
 
     def broken(x_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         y_TH, aux_loss = forward(x_TH)
-        if wrong == "answer":
+        if wrong == "output":
             y_TH = y_TH * 1.001
         elif wrong == "gradient":
             y_TH = y_TH + 1e-3 * (y_TH - y_TH.detach())

@@ -6,7 +6,7 @@ import torch.distributed as dist
 from distributed.spawn import run_distributed
 
 from megatron.config import ModelConfig, MoEConfig
-from megatron.moe import MoELayer, fused, kernels
+from megatron.moe import MoELayer, kernels, torch_ops
 from megatron.moe.layer import ALONE
 from megatron.parallel import tensor_collectives
 from megatron.parallel.groups import TensorGroup
@@ -32,9 +32,9 @@ def plans(topk: int, drop: bool, in_kernels: bool, agree: bool) -> list[torch.Te
         if group.rank == 1:
             weight_EH[1::2] = torch.nextafter(weight_EH[1::2], 2 * weight_EH[1::2])
     torch.manual_seed(7)
-    route = fused.route if fused.routes(layer.router, x) else type(layer.router).__call__
-    assert (route is fused.route) == (in_kernels and topk == 1)
-    plan, *_ = route(layer.router, x)
+    operations = layer.operations[True].of("route", x, layer.router.weight)
+    assert (operations is not torch_ops) == (in_kernels and topk == 1)
+    plan = layer.router(x).plan
     torch.manual_seed(7)
     y, _ = layer(x)
     assert torch.equal(plan.counts_E, torch.bincount(plan.expert_TK.flatten(), minlength=E))

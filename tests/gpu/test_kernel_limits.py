@@ -11,8 +11,8 @@ from megatron.engine.optim import ParameterSlice
 from megatron.engine.optim.adamw import Rates
 from megatron.model.kernels import cross_entropy
 from megatron.moe import kernels
-from megatron.moe.kernels import experts, gate, gelu, rows, tiles
-from megatron.moe.kernels.layer import layer
+from megatron.moe.kernels import experts, gate, gelu, permute, tiles
+from megatron.moe.kernels.top1_layer import top1_layer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 SHORT_AXIS = 65_535
@@ -51,7 +51,7 @@ def by_hand(x: torch.Tensor, values: tuple[torch.Tensor, ...], expert: int) -> t
 
 
 def compare(found: torch.Tensor, x: torch.Tensor, values: tuple[torch.Tensor, ...], counts: list[int]) -> None:
-    """Answers to rows sorted by expert, and all gradients, with those of fp32 by hand."""
+    """Outputs for rows sorted by expert, and all gradients, with those of fp32 by hand."""
     dy = normal(*found.shape)
     found.backward(dy)
     exact_x = x.detach().float().requires_grad_()
@@ -73,13 +73,13 @@ def test_more_tiles_of_sorted_rows_than_a_short_axis_has():
         pytest.skip("torch has no grouped product on this GPU")
     counts_L = torch.tensor(counts, device=DEVICE)
     assert tiles.table(counts_L, sum(counts)).tiles.size(0) > SHORT_AXIS
-    compare(experts.answers_sorted(x, values, counts_L), x, values, counts)
+    compare(experts.expert_mlp_sorted(x, values, counts_L), x, values, counts)
 
 
 def test_more_tiles_of_an_expert_than_a_short_axis_has():
     H, L = 64, 2
     x, values = normal(L, 1, MANY, H).requires_grad_(), weights(L, H)
-    compare(experts.answers(x, values), x, values, [MANY] * L)
+    compare(experts.expert_mlp(x, values), x, values, [MANY] * L)
 
 
 def test_activations_of_more_than_2_to_the_31():
@@ -102,12 +102,12 @@ def test_rows_of_more_than_2_to_the_31_numbers():
     T, K, H = LONG // 4096 // 2 + 500, 2, 4096
     expert_TK = torch.stack([torch.zeros(T), torch.ones(T)], 1).to(DEVICE, torch.int64)
     slot_TK = torch.arange(T, device=DEVICE)[:, None].expand(T, K).contiguous()
-    places = rows.sorted_places(expert_TK, slot_TK, torch.tensor([T, T], device=DEVICE))
+    row_map = permute.sorted_row_map(expert_TK, slot_TK, torch.tensor([T, T], device=DEVICE))
     x, gates = normal(T, H).requires_grad_(), torch.rand(T, K, device=DEVICE).requires_grad_()
-    moved = rows.to_rows(x, places)
+    moved = permute.permute(x, row_map)
     assert moved.numel() > LONG
     assert torch.equal(moved[T:], x)
-    y = rows.from_rows(moved, gates, places)
+    y = permute.unpermute(moved, gates, row_map)
     last = slice(T - 300, T)
     assert near(y[last], x[last] * gates[last].sum(1, keepdim=True))
     y.backward(torch.ones_like(y))
@@ -162,7 +162,7 @@ def test_the_top_1_layer_with_many_experts(E, T, capacity, dtype):
     assert gate.fits(x, router), "an H200 has the shared memory"
     x.requires_grad_()
     router.requires_grad_()
-    y, found = layer(x, router, tuple(values), capacity, random=False)
+    y, found = top1_layer(x, router, tuple(values), capacity, random=False)
     exact = [t.detach().double().requires_grad_() for t in (x, router, *values)]
     routed = gate.reference(exact[0], exact[1], capacity)
     assert torch.equal(found.token_R, routed.token_R)

@@ -49,13 +49,13 @@ def test_equally_many_rows_for_each_expert(experts):
 def test_sorted_rows(experts, rows):
     x_RH = torch.randn(sum(rows), 8)
     expected = torch.cat([mlp(x) for mlp, x in zip(as_mlps(experts), x_RH.split(rows), strict=True)])
-    torch.testing.assert_close(experts.forward_sorted(x_RH, rows), expected)
+    torch.testing.assert_close(experts.forward_sorted(x_RH, torch.tensor(rows)), expected)
 
 
 def test_without_rows_every_gradient_is_zero_not_none(experts):
-    answer = experts.forward_sorted(torch.empty(0, 8), [0, 0, 0, 0])
-    assert answer.shape == (0, 8)
-    answer.sum().backward()
+    output = experts.forward_sorted(torch.empty(0, 8), torch.zeros(4, dtype=torch.int64))
+    assert output.shape == (0, 8)
+    output.sum().backward()
     for parameter in experts.parameters():
         assert torch.equal(parameter.grad, torch.zeros_like(parameter))
 

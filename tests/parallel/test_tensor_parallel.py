@@ -15,7 +15,16 @@ from megatron.moe.mlp import MLP
 from megatron.parallel.groups import ALONE, ExpertGroup, TensorGroup
 from megatron.parallel.randomness import own_randomness
 from megatron.parallel.sharding import collect_layouts, take
-from megatron.parallel.tensor_collectives import SEQUENCE, copy, enter, gather, leave, reduce, scatter, split
+from megatron.parallel.tensor_collectives import (
+    SEQUENCE,
+    copy,
+    enter_tensor_region,
+    gather,
+    leave_tensor_region,
+    reduce,
+    reduce_scatter,
+    split,
+)
 from megatron.parallel.tensor_parallel import Dropout, VocabParallelEmbedding
 
 B, S, H, V = 2, 8, 16, 24
@@ -97,7 +106,7 @@ def compare_vocabulary(sequence_parallel: bool, dtype: torch.dtype) -> list[floa
     results = []
     for module, who in ((alone, ALONE), (shared, group)):
         module.to(dtype)
-        x = enter(module(tokens) * 30, who)  # logits far from even
+        x = enter_tensor_region(module(tokens) * 30, who)  # logits far from even
         logits = nn.functional.linear(x, module.weight)
         loss = cross_entropy(logits, labels, mask, who)
         loss.backward()
@@ -215,11 +224,11 @@ def collectives() -> None:
     mine = random(4, 8, seed=group.rank)
     total = sum(random(4, 8, seed=rank) for rank in range(group.size))
     assert torch.allclose(reduce(mine, group), total)
-    assert torch.allclose(scatter(mine, group, 1), total.chunk(group.size, 1)[group.rank])
+    assert torch.allclose(reduce_scatter(mine, group, 1), total.chunk(group.size, 1)[group.rank])
     assert torch.equal(gather(split(total, group, 0), group, 0), total)
     sequence = here(sequence_parallel=True)
     for function in (
-        lambda x: leave(enter(x, group) ** 2, group),
+        lambda x: leave_tensor_region(enter_tensor_region(x, group) ** 2, group),
         lambda x: gather(split(x, group, 1) ** 2, group, 1),
         lambda x: reduce(copy(x, group) ** 2, group),
     ):
@@ -229,7 +238,7 @@ def collectives() -> None:
         scale = float((y / total**2).mean())
         assert torch.allclose(x.grad, 2 * scale * total)
     piece = split(total, group, SEQUENCE).clone().requires_grad_()
-    y = leave(enter(piece, sequence) ** 2, sequence)
+    y = leave_tensor_region(enter_tensor_region(piece, sequence) ** 2, sequence)
     y.sum().backward()
     assert torch.allclose(y, group.size * piece**2)
     assert torch.allclose(piece.grad, 2 * group.size * piece)

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from megatron.engine.optim.adamw import SPREAD, Rates
 from megatron.engine.optim.base import ParameterSlice
-from megatron.moe.kernels.place import mix
+from megatron.moe.kernels.slots import mix
 
 BLOCK = 1024  # elements of a program
 PROGRAMS = 1024  # of a sum of squares

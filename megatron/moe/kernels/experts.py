@@ -16,15 +16,15 @@ all), H hidden, F FFN hidden.
 
 import torch
 import torch.nn.functional as F
-import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
 from megatron.moe.kernels.gelu import bias_gelu, bias_gelu_again
+from megatron.moe.kernels.jit import jit
 from megatron.moe.kernels.tiles import COLUMNS, ROWS, Table, add_up, grid, new_sums, table, tile, tile_number
 
 
-@triton.jit
+@jit
 def _move(
     in_ptr, bias_ptr, out_ptr, sums_ptr, tiles_ptr, R, c, H, in_L, in_G, in_c, out_L, out_G, out_c,
     BR: tl.constexpr, BH: tl.constexpr, ADD: tl.constexpr, STORE: tl.constexpr, SORTED: tl.constexpr,
@@ -59,11 +59,11 @@ class EqualRows:
     def __init__(self, shape: torch.Size) -> None:
         self._L, self._G, self._c, _ = shape
 
-    def times(self, x_LRA: torch.Tensor, w_LAB: torch.Tensor) -> torch.Tensor:
+    def matmul(self, x_LRA: torch.Tensor, w_LAB: torch.Tensor) -> torch.Tensor:
         """Each expert's rows times its matrix, [L, R, B]."""
         return torch.bmm(x_LRA, w_LAB)
 
-    def across(self, x_LRA: torch.Tensor, y_LRB: torch.Tensor) -> torch.Tensor:
+    def outer_sum(self, x_LRA: torch.Tensor, y_LRB: torch.Tensor) -> torch.Tensor:
         """The sum over an expert's rows of their outer products, [L, A, B]."""
         return torch.bmm(x_LRA.mT, y_LRB)
 
@@ -72,7 +72,7 @@ class EqualRows:
         return x_LGcH.reshape(self._L, self._G * self._c, x_LGcH.size(-1)).contiguous()
 
     def finish(self, y_LRH: torch.Tensor, bias_LH: torch.Tensor) -> torch.Tensor:
-        """y + bias as [L, G, c, H]. In memory it is [G, L, c, H], the order in which rows travel; may overwrite y."""
+        """y + bias as [L, G, c, H]. In memory it is [G, L, c, H], the order in which rows are sent; may overwrite y."""
         y_LGcH = y_LRH.view(self._L, self._G, self._c, -1)
         out_LGcH = y_LGcH
         if self._G > 1 and self._L > 1:
@@ -107,14 +107,14 @@ class SortedRows:
     """Rows sorted by expert, [R, H]."""
 
     def __init__(self, counts_L: torch.Tensor, rows: int) -> None:
-        self.table: Table | None = table(counts_L, rows)
+        self.table: Table = table(counts_L, rows)
         self._ends_L = self.table.ends_L
 
-    def times(self, x_RA: torch.Tensor, w_LAB: torch.Tensor) -> torch.Tensor:
+    def matmul(self, x_RA: torch.Tensor, w_LAB: torch.Tensor) -> torch.Tensor:
         """Each row times its expert's matrix, [R, B]."""
         return F.grouped_mm(x_RA, w_LAB, offs=self._ends_L)
 
-    def across(self, x_RA: torch.Tensor, y_RB: torch.Tensor) -> torch.Tensor:
+    def outer_sum(self, x_RA: torch.Tensor, y_RB: torch.Tensor) -> torch.Tensor:
         """The sum over an expert's rows of their outer products, [L, A, B]; 0 without rows."""
         return F.grouped_mm(x_RA.T, y_RB, offs=self._ends_L)
 
@@ -145,12 +145,12 @@ class SortedRows:
         )
 
 
-class _Answers(torch.autograd.Function):
+class _ExpertMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w1_LHF, b1_LF, w2_LFH, b2_LH, layout):
         x = layout.arrange(x)
-        pre = layout.times(x, w1_LHF)
-        y = layout.times(bias_gelu(pre, b1_LF, table=layout.table), w2_LFH)
+        pre = layout.matmul(x, w1_LHF)
+        y = layout.matmul(bias_gelu(pre, b1_LF, table=layout.table), w2_LFH)
         ctx.save_for_backward(x, pre, w1_LHF, b1_LF, w2_LFH)
         ctx.layout, ctx.b2_dtype = layout, b2_LH.dtype
         return layout.finish(y, b2_LH)
@@ -161,33 +161,33 @@ class _Answers(torch.autograd.Function):
         x, pre, w1_LHF, b1_LF, w2_LFH = ctx.saved_tensors
         layout = ctx.layout
         dy, d_b2_LH = layout.begin_backward(dy)
-        d_pre = layout.times(dy, w2_LFH.mT)  # dh at first
+        d_pre = layout.matmul(dy, w2_LFH.mT)  # dh at first
         h, d_b1_LF = bias_gelu_again(pre, b1_LF, d_pre, layout.table)
-        d_w2_LFH = layout.across(h, dy)
+        d_w2_LFH = layout.outer_sum(h, dy)
         del h, dy
-        d_w1_LHF = layout.across(x, d_pre)
-        dx = layout.end_backward(layout.times(d_pre, w1_LHF.mT))
+        d_w1_LHF = layout.outer_sum(x, d_pre)
+        dx = layout.end_backward(layout.matmul(d_pre, w1_LHF.mT))
         return dx, d_w1_LHF, d_b1_LF.to(b1_LF.dtype), d_w2_LFH, d_b2_LH.to(ctx.b2_dtype), None
 
 
 Weights = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def answers(x_LGcH: torch.Tensor, weights: Weights) -> torch.Tensor:
-    """Answers [L, G, c, H] to equally many rows for each expert.
+def expert_mlp(x_LGcH: torch.Tensor, weights: Weights) -> torch.Tensor:
+    """Expert outputs [L, G, c, H] for equally many rows for each expert.
 
     Args:
         x_LGcH: at least one row, in the number format of the weights, in any order in memory.
         weights: w1 [L, H, F], b1 [L, F], w2 [L, F, H], b2 [L, H]; contiguous.
     """
-    return _Answers.apply(x_LGcH, *weights, EqualRows(x_LGcH.shape))
+    return _ExpertMLP.apply(x_LGcH, *weights, EqualRows(x_LGcH.shape))
 
 
-def answers_sorted(x_RH: torch.Tensor, weights: Weights, counts_L: torch.Tensor) -> torch.Tensor:
-    """Answers [R, H] to rows sorted by expert, at least one, of which expert i has ``counts_L[i]``.
+def expert_mlp_sorted(x_RH: torch.Tensor, weights: Weights, counts_L: torch.Tensor) -> torch.Tensor:
+    """Expert outputs [R, H] for rows sorted by expert, at least one, of which expert i has ``counts_L[i]``.
 
     Args:
-        x_RH, weights: as for :func:`answers`.
+        x_RH, weights: as for :func:`expert_mlp`.
         counts_L: integers on the device, at most 1 024; their sum is R.
     """
-    return _Answers.apply(x_RH, *weights, SortedRows(counts_L, x_RH.size(0)))
+    return _ExpertMLP.apply(x_RH, *weights, SortedRows(counts_L, x_RH.size(0)))

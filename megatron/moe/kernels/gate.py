@@ -1,8 +1,8 @@
 """The top-1 router in three launches forward and two backward.
 
     forward    gate kernel       x, weight -> expert, gate, logsumexp of each token; sums over each block of tokens
-               order kernel      tokens of each expert in each block, in the order in which slots are given
-               place kernel      slot of each token, token of each slot; counts, aux loss and z-loss
+               count kernel      tokens of each expert in each block, in the order in which slots are given
+               slots kernel      slot of each token, token of each slot; counts, aux loss and z-loss
     backward   gate kernel       logits again, their gradient, and the input's; the weight's is one matrix product
 
 No [T, E] tensor is in memory forward; backward has the gradient of the logits, for the matrix product. Nothing is added
@@ -13,14 +13,15 @@ Shapes: T tokens, H hidden, E experts, C capacity, R rows of all buffers, B toke
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from megatron.moe.kernels.place import block_size, order, place
+from megatron.moe.kernels.jit import cdiv, jit, next_power_of_2
+from megatron.moe.kernels.slots import assign_slots, block_size, count_by_block
 
 
 class Gating(NamedTuple):
@@ -30,7 +31,7 @@ class Gating(NamedTuple):
     aux_loss: torch.Tensor  # fp32 scalar
     z_loss: torch.Tensor  # fp32 scalar
     expert_T: torch.Tensor  # int32
-    slot_T: torch.Tensor  # int32, place among the tokens of the expert; ``capacity`` or more: no room
+    slot_T: torch.Tensor  # int32, position among the tokens of the expert; ``capacity`` or more: no room
     row_T: torch.Tensor  # int32, row in the buffers of all experts, or -1
     counts_E: torch.Tensor  # int64, tokens of each expert before dropping
     dropped: torch.Tensor  # int64 scalar, tokens that found no room
@@ -79,7 +80,7 @@ def reference(
     )
 
 
-@triton.jit
+@jit
 def _logits(x_ptr, w_ptr, row, T, H, E, BT: tl.constexpr, BE: tl.constexpr, BK: tl.constexpr, IEEE: tl.constexpr):
     """fp32 [BT, BE] of the tokens ``row``; -inf beyond E. Products of half-precision numbers are exact in fp32."""
     e = tl.arange(0, BE)
@@ -98,7 +99,7 @@ def _logits(x_ptr, w_ptr, row, T, H, E, BT: tl.constexpr, BE: tl.constexpr, BK: 
     return tl.where((e < E)[None, :], acc, float("-inf"))
 
 
-@triton.jit
+@jit
 def _gate_forward(
     x_ptr, w_ptr, expert_ptr, gate_ptr, lse_ptr, p_sum_ptr, z_sum_ptr, T, H, E,
     BT: tl.constexpr, BE: tl.constexpr, BK: tl.constexpr, IEEE: tl.constexpr,
@@ -121,7 +122,7 @@ def _gate_forward(
     tl.store(z_sum_ptr + block, tl.sum(lse * lse * real, axis=0))
 
 
-@triton.jit
+@jit
 def _gate_backward(
     x_ptr, w_ptr, expert_ptr, lse_ptr, row_ptr, counts_ptr, d_gate_ptr, d_losses_ptr, d_logits_ptr, from_ptr, dx_ptr,
     T, H, E, parts,
@@ -191,7 +192,7 @@ def _tile(E: int, itemsize: int, shared: int) -> _Tile | None:
     Logits fill the registers at most half. At most, the backward kernel has in shared memory the gradient of a block's
     logits, and for each stage a block of the router's weight and one of the tokens.
     """
-    BE = max(16, triton.next_power_of_2(E))
+    BE = max(16, next_power_of_2(E))
     BT, warps = (64, 4) if BE <= 128 else (max(16, 16384 // BE), 8)
     BK = 64 if BE * itemsize <= 512 else 32
     for columns, stages in ((BK, 3), (BK, 2), (BK, 1), (16, 1)):
@@ -205,7 +206,8 @@ def _shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that a kernel can have; without limit in Triton's interpreter."""
     if device.type != "cuda":
         return sys.maxsize
-    return triton.runtime.driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
+    utils = triton.runtime.driver.active.utils  # pyright: ignore[reportAttributeAccessIssue]  (of each backend's driver)
+    return utils.get_device_properties(device.index)["max_shared_mem"]
 
 
 def _tile_for(x_TH: torch.Tensor, weight_EH: torch.Tensor) -> _Tile | None:
@@ -218,11 +220,21 @@ def fits(x_TH: torch.Tensor, weight_EH: torch.Tensor) -> bool:
     return _tile_for(x_TH, weight_EH) is not None
 
 
+def _tile_that_fits(x_TH: torch.Tensor, weight_EH: torch.Tensor) -> _Tile:
+    tile = _tile_for(x_TH, weight_EH)
+    if tile is None:
+        raise ValueError(
+            f"a router of {weight_EH.size(0)} experts for {x_TH.dtype} tokens needs more shared memory than the "
+            f"{_shared_memory(x_TH.device)} bytes of {x_TH.device}; use plain torch where fits() says no"
+        )
+    return tile
+
+
 Agree = Callable[[torch.Tensor], object]
 
 
 class Decided(NamedTuple):
-    """What :func:`launch_forward` computes: the public part, and what the way back needs of it."""
+    """What :func:`launch_forward` computes: the public part, and what the backward pass needs of it."""
 
     gating: Gating
     lse_T: torch.Tensor  # fp32, logsumexp of each token's logits
@@ -234,9 +246,9 @@ def launch_forward(
     """The forward kernels; see :func:`gate`."""
     T, H = x_TH.shape
     E = weight_EH.size(0)
-    BT, BE, BK, warps, stages = _tile_for(x_TH, weight_EH)
+    BT, BE, BK, warps, stages = _tile_that_fits(x_TH, weight_EH)
     B = block_size(BE)
-    gate_blocks, blocks = triton.cdiv(T, BT), triton.cdiv(T, B)
+    gate_blocks, blocks = cdiv(T, BT), cdiv(T, B)
     R = T if capacity is None else E * capacity
     new = x_TH.new_empty
     expert_T, slot_T, row_T, token_R = (new(size, dtype=torch.int32) for size in (T, T, T, R))
@@ -254,13 +266,13 @@ def launch_forward(
         )  # fmt: skip
         if agree is not None:
             agree(expert_T)
-        order[(blocks,)](
+        count_by_block[(blocks,)](
             expert_T, count, token_R, seed, T, E, R, low, high, blocks,
             B, BE, min(B, max(16, 8192 // BE)), random,
         )  # fmt: skip
     else:
         token_R.fill_(-1)
-    place[(blocks + 1,)](
+    assign_slots[(blocks + 1,)](
         expert_T, gate_T, slot_T, row_T, token_R, count, p_sum, z_sum, counts, losses, seed,
         T, E, capacity or 0, low, high, blocks, gate_blocks, B, BE, random, capacity is not None,
         num_warps=8,
@@ -272,7 +284,7 @@ def launch_forward(
 def launch_backward(
     x_TH: torch.Tensor,
     weight_EH: torch.Tensor,
-    decided: tuple[torch.Tensor, ...],
+    decided: Sequence[torch.Tensor],
     d_gate: torch.Tensor,
     d_losses: tuple[torch.Tensor | None, torch.Tensor | None],
     dx: torch.Tensor | None,
@@ -281,7 +293,7 @@ def launch_backward(
     """The gradients of tokens and router weights.
 
     Args:
-        decided: expert_T, lse_T, row_T and counts_E of the way forward.
+        decided: expert_T, lse_T, row_T and counts_E of the forward pass.
         d_gate: of each token [T], or ``by_row`` several parts of it for each row of the experts' buffers, [R, parts].
         d_losses: of aux loss and z-loss.
         dx: what else each token's gradient has, [T, H], or ``by_row`` [R, H]; None for nothing.
@@ -289,7 +301,7 @@ def launch_backward(
     expert_T, lse_T, row_T, counts_E = decided
     T, H = x_TH.shape
     E = weight_EH.size(0)
-    BT, BE, BK, warps, stages = _tile_for(x_TH, weight_EH)
+    BT, BE, BK, warps, stages = _tile_that_fits(x_TH, weight_EH)
     ieee = _ieee(x_TH, weight_EH)
     zero = lse_T.new_zeros(())
     losses = torch.stack([zero if d is None else d.float() for d in d_losses])
@@ -297,10 +309,10 @@ def launch_backward(
     dx_TH = torch.empty_like(x_TH) if by_row or dx is None else dx
     d_logits_TE = x_TH.new_empty((T, E), dtype=torch.float32 if ieee else x_TH.dtype)
     if T:
-        _gate_backward[(triton.cdiv(T, BT),)](
+        _gate_backward[(cdiv(T, BT),)](
             x_TH, weight_EH, expert_T, lse_T, row_T, counts_E, d_gate, losses, d_logits_TE,
             dx_TH if dx is None else dx, dx_TH, T, H, E, parts,
-            BT, BE, BK, triton.next_power_of_2(parts), ieee, dx is not None, by_row,
+            BT, BE, BK, next_power_of_2(parts), ieee, dx is not None, by_row,
             num_warps=warps, num_stages=stages,
         )  # fmt: skip
     d_weight_EH = d_logits_TE.T @ x_TH.to(d_logits_TE.dtype)
@@ -343,8 +355,8 @@ def gate(
         capacity: rows of each expert's buffer; None for as many as needed.
         random: an over-full expert keeps a random choice of its tokens instead of the first; drawn by a random order of
             the tokens, which follows from one number of torch's default generator of the device.
-        agree: is given each token's expert, int32 [T], before slots follow from them, and may write others in their
-            place. Gates stay those of the highest logits, so it is for choices that rounding alone can tell apart.
+        agree: is given each token's expert, int32 [T], before slots follow from them, and may overwrite
+            them. Gates stay those of the highest logits, so it is for choices that rounding alone can tell apart.
 
     Returns:
         ``x_TH`` to go on with (its gradient is then added to the router's where that is computed), and the decisions.

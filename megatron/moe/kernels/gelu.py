@@ -1,8 +1,8 @@
-"""GELU (tanh form) of an expert's first product plus its bias, with or without the gate of the row; and the way back.
+"""GELU (tanh form) of an expert's first product plus its bias, with or without the gate of the row; and backward.
 
-With a gate both the product and its activation are kept. The way back computes the activation again in registers and
-gets two more things for nothing: the gradient of each row's gate, which is dh . h, and the first bias's gradient.
-Without one only the product is kept, and the way back also writes the activation again, which the second weight's
+With a gate both the product and its activation are kept. The backward pass computes the activation again in registers
+and gets two more things for nothing: the gradient of each row's gate, which is dh . h, and the first bias's gradient.
+Without one only the product is kept, and the backward pass also writes the activation again, which the second weight's
 gradient needs.
 
 Shapes: L experts, C rows of each expert's buffer, R rows of all (sorted by expert), F FFN hidden.
@@ -10,9 +10,9 @@ Shapes: L experts, C rows of each expert's buffer, R rows of all (sorted by expe
 
 import torch
 import torch.nn.functional as F
-import triton
 import triton.language as tl
 
+from megatron.moe.kernels.jit import cdiv, jit
 from megatron.moe.kernels.tiles import COLUMNS, ROWS, Table, add_up, grid, new_sums, tile, tile_number
 
 
@@ -32,7 +32,7 @@ def backward_reference(
     return d_pre, d_pre.sum(1), (dh_LCF * h.detach()).sum(-1)
 
 
-@triton.jit
+@jit
 def _gelu(x):
     """gelu(x) = x * s with s = sigmoid(2 u), u = sqrt(2/pi) (x + 0.044715 x^3); and its derivative."""
     u = 0.7978845608028654 * x * (1.0 + 0.044715 * x * x)
@@ -41,7 +41,7 @@ def _gelu(x):
     return x * s, slope
 
 
-@triton.jit
+@jit
 def _forward(
     pre_ptr, bias_ptr, gate_ptr, out_ptr, tiles_ptr, C, F,
     BR: tl.constexpr, BF: tl.constexpr, GATED: tl.constexpr, SORTED: tl.constexpr,
@@ -58,7 +58,7 @@ def _forward(
     tl.store(out_ptr + at, h.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@jit
 def _backward(
     pre_ptr, bias_ptr, dh_ptr, gate_ptr, h_ptr, bias_sum_ptr, dot_ptr, tiles_ptr, C, F,
     BR: tl.constexpr, BF: tl.constexpr, GATED: tl.constexpr, SORTED: tl.constexpr,
@@ -101,7 +101,7 @@ def bias_gelu(
 
 def dot_parts(ffn_size: int) -> int:
     """Parts in which :func:`bias_gelu_backward` gives dh . h, and one before them that it leaves alone."""
-    return 1 + triton.cdiv(ffn_size, COLUMNS)
+    return 1 + cdiv(ffn_size, COLUMNS)
 
 
 def bias_gelu_backward(

@@ -1,7 +1,7 @@
 """How the rows of several experts are cut into tiles, each of one expert only.
 
-    equal    [L, R, H]: as many rows for each expert; a tile's place follows from its number
-    sorted   [R, H]: rows sorted by expert, as many as there are; a table made on the device tells a tile's place
+    equal    [L, R, H]: as many rows for each expert; a tile's position follows from its number
+    sorted   [R, H]: rows sorted by expert, as many as there are; a table made on the device tells a tile's position
 
 The host knows no expert's number of rows, only that T rows in tiles of B take at most T / B + L tiles: those too many
 have no rows. A sum over an expert's rows is a sum over its tiles, which another kernel adds up in order.
@@ -12,8 +12,9 @@ Shapes: L experts, R rows (of each expert, or of all), F columns.
 from typing import NamedTuple
 
 import torch
-import triton
 import triton.language as tl
+
+from megatron.moe.kernels.jit import cdiv, jit, next_power_of_2
 
 ROWS, COLUMNS = 32, 128  # of a tile
 _AT_ONCE = 16  # tiles of the table in one program, and tiles added up at once
@@ -40,10 +41,10 @@ def table_reference(counts_L: torch.Tensor, rows: int) -> Table:
 
 def most_tiles(rows: int, experts: int) -> int:
     """Tiles that suffice however the rows are shared among the experts."""
-    return triton.cdiv(rows, ROWS) + experts
+    return cdiv(rows, ROWS) + experts
 
 
-@triton.jit
+@jit
 def _table(
     counts_ptr, ends_ptr, tile_ends_ptr, tiles_ptr, L, tiles, BL: tl.constexpr, BT: tl.constexpr, BR: tl.constexpr
 ):
@@ -71,12 +72,12 @@ def table(counts_L: torch.Tensor, rows: int) -> Table:
     tiles = most_tiles(rows, L)
     ends_L, tile_ends_L = (counts_L.new_empty(L, dtype=torch.int32) for _ in range(2))
     found = Table(ends_L, tile_ends_L, counts_L.new_empty((tiles, 3), dtype=torch.int32))
-    grid = (triton.cdiv(tiles, _AT_ONCE),)
-    _table[grid](counts_L, *found, L, tiles, max(16, triton.next_power_of_2(L)), _AT_ONCE, ROWS)
+    grid = (cdiv(tiles, _AT_ONCE),)
+    _table[grid](counts_L, *found, L, tiles, max(16, next_power_of_2(L)), _AT_ONCE, ROWS)
     return found
 
 
-@triton.jit
+@jit
 def tile(tiles_ptr, R, F, BR: tl.constexpr, BF: tl.constexpr, SORTED: tl.constexpr):
     """This program's expert; its rows, counted over all experts (int64); which of them there are; and its columns.
 
@@ -99,7 +100,7 @@ def tile(tiles_ptr, R, F, BR: tl.constexpr, BF: tl.constexpr, SORTED: tl.constex
     return expert, row, inside, f
 
 
-@triton.jit
+@jit
 def tile_number(F, BF: tl.constexpr):
     """Number of this program's tile among those of all experts (int64)."""
     columns = tl.cdiv(F, BF)
@@ -108,19 +109,19 @@ def tile_number(F, BF: tl.constexpr):
 
 def grid(shape: torch.Size, found: Table | None) -> tuple[int, int]:
     """Programs for rows of a ``shape`` [L, R, F], or with a table [R, F]; see :func:`tile`."""
-    columns = triton.cdiv(shape[-1], COLUMNS)
+    columns = cdiv(shape[-1], COLUMNS)
     if found is not None:
         return found.tiles.size(0) * columns, 1
-    return triton.cdiv(shape[1], ROWS) * columns, shape[0]
+    return cdiv(shape[1], ROWS) * columns, shape[0]
 
 
 def new_sums(like: torch.Tensor, found: Table | None) -> torch.Tensor:
     """Memory for each tile's sum over its rows, fp32 [tiles, F], or [L, tiles, F]."""
-    shape = (found.tiles.size(0),) if found is not None else (like.size(0), triton.cdiv(like.size(1), ROWS))
+    shape = (found.tiles.size(0),) if found is not None else (like.size(0), cdiv(like.size(1), ROWS))
     return like.new_empty((*shape, like.size(-1)), dtype=torch.float32)
 
 
-@triton.jit
+@jit
 def _add_up(sums_ptr, tile_ends_ptr, out_ptr, F, BF: tl.constexpr, BT: tl.constexpr):
     expert = tl.program_id(1)
     f = tl.program_id(0) * BF + tl.arange(0, BF)
@@ -140,5 +141,5 @@ def add_up(sums: torch.Tensor, found: Table | None) -> torch.Tensor:
         return sums.sum(1)
     L, F = found.ends_L.numel(), sums.size(-1)
     out_LF = sums.new_empty(L, F)
-    _add_up[(triton.cdiv(F, COLUMNS), L)](sums, found.tile_ends_L, out_LF, F, COLUMNS, _AT_ONCE)
+    _add_up[(cdiv(F, COLUMNS), L)](sums, found.tile_ends_L, out_LF, F, COLUMNS, _AT_ONCE)
     return out_LF

@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 from megatron.moe import kernels
-from megatron.moe.kernels.experts import answers, answers_sorted
+from megatron.moe.kernels.experts import expert_mlp, expert_mlp_sorted
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
@@ -21,16 +21,16 @@ def values(L: int, H: int, F: int, dtype: torch.dtype) -> list[torch.Tensor]:
 
 def plain(x_RH: torch.Tensor, expert_R: torch.Tensor, weights: list[torch.Tensor]) -> torch.Tensor:
     """Each row through its expert."""
-    answers = torch.zeros_like(x_RH)
+    outputs = torch.zeros_like(x_RH)
     for expert, (w1, b1, w2, b2) in enumerate(zip(*weights, strict=True)):
         own = (expert_R == expert)[:, None]
         y = torch.nn.functional.gelu(x_RH @ w1 + b1, approximate="tanh") @ w2 + b2
-        answers = answers + y.where(own, 0.0)
-    return answers
+        outputs = outputs + y.where(own, 0.0)
+    return outputs
 
 
 def assert_all_near(found, expected, mine, exact, dtype) -> None:
-    pairs = {"answers": (found, expected)} | {
+    pairs = {"outputs": (found, expected)} | {
         f"{name}'s gradient": (a.grad, b.grad) for name, a, b in zip(NAMES, mine, exact, strict=True)
     }
     for name, (a, b) in pairs.items():
@@ -47,8 +47,8 @@ def test_equally_many_rows_for_each_expert(L, G, c, H, F, dtype):
     rows_GLcH, dy_GLcH = (torch.randn(G, L, c, H).to(DEVICE, dtype) for _ in range(2))
     mine = [t.clone().requires_grad_() for t in (rows_GLcH, *weights)]
     exact = [t.double().requires_grad_() for t in (rows_GLcH, *weights)]
-    found = answers(mine[0].transpose(0, 1), tuple(mine[1:])).transpose(0, 1)
-    assert found.is_contiguous()  # ready to travel
+    found = expert_mlp(mine[0].transpose(0, 1), tuple(mine[1:])).transpose(0, 1)
+    assert found.is_contiguous()  # ready to be sent
     expert_R = torch.arange(L, device=DEVICE).repeat_interleave(c).repeat(G)
     expected = plain(exact[0].flatten(0, 2), expert_R, exact[1:]).view(G, L, c, H)
     found.backward(dy_GLcH)
@@ -67,7 +67,7 @@ def test_rows_sorted_by_expert(counts, dtype):
     mine = [t.clone().requires_grad_() for t in (x_RH, *weights)]
     exact = [t.double().requires_grad_() for t in (x_RH, *weights)]
     counts_L = torch.tensor(counts, device=DEVICE)
-    found = answers_sorted(mine[0], tuple(mine[1:]), counts_L)
+    found = expert_mlp_sorted(mine[0], tuple(mine[1:]), counts_L)
     expert_R = torch.arange(L, device=DEVICE).repeat_interleave(counts_L)
     expected = plain(exact[0], expert_R, exact[1:])
     found.backward(dy_RH)
@@ -82,7 +82,7 @@ def test_gradients_of_another_order_in_memory():
     """As a sum gives them: one number, seen as many."""
     weights = [w.requires_grad_() for w in values(2, 16, 24, torch.float32)]
     x = torch.randn(2, 2, 3, 16, device=DEVICE)
-    answers(x, tuple(weights)).sum().backward()
+    expert_mlp(x, tuple(weights)).sum().backward()
     torch.testing.assert_close(weights[3].grad, torch.full((2, 16), 6.0, device=DEVICE))
 
 
@@ -90,7 +90,7 @@ def test_only_the_tokens_and_the_product_are_kept():
     L, R, H, F = 2, 40, 16, 64
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        answers(
+        expert_mlp(
             torch.randn(L, 1, R, H, device=DEVICE), tuple(w.requires_grad_() for w in values(L, H, F, torch.float32))
         )
     assert sum(t.numel() for t in kept if t.size(1) == R) == L * R * (H + F)

@@ -12,9 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("triton")
 from megatron.config import ModelConfig, MoEConfig
-from megatron.moe import MoELayer, MoEStats, fused, kernels
-from megatron.moe.dispatch import IndexMoves
-from megatron.moe.experts import Experts
+from megatron.moe import MoELayer, MoEStats, kernels, torch_ops, triton_ops
 from megatron.moe.plan import RoutingPlan
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -76,10 +74,12 @@ def test_the_layer_and_all_gradients_are_those_of_float64(mode, topk, dtype, mon
     x = (torch.randn(2, 15, H, device=DEVICE) + 0.3).to(dtype)
     plain_torch = Mock(side_effect=AssertionError("this ran in plain torch"))
     with monkeypatch.context() as forbid:
-        forbid.setattr(IndexMoves, "__init__", plain_torch)
-        forbid.setattr(Experts, "forward", plain_torch)
+        forbid.setattr(torch_ops, "permutation", plain_torch)
+        forbid.setattr(torch_ops, "expert_mlp", plain_torch)
         if kernels.groupable(x, H, 24):
-            forbid.setattr(Experts, "forward_sorted", plain_torch)
+            forbid.setattr(torch_ops, "expert_mlp_sorted", plain_torch)
+        if topk == 1:
+            forbid.setattr(torch_ops, "route", plain_torch)
         layer(x)
     stats = assert_equal_to_float64(layer, x)
     assert bool(stats.dropped) == (mode == "capacity")
@@ -123,7 +123,7 @@ def test_rows_that_cannot_be_grouped_go_through_the_loop():
     model = ModelConfig(num_layers=2, hidden_size=H, ffn_hidden_size=12, num_attention_heads=2, init_method_std=0.3)
     layer = MoELayer(model, config, E).to(DEVICE, torch.float16)
     x = torch.randn(20, H, device=DEVICE).half()
-    assert not fused.answers_sorted(layer.experts, x)
+    assert layer.operations[True].of("expert_mlp_sorted", x, layer.experts.w1) is torch_ops
     assert_equal_to_float64(layer, x)
 
 
@@ -143,8 +143,8 @@ def test_few_tokens(topk, mode, tokens):
 def test_the_kernels_plan_knows_how_many_were_dropped():
     layer = make_layer(1, "capacity", torch.float32)
     x = torch.randn(50, H, device=DEVICE)
-    for route in (fused.route(layer.router, x), fused.serve(layer.router, layer.experts, x)[1]):
-        plan = route.plan
+    for routing in (triton_ops.route(layer.router, x), triton_ops.top1_layer(layer.router, layer.experts, x)[1]):
+        plan = routing.plan
         assert plan.known_dropped is not None
         counted = RoutingPlan(plan.expert_TK, plan.gate_TK, plan.slot_TK, plan.counts_E, plan.capacity)
         assert torch.equal(plan.dropped, counted.dropped)
@@ -156,8 +156,10 @@ def test_plain_torch_routes_where_shared_memory_is_too_small(monkeypatch):
 
     layer = make_layer(1, "capacity", torch.float32)
     x = torch.randn(1, 24, H, device=DEVICE)
-    assert fused.serves(layer.router, layer.experts, x)
+    operations, weight_EH = layer.operations[True], layer.router.weight
+    assert operations.of("route", x, weight_EH) is triton_ops
+    assert operations.top1_layer(x, weight_EH, layer.experts.w1) is triton_ops.top1_layer
     monkeypatch.setattr(gate, "_shared_memory", lambda device: 4096)
-    assert not fused.routes(layer.router, x)
-    assert not fused.serves(layer.router, layer.experts, x)
+    assert operations.of("route", x, weight_EH) is torch_ops
+    assert operations.top1_layer(x, weight_EH, layer.experts.w1) is None
     assert_equal_to_float64(layer, x)

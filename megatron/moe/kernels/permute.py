@@ -1,14 +1,14 @@
-"""Rows to experts and back: gather tokens into rows, and combine each token's answers.
+"""Permute and unpermute: tokens into the rows of their experts, and expert outputs back into the order of the tokens.
 
 Every row is written once, so results are deterministic, and each byte is moved once: at b bytes a number, ``gather``
 reads and writes about (T + R) H b bytes.
 
-``gather``, ``combine`` and ``gather_gradients`` are parts of the top-1 layer (:mod:`megatron.moe.kernels.layer`), which
-applies gates to activations. :func:`to_rows` and :func:`from_rows` are for K experts of each token and for answers of
-any origin, and autograd knows their ways back:
+``gather``, ``combine`` and ``gather_gradients`` are parts of the top-1 layer (:mod:`megatron.moe.kernels.top1_layer`),
+which applies gates to activations. :func:`permute` and :func:`unpermute` are for K experts of each token, and autograd
+knows their backward passes:
 
-    to_rows      x_R = x[token of r]                    dx_t = sum over the rows of t of dx_r
-    from_rows    y_t = sum over k of gate_tk * y_row    dy_r = gate of r * dy[token of r], d_gate of r = dy[token] . y_r
+    permute      x_R = x[token of r]                    dx_t = sum over the rows of t of dx_r
+    unpermute    y_t = sum over k of gate_tk * y_row    dy_r = gate of r * dy[token of r], d_gate of r = dy[token] . y_r
 
 Shapes: T tokens, K experts of each token, N = T * K assignments, H hidden, R rows of all buffers, L experts.
 """
@@ -16,9 +16,10 @@ Shapes: T tokens, K experts of each token, N = T * K assignments, H hidden, R ro
 from typing import NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
+
+from megatron.moe.kernels.jit import cdiv, jit, next_power_of_2
 
 
 def gather_reference(x_TH: torch.Tensor, index_R: torch.Tensor) -> torch.Tensor:
@@ -29,32 +30,32 @@ def gather_reference(x_TH: torch.Tensor, index_R: torch.Tensor) -> torch.Tensor:
 def combine_reference(
     y_RH: torch.Tensor, bias_LH: torch.Tensor, row_T: torch.Tensor, expert_T: torch.Tensor, gate_T: torch.Tensor
 ) -> torch.Tensor:
-    """Answer + gate * bias of the expert, of each token; zeros where it has no row (a negative one). [T, H]"""
+    """Expert output + gate * bias of the expert, of each token; zeros where it has no row (a negative one). [T, H]"""
     biases_TH = bias_LH[expert_T.long()].to(gate_T.dtype) * gate_T[:, None]
-    answer_TH = gather_reference(y_RH, row_T).to(gate_T.dtype) + biases_TH
-    return answer_TH.masked_fill((row_T < 0)[:, None], 0.0).to(y_RH.dtype)
+    output_TH = gather_reference(y_RH, row_T).to(gate_T.dtype) + biases_TH
+    return output_TH.masked_fill((row_T < 0)[:, None], 0.0).to(y_RH.dtype)
 
 
-class Places(NamedTuple):
+class RowMap(NamedTuple):
     """Which row each assignment has, and which assignment each row; -1 for none."""
 
     row_N: torch.Tensor  # int32
     assignment_R: torch.Tensor  # int32; assignment t * K + k is choice k of token t
 
 
-def to_rows_reference(x_TH: torch.Tensor, places: Places) -> torch.Tensor:
+def permute_reference(x_TH: torch.Tensor, row_map: RowMap) -> torch.Tensor:
     """The token of each row's assignment, zeros without one. [R, H]"""
-    K = places.row_N.numel() // x_TH.size(0)
-    return gather_reference(x_TH, places.assignment_R.where(places.assignment_R < 0, places.assignment_R // K))
+    K = row_map.row_N.numel() // x_TH.size(0)
+    return gather_reference(x_TH, row_map.assignment_R.where(row_map.assignment_R < 0, row_map.assignment_R // K))
 
 
-def from_rows_reference(y_RH: torch.Tensor, gate_TK: torch.Tensor, places: Places) -> torch.Tensor:
-    """The sum of gate * answer over each token's assignments that have a row. [T, H]"""
-    y_TKH = gather_reference(y_RH, places.row_N).view(*gate_TK.shape, -1)
+def unpermute_reference(y_RH: torch.Tensor, gate_TK: torch.Tensor, row_map: RowMap) -> torch.Tensor:
+    """The sum of gate * expert output over each token's assignments that have a row. [T, H]"""
+    y_TKH = gather_reference(y_RH, row_map.row_N).view(*gate_TK.shape, -1)
     return (y_TKH * gate_TK[..., None]).sum(1).to(y_RH.dtype)
 
 
-@triton.jit
+@jit
 def _gather(
     x_ptr, index_ptr, gate_ptr, out_ptr, gate_R_ptr, H, K: tl.constexpr, GATED: tl.constexpr, BH: tl.constexpr
 ):  # fmt: skip
@@ -71,7 +72,7 @@ def _gather(
         tl.store(out_ptr + row.to(tl.int64) * H + h, x, mask=h < H)
 
 
-@triton.jit
+@jit
 def _combine(y_ptr, bias_ptr, row_ptr, expert_ptr, gate_ptr, out_ptr, H, BH: tl.constexpr):
     token = tl.program_id(0)
     row = tl.load(row_ptr + token)
@@ -85,7 +86,7 @@ def _combine(y_ptr, bias_ptr, row_ptr, expert_ptr, gate_ptr, out_ptr, H, BH: tl.
         tl.store(out_ptr + token.to(tl.int64) * H + h, (y + bias * gate).to(out_ptr.dtype.element_ty), mask=h < H)
 
 
-@triton.jit
+@jit
 def _gather_and_dot(dy_ptr, bias_ptr, token_ptr, expert_ptr, out_ptr, dot_ptr, H, parts, BH: tl.constexpr):
     """Gather dy into the rows of the buffers, and take each row's product with its expert's bias."""
     row = tl.program_id(0)
@@ -102,12 +103,12 @@ def _gather_and_dot(dy_ptr, bias_ptr, token_ptr, expert_ptr, out_ptr, dot_ptr, H
     tl.store(dot_ptr + row.to(tl.int64) * parts, tl.sum(total, axis=0))
 
 
-@triton.jit
-def _place(
+@jit
+def _row_map_kernel(
     expert_ptr, slot_ptr, first_ptr, row_ptr, assignment_ptr, N, E, C, chunk, expert_T, expert_K, slot_T, slot_K,
     K: tl.constexpr, B: tl.constexpr, SORTED: tl.constexpr,
 ):  # fmt: skip
-    """Both directions of Places; experts and slots have strides."""
+    """Both directions of a RowMap; experts and slots have strides."""
     n = tl.program_id(0) * B + tl.arange(0, B)
     t, k = (n // K).to(tl.int64), n % K
     expert = tl.load(expert_ptr + t * expert_T + k * expert_K, mask=n < N, other=0)
@@ -123,7 +124,7 @@ def _place(
     tl.store(assignment_ptr + row, n, mask=kept)
 
 
-@triton.jit
+@jit
 def _sum(y_ptr, gate_ptr, row_ptr, out_ptr, H, K: tl.constexpr, GATED: tl.constexpr, BH: tl.constexpr):
     """Sum over a token's rows, times their gates if GATED."""
     token = tl.program_id(0)
@@ -140,11 +141,11 @@ def _sum(y_ptr, gate_ptr, row_ptr, out_ptr, H, K: tl.constexpr, GATED: tl.conste
         tl.store(out_ptr + token.to(tl.int64) * H + h, total.to(out_ptr.dtype.element_ty), mask=h < H)
 
 
-@triton.jit
+@jit
 def _sum_backward(
     dy_ptr, y_ptr, gate_ptr, assignment_ptr, out_ptr, d_gate_ptr, H, K: tl.constexpr, BH: tl.constexpr
 ):  # fmt: skip
-    """The way of a gated ``_sum`` back, row by row: dy of the token times the gate; the gate's gradient dy . y."""
+    """The backward pass of a gated ``_sum``, row by row: dy of the token times the gate; the gate's gradient dy . y."""
     row = tl.program_id(0).to(tl.int64)
     assignment = tl.load(assignment_ptr + row)
     readable = tl.where(assignment >= 0, H, 0)
@@ -161,7 +162,7 @@ def _sum_backward(
 
 
 def _block(H: int) -> int:
-    return min(1024, triton.next_power_of_2(H))
+    return min(1024, next_power_of_2(H))
 
 
 def gather(x_TH: torch.Tensor, index_R: torch.Tensor, gate_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -187,7 +188,7 @@ def combine(
 def gather_gradients(
     dy_TH: torch.Tensor, bias_LH: torch.Tensor, token_R: torch.Tensor, expert_T: torch.Tensor, dot: torch.Tensor
 ) -> torch.Tensor:
-    """The way of :func:`combine` back: dy of each row's token, [R, H]; ``dot[:, 0]`` gets its product with the bias."""
+    """Backward of :func:`combine`: dy of each row's token, [R, H]; ``dot[:, 0]`` gets its product with the bias."""
     R, H = token_R.numel(), dy_TH.size(1)
     out_RH = dy_TH.new_empty(R, H)
     if R:
@@ -195,21 +196,21 @@ def gather_gradients(
     return out_RH
 
 
-def buffer_places(
+def buffer_row_map(
     expert_TK: torch.Tensor, slot_TK: torch.Tensor, num_experts: int, capacity: int, chunk: int | None = None
-) -> Places:
-    """Places in buffers, in two launches: see :meth:`megatron.moe.plan.RoutingPlan.buffer_row_TK`."""
+) -> RowMap:
+    """Rows of experts' buffers, in two launches: see :meth:`megatron.moe.plan.RoutingPlan.buffer_row_TK`."""
     assignment_R = expert_TK.new_full((num_experts * capacity,), -1, dtype=torch.int32)
-    return _places(expert_TK, slot_TK, None, assignment_R, num_experts, capacity, chunk or capacity)
+    return _row_map(expert_TK, slot_TK, None, assignment_R, num_experts, capacity, chunk or capacity)
 
 
-def sorted_places(expert_TK: torch.Tensor, slot_TK: torch.Tensor, counts_E: torch.Tensor) -> Places:
-    """Places among rows sorted by expert: see :meth:`megatron.moe.plan.RoutingPlan.sorted_row_TK`."""
+def sorted_row_map(expert_TK: torch.Tensor, slot_TK: torch.Tensor, counts_E: torch.Tensor) -> RowMap:
+    """Rows sorted by expert: see :meth:`megatron.moe.plan.RoutingPlan.sorted_row_TK`."""
     assignment_R = expert_TK.new_empty(expert_TK.numel(), dtype=torch.int32)
-    return _places(expert_TK, slot_TK, counts_E.cumsum(0) - counts_E, assignment_R, counts_E.numel(), 0, 1)
+    return _row_map(expert_TK, slot_TK, counts_E.cumsum(0) - counts_E, assignment_R, counts_E.numel(), 0, 1)
 
 
-def _places(
+def _row_map(
     expert_TK: torch.Tensor,
     slot_TK: torch.Tensor,
     first_E: torch.Tensor | None,
@@ -217,18 +218,18 @@ def _places(
     E: int,
     C: int,
     chunk: int,
-) -> Places:
+) -> RowMap:
     N, K = expert_TK.numel(), expert_TK.size(1)
     row_N = expert_TK.new_empty(N, dtype=torch.int32)
     if N:
-        _place[(triton.cdiv(N, 256),)](
+        _row_map_kernel[(cdiv(N, 256),)](
             expert_TK, slot_TK, slot_TK if first_E is None else first_E, row_N, assignment_R, N, E, C, chunk,
             *expert_TK.stride(), *slot_TK.stride(), K, 256, first_E is not None,
         )  # fmt: skip
-    return Places(row_N, assignment_R)
+    return RowMap(row_N, assignment_R)
 
 
-class _ToRows(torch.autograd.Function):
+class _Permute(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TH, row_N, assignment_R):
         ctx.save_for_backward(row_N)
@@ -248,7 +249,7 @@ class _ToRows(torch.autograd.Function):
         return dx_TH, None, None
 
 
-class _FromRows(torch.autograd.Function):
+class _Unpermute(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y_RH, gate_TK, row_N, assignment_R):
         ctx.save_for_backward(y_RH, gate_TK, assignment_R)
@@ -269,26 +270,11 @@ class _FromRows(torch.autograd.Function):
         return dy_RH, d_gate_TK, None, None
 
 
-def to_rows(x_TH: torch.Tensor, places: Places) -> torch.Tensor:
-    """:func:`to_rows_reference` in one launch, and one back; at least one token and one row."""
-    return _ToRows.apply(x_TH.contiguous(), *places)
+def permute(x_TH: torch.Tensor, row_map: RowMap) -> torch.Tensor:
+    """:func:`permute_reference` in one launch, and one backward; at least one token and one row."""
+    return _Permute.apply(x_TH.contiguous(), *row_map)
 
 
-def from_rows(y_RH: torch.Tensor, gate_TK: torch.Tensor, places: Places) -> torch.Tensor:
-    """:func:`from_rows_reference` in one launch, and one back; gates are fp32; at least one token and one row."""
-    return _FromRows.apply(y_RH.contiguous(), gate_TK.contiguous(), *places)
-
-
-class Moves:
-    """Tokens into the rows of a routing plan, and answers out of them."""
-
-    def __init__(self, places: Places, gate_TK: torch.Tensor) -> None:
-        self._places, self._gate_TK = places, gate_TK
-
-    def to_rows(self, x_TH: torch.Tensor) -> torch.Tensor:
-        """:func:`to_rows`."""
-        return to_rows(x_TH, self._places)
-
-    def from_rows(self, y_RH: torch.Tensor) -> torch.Tensor:
-        """:func:`from_rows`."""
-        return from_rows(y_RH, self._gate_TK, self._places)
+def unpermute(y_RH: torch.Tensor, gate_TK: torch.Tensor, row_map: RowMap) -> torch.Tensor:
+    """:func:`unpermute_reference` in one launch, and one backward; gates are fp32; at least one token and one row."""
+    return _Unpermute.apply(y_RH.contiguous(), gate_TK.contiguous(), *row_map)

@@ -1,12 +1,12 @@
-"""Rows arrive where they should, gradients return, and both travel while something else is computed."""
+"""Rows and gradients get to where they should while something else is computed."""
 
 import pytest
 import torch
 import torch.distributed as dist
 from distributed.spawn import run_distributed
 
-from megatron.parallel.routes import Swap
-from megatron.parallel.trips import Trip
+from megatron.parallel.all_to_all import AllToAllSingle
+from megatron.parallel.async_all_to_all import AsyncAllToAll
 
 # SENT[i][j]: rows that rank i sends to rank j.
 SENT = [[1, 0, 3], [2, 2, 0], [0, 0, 0]]
@@ -20,11 +20,11 @@ def rows(rank: int, count: int) -> torch.Tensor:
 def exchange() -> dict:
     rank, world_size, group = dist.get_rank(), dist.get_world_size(), dist.group.WORLD
     equal = rows(rank, 2 * world_size).requires_grad_()
-    received = Trip(equal, [Swap(group)]).finish()
+    received = AsyncAllToAll(equal, [AllToAllSingle(group)]).wait()
     received.backward(received.detach())
     uneven = rows(rank, sum(SENT[rank])).requires_grad_()
-    swap = Swap(group, SENT[rank], [SENT[i][rank] for i in range(world_size)])
-    uneven_received = Trip(uneven, [swap]).finish()
+    step = AllToAllSingle(group, SENT[rank], [SENT[i][rank] for i in range(world_size)])
+    uneven_received = AsyncAllToAll(uneven, [step]).wait()
     # The gradient of a gradient: there, back, and there again.
     (first,) = torch.autograd.grad(uneven_received.pow(3).sum(), uneven, create_graph=True)
     first.sum().backward()
@@ -34,12 +34,12 @@ def exchange() -> dict:
         "uneven": uneven_received.detach(),
         "first": first.detach(),
         "second": uneven.grad,
-        "bf16": Trip(rows(rank, world_size).bfloat16(), [Swap(group)]).finish(),
+        "bf16": AsyncAllToAll(rows(rank, world_size).bfloat16(), [AllToAllSingle(group)]).wait(),
     }
 
 
 @pytest.mark.distributed
-def test_rows_arrive_and_gradients_return():
+def test_rows_are_received_and_gradients_return():
     results = run_distributed(exchange, 3)
     for rank, result in enumerate(results):
         assert torch.equal(result["equal"], torch.cat([rows(i, 6)[2 * rank : 2 * rank + 2] for i in range(3)]))
@@ -56,19 +56,19 @@ def test_rows_arrive_and_gradients_return():
 
 
 class Noting:
-    """A step of one process that writes down when rows leave."""
+    """A step of one process that writes down when rows are sent."""
 
     def __init__(self, diary: list[str], word: str) -> None:
         self.diary, self.word = diary, word
 
-    def arriving(self, rows: int) -> int:
+    def output_rows(self, rows: int) -> int:
         return rows
 
-    def __call__(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         self.diary.append(self.word)
-        return y.copy_(x)
+        return out.copy_(x)
 
-    def undo(self) -> "Noting":
+    def inverse(self) -> "Noting":
         return Noting(self.diary, self.word + "'")
 
 
@@ -89,16 +89,17 @@ class Square(torch.autograd.Function):
 
 
 def there_and_back(x: torch.Tensor, diary: list[str]) -> torch.Tensor:
-    """x^2 in three chunks, each of which travels there and back; something else is computed meanwhile."""
-    there = [Trip(chunk, [Noting(diary, f"there {i}")]) for i, chunk in enumerate(x.chunk(3))]
+    """x^2 in three chunks, each exchanged there and back; something else is computed meanwhile."""
+    there = [AsyncAllToAll(chunk, [Noting(diary, f"there {i}")]) for i, chunk in enumerate(x.chunk(3))]
     beside = Square.apply(x, diary, "beside")
     back = [
-        Trip(Square.apply(t.finish(), diary, f"work {i}"), [Noting(diary, f"back {i}")]) for i, t in enumerate(there)
+        AsyncAllToAll(Square.apply(t.wait(), diary, f"work {i}"), [Noting(diary, f"back {i}")])
+        for i, t in enumerate(there)
     ]
-    return torch.cat([trip.finish() for trip in back]) + beside
+    return torch.cat([handle.wait() for handle in back]) + beside
 
 
-def test_chunks_and_their_gradients_leave_before_others_are_computed():
+def test_chunks_and_their_gradients_are_sent_before_others_are_computed():
     diary: list[str] = []
     x = torch.arange(6.0, requires_grad=True)
     y = there_and_back(x, diary)
@@ -111,7 +112,7 @@ def test_chunks_and_their_gradients_leave_before_others_are_computed():
     assert torch.equal(x.grad, 4 * x.detach())
 
 
-def test_with_activation_checkpointing_the_gradients_leave_first_too():
+def test_with_activation_checkpointing_the_gradients_are_sent_first_too():
     x = torch.arange(6.0, requires_grad=True)
     diary: list[str] = []
     there_and_back(x, diary).sum().backward()
@@ -119,6 +120,6 @@ def test_with_activation_checkpointing_the_gradients_leave_first_too():
     y = torch.utils.checkpoint.checkpoint(there_and_back, x, diary, use_reentrant=False)
     y.sum().backward()
     forward, backward = plain[: plain.index("back 2") + 1], plain[plain.index("back 2") + 1 :]
-    recomputed = forward[: forward.index("work 2") + 1]  # the last chunk need not travel again
+    recomputed = forward[: forward.index("work 2") + 1]  # the last chunk need not be exchanged again
     assert diary == [*forward, *backward[:4], *recomputed, *backward[4:]]
     assert torch.equal(x.grad, 8 * x.detach())

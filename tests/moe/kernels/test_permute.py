@@ -1,10 +1,10 @@
-"""Rows of K assignments a token: places, the way there and back and all gradients, against plain torch in float64."""
+"""Rows of K assignments a token: the row map, permute, unpermute and all gradients, against plain torch in float64."""
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
-from megatron.moe.kernels import rows
+from megatron.moe.kernels import permute
 from megatron.moe.plan import RoutingPlan, count_experts, slots
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -25,17 +25,17 @@ def make_plan(T: int, K: int, E: int, capacity: int | None) -> RoutingPlan:
     return RoutingPlan(*tensors, capacity)
 
 
-def places(plan: RoutingPlan, chunk: int | None = None) -> rows.Places:
+def row_map(plan: RoutingPlan, chunk: int | None = None) -> permute.RowMap:
     if plan.capacity is None:
-        return rows.sorted_places(plan.expert_TK, plan.slot_TK, plan.counts_E)
-    return rows.buffer_places(plan.expert_TK, plan.slot_TK, plan.counts_E.numel(), plan.capacity, chunk)
+        return permute.sorted_row_map(plan.expert_TK, plan.slot_TK, plan.counts_E)
+    return permute.buffer_row_map(plan.expert_TK, plan.slot_TK, plan.counts_E.numel(), plan.capacity, chunk)
 
 
 @pytest.mark.parametrize(("T", "K", "E", "H"), SIZES)
 @pytest.mark.parametrize(("capacity", "chunk"), [(None, None), (5, None), (5, 2), (7, 3), (400, 399)])
-def test_places_are_the_plans(T, K, E, H, capacity, chunk):
+def test_the_row_map_is_the_plans(T, K, E, H, capacity, chunk):
     plan = make_plan(T, K, E, capacity)
-    found = places(plan, chunk)
+    found = row_map(plan, chunk)
     assert found.row_N.dtype == found.assignment_R.dtype == torch.int32
     if capacity is None:
         expected_N, size = plan.sorted_row_TK().flatten(), T * K
@@ -54,7 +54,7 @@ def test_places_are_the_plans(T, K, E, H, capacity, chunk):
 @pytest.mark.parametrize(("T", "K", "E", "H"), SIZES)
 def test_there_and_back_and_all_gradients_are_those_of_float64(T, K, E, H, capacity, dtype):
     plan = make_plan(T, K, E, capacity)
-    found = places(plan)
+    found = row_map(plan)
     generator = torch.Generator().manual_seed(H)
     R = found.assignment_R.numel()
     x_TH, dy_TH = (torch.randn(T, H, generator=generator).to(DEVICE, dtype) for _ in range(2))
@@ -66,7 +66,7 @@ def test_there_and_back_and_all_gradients_are_those_of_float64(T, K, E, H, capac
 
     mine = x_TH.clone().requires_grad_()
     exact = x_TH.double().requires_grad_()
-    there, expected = rows.to_rows(mine, found), rows.to_rows_reference(exact, found)
+    there, expected = permute.permute(mine, found), permute.permute_reference(exact, found)
     assert torch.equal(there.double(), expected)
     there.backward(dx_RH)
     expected.backward(dx_RH.double())
@@ -74,7 +74,7 @@ def test_there_and_back_and_all_gradients_are_those_of_float64(T, K, E, H, capac
 
     mine, gate_TK = y_RH.clone().requires_grad_(), plan.gate_TK.clone().requires_grad_()
     exact, exact_gate_TK = y_RH.nan_to_num().double().requires_grad_(), plan.gate_TK.double().requires_grad_()
-    back, expected = rows.from_rows(mine, gate_TK, found), rows.from_rows_reference(exact, exact_gate_TK, found)
+    back, expected = permute.unpermute(mine, gate_TK, found), permute.unpermute_reference(exact, exact_gate_TK, found)
     assert near(back, expected)
     back.backward(dy_TH)
     expected.backward(dy_TH.double())
@@ -85,7 +85,7 @@ def test_there_and_back_and_all_gradients_are_those_of_float64(T, K, E, H, capac
 def test_gradients_of_another_order_in_memory():
     """As a sum or a transpose gives them."""
     plan = make_plan(30, 2, 4, 5)
-    found = places(plan)
+    found = row_map(plan)
     x_TH = torch.randn(30, 16, device=DEVICE, requires_grad=True)
-    rows.from_rows(rows.to_rows(x_TH, found), plan.gate_TK, found).sum().backward()
+    permute.unpermute(permute.permute(x_TH, found), plan.gate_TK, found).sum().backward()
     torch.testing.assert_close(x_TH.grad, plan.gate_TK.sum(1, keepdim=True).expand(-1, 16))

@@ -6,11 +6,12 @@ the blocks before and numbers a block's own tokens. A random order is a keyed bi
 Shapes: T tokens, E experts, C capacity, R rows of all buffers, B tokens of a block.
 """
 
-import triton
 import triton.language as tl
 
+from megatron.moe.kernels.jit import jit
 
-@triton.jit
+
+@jit
 def mix(x, key):
     """A 32-bit hash of x and key (murmur3's finalizer)."""
     x = (x ^ key).to(tl.uint32)
@@ -19,10 +20,10 @@ def mix(x, key):
     return x ^ (x >> 16)
 
 
-@triton.jit
+@jit
 def _shuffle(i, low, high, seed):
     """A random bijection of [0, 2^(low + high)): six Feistel rounds over numbers of ``low`` and ``high`` bits."""
-    for turn in tl.static_range(3):
+    for turn in tl.static_range(3):  # pyright: ignore[reportGeneralTypeIssues]  (Triton types it for its compiler only)
         a = i >> low
         b = i & ((1 << low) - 1)
         a = a ^ (mix(b, (seed >> (8 * turn)).to(tl.uint32) + 2 * turn).to(tl.int64) & ((1 << high) - 1))
@@ -31,7 +32,7 @@ def _shuffle(i, low, high, seed):
     return i
 
 
-@triton.jit
+@jit
 def _token_in_order(i, T, low, high, seed_ptr, RANDOM: tl.constexpr):
     """The i-th token in the order in which slots are given."""
     token = i.to(tl.int64)
@@ -45,12 +46,12 @@ def _token_in_order(i, T, low, high, seed_ptr, RANDOM: tl.constexpr):
     return token
 
 
-@triton.jit
-def order(
+@jit
+def count_by_block(
     expert_ptr, count_ptr, token_ptr, seed_ptr, T, E, R, low, high, blocks,
     B: tl.constexpr, BE: tl.constexpr, CHUNK: tl.constexpr, RANDOM: tl.constexpr,
 ):  # fmt: skip
-    """Count the tokens of each expert in a block of the order; and mark a stretch of the buffers' rows as empty."""
+    """Count the tokens of each expert in a block of the order; and mark a range of the buffers' rows as empty."""
     block = tl.program_id(0)
     e = tl.arange(0, BE)
     counts = tl.zeros((BE,), dtype=tl.int32)
@@ -60,15 +61,15 @@ def order(
         expert = tl.load(expert_ptr + token, mask=i < T, other=-1)
         counts += tl.sum((expert[:, None] == e[None, :]).to(tl.int32), axis=0)
     tl.store(count_ptr + block * BE + e, counts)
-    stretch = tl.cdiv(R, blocks)
-    for start in range(0, stretch, B):
+    length = tl.cdiv(R, blocks)
+    for start in range(0, length, B):
         at = start + tl.arange(0, B)
-        row = block * stretch + at
-        tl.store(token_ptr + row, tl.full((B,), -1, tl.int32), mask=(at < stretch) & (row < R))
+        row = block * length + at
+        tl.store(token_ptr + row, tl.full((B,), -1, tl.int32), mask=(at < length) & (row < R))
 
 
-@triton.jit
-def place(
+@jit
+def assign_slots(
     expert_ptr, gate_ptr, slot_ptr, row_ptr, token_ptr, count_ptr, p_sum_ptr, z_sum_ptr, counts_ptr, losses_ptr,
     seed_ptr, T, E, C, low, high, blocks, gate_blocks,
     B: tl.constexpr, BE: tl.constexpr, RANDOM: tl.constexpr, DROP: tl.constexpr,

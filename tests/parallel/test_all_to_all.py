@@ -1,13 +1,13 @@
-"""By way of the nodes the same rows arrive in the same order as directly, there and back."""
+"""The hierarchical all-to-all gives the same rows in the same order as the direct one, there and back."""
 
 import pytest
 import torch
 import torch.distributed as dist
 from distributed.spawn import run_distributed
 
+from megatron.parallel.all_to_all import all_to_all, equal_all_to_all, inverse, uneven_all_to_all
 from megatron.parallel.groups import ExpertGroup
 from megatron.parallel.nodes import build_node_groups
-from megatron.parallel.routes import counted_route, equal_route, follow, undo
 
 LOCAL, WIDTH = 3, 2
 
@@ -24,21 +24,21 @@ def exchange(ranks_per_node: int) -> list:
     rows = torch.randn(int(sent_GL.sum()), WIDTH, generator=generator)
     results = []
     for group in groups:
-        route = equal_route(group)
-        arrived = follow(route, equal)
-        counted, received_GL = counted_route(sent_GL, group)
-        counted_arrived = follow(counted, rows)
-        returned = follow(undo(route), arrived), follow(undo(counted), counted_arrived)
+        steps = equal_all_to_all(group)
+        received = all_to_all(steps, equal)
+        uneven, received_GL = uneven_all_to_all(sent_GL, group)
+        uneven_received = all_to_all(uneven, rows)
+        returned = all_to_all(inverse(steps), received), all_to_all(inverse(uneven), uneven_received)
         assert torch.equal(returned[0], equal)
         assert torch.equal(returned[1], rows)
-        results.append([arrived, received_GL, counted_arrived, follow(counted, rows[:, :0])])
+        results.append([received, received_GL, uneven_received, all_to_all(uneven, rows[:, :0])])
     return results
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(("size", "ranks_per_node"), [(4, 2), (8, 4), (8, 2)])
-def test_by_node_equals_direct(size, ranks_per_node):
-    for direct, by_node in run_distributed(exchange, size, ranks_per_node):
+def test_hierarchical_equals_direct(size, ranks_per_node):
+    for direct, hierarchical in run_distributed(exchange, size, ranks_per_node):
         assert direct[0].numel() > 0
-        for a, b in zip(direct, by_node, strict=True):
+        for a, b in zip(direct, hierarchical, strict=True):
             assert torch.equal(a, b)

@@ -14,7 +14,7 @@ from distributed.spawn import run_distributed
 from gpu.processes import needs_two_gpus
 
 from megatron.config import ModelConfig, MoEConfig
-from megatron.moe import MoELayer, fused, kernels
+from megatron.moe import MoELayer, kernels, torch_ops
 from megatron.moe.layer import ALONE
 from megatron.parallel.groups import ExpertGroup, TensorGroup
 from megatron.parallel.nodes import build_node_groups
@@ -85,7 +85,7 @@ def errors(device: str, dtype: torch.dtype) -> dict[str, dict[str, float]]:
         same = 0 if case.tensor is not None and not case.tensor[0] else rank  # tensor-parallel: the same tokens
         generator = torch.Generator().manual_seed(10 + same)
         x, dy = (torch.randn(1, case.tokens[rank], H, generator=generator).to(device, dtype) for _ in range(2))
-        assert fused.carries(x) == (x.numel() > 0)
+        assert (layer.operations[True].of("permutation", x) is not torch_ops) == (x.numel() > 0)
         values, expected = run(layer, x, dy), run(exact, x.double(), dy.double())
         found[name] = {}
         for key, value in values.items():
@@ -104,7 +104,7 @@ def assert_near(ranks: list[dict[str, dict[str, float]]], tolerance: float) -> N
             assert all(error <= tolerance for error in values.values()), f"{name}: {values}"  # NaN fails too
 
 
-@pytest.mark.exhaustive  # tests/moe/test_fused.py compares the kernels in one process
+@pytest.mark.exhaustive  # tests/moe/test_triton_ops.py compares the kernels in one process
 def test_in_the_interpreter():
     if torch.cuda.is_available():
         pytest.skip("kernels run on the GPU here")

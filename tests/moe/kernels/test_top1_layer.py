@@ -4,8 +4,8 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from megatron.moe.kernels import gate, gelu, rows
-from megatron.moe.kernels.layer import layer
+from megatron.moe.kernels import gate, gelu, permute
+from megatron.moe.kernels.top1_layer import top1_layer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
@@ -19,7 +19,7 @@ def near(found: torch.Tensor, exact: torch.Tensor, tolerance: float) -> bool:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("L", "C", "F"), [(3, 40, 130), (1, 1, 16), (2, 33, 256)])
-def test_gelu_and_its_way_back(L, C, F, dtype):
+def test_gelu_and_its_backward_pass(L, C, F, dtype):
     generator = torch.Generator().manual_seed(L)
     pre, dh = (torch.randn(L, C, F, generator=generator).mul(2).to(DEVICE, dtype) for _ in range(2))
     bias, row_gate = torch.randn(L, F, generator=generator).to(DEVICE, dtype), torch.rand(L, C).to(DEVICE)
@@ -36,7 +36,7 @@ def test_gelu_and_its_way_back(L, C, F, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("T", "R", "H"), [(30, 50, 70), (1, 3, 8), (40, 20, 1030)])
-def test_rows_there_and_back(T, R, H, dtype):
+def test_gather_and_combine(T, R, H, dtype):
     generator = torch.Generator().manual_seed(T)
     x, bias = torch.randn(T, H, generator=generator), torch.randn(4, H, generator=generator)
     y = torch.randn(R, H, generator=generator)
@@ -46,14 +46,14 @@ def test_rows_there_and_back(T, R, H, dtype):
     gate_T = torch.rand(T, generator=generator).to(DEVICE)
     x, bias, y = (z.to(DEVICE, dtype) for z in (x, bias, y))
     index_R, row_T, expert_T = (z.to(DEVICE) for z in (index_R, row_T, expert_T))
-    found, gate_R = rows.gather(x, index_R, gate_T)
-    assert torch.equal(found, rows.gather_reference(x, index_R))
-    assert torch.equal(gate_R, rows.gather_reference(gate_T[:, None], index_R)[:, 0])
-    exact = rows.combine_reference(y.double(), bias.double(), row_T, expert_T, gate_T.double())
-    assert near(rows.combine(y, bias, row_T, expert_T, gate_T), exact, TOLERANCE[dtype])
+    found, gate_R = permute.gather(x, index_R, gate_T)
+    assert torch.equal(found, permute.gather_reference(x, index_R))
+    assert torch.equal(gate_R, permute.gather_reference(gate_T[:, None], index_R)[:, 0])
+    exact = permute.combine_reference(y.double(), bias.double(), row_T, expert_T, gate_T.double())
+    assert near(permute.combine(y, bias, row_T, expert_T, gate_T), exact, TOLERANCE[dtype])
     dot = torch.full((R, 3), 7.0, device=DEVICE)
-    dy_R = rows.gather_gradients(x, bias, index_R, expert_T, dot)
-    assert torch.equal(dy_R, rows.gather_reference(x, index_R))
+    dy_R = permute.gather_gradients(x, bias, index_R, expert_T, dot)
+    assert torch.equal(dy_R, permute.gather_reference(x, index_R))
     assert (dot[:, 1:] == 7.0).all()
     token = index_R.clamp(min=0).long()
     dots = (dy_R.double() * bias.double()[expert_T.long()[token]]).sum(-1)
@@ -83,7 +83,7 @@ def test_the_whole_layer_and_all_gradients_are_those_of_float64(T, H, F, E, fact
     mine = [value.clone().requires_grad_() for value in values]
     exact = [value.double().requires_grad_() for value in values]
     x, weight, *weights = mine
-    found, routed = layer(x, weight, tuple(weights), capacity, random=False)
+    found, routed = top1_layer(x, weight, tuple(weights), capacity, random=False)
     expected, exact_routed = plain(exact[0], exact[1], exact[2:], capacity)
     assert torch.equal(routed.expert_T, exact_routed.expert_T)
     assert near(found, expected, TOLERANCE[dtype])

@@ -1,8 +1,8 @@
-"""On a GPU a trip runs beside other work, and nobody reads or reuses its memory too early."""
+"""On a GPU an all-to-all runs beside other work, and nobody reads or reuses its memory too early."""
 
 import torch
 
-from megatron.parallel.trips import Trip
+from megatron.parallel.async_all_to_all import AsyncAllToAll
 
 SLEEP = 20_000_000  # clock cycles, about 10 ms
 
@@ -10,14 +10,14 @@ SLEEP = 20_000_000  # clock cycles, about 10 ms
 class SlowCopy:
     """A step of one process that takes long to begin."""
 
-    def arriving(self, rows: int) -> int:
+    def output_rows(self, rows: int) -> int:
         return rows
 
-    def __call__(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         torch.cuda._sleep(SLEEP)
-        return y.copy_(x)
+        return out.copy_(x)
 
-    def undo(self) -> "SlowCopy":
+    def inverse(self) -> "SlowCopy":
         return self
 
 
@@ -30,13 +30,13 @@ def there_and_back(x: torch.Tensor) -> torch.Tensor:
 
     there = []
     for chunk in x.split(1000):
-        there.append(Trip(chunk + 1, [SlowCopy()]))
+        there.append(AsyncAllToAll(chunk + 1, [SlowCopy()]))
         litter()
     back = []
-    for trip in there:
-        back.append(Trip((trip.finish() - 1).square(), [SlowCopy()]))
+    for handle in there:
+        back.append(AsyncAllToAll((handle.wait() - 1).square(), [SlowCopy()]))
         litter()
-    return torch.cat([trip.finish() for trip in back])
+    return torch.cat([handle.wait() for handle in back])
 
 
 def test_rows_and_gradients_are_whole():
@@ -57,10 +57,10 @@ def test_other_work_goes_on():
     for beside in (False, True, False, True):  # the first two warm up
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        trip = Trip(x, [SlowCopy()])
+        handle = AsyncAllToAll(x, [SlowCopy()])
         if beside:
             torch.cuda._sleep(SLEEP)
-        trip.finish()
+        handle.wait()
         end.record()
         torch.cuda.synchronize()
         milliseconds.append(start.elapsed_time(end))

@@ -1,6 +1,6 @@
 """The top-1 layer whose experts are all on this process and have buffers of a fixed capacity, as one function.
 
-    forward     gate, place     expert, gate and row of each token
+    forward     gate, slots     expert, gate and row of each token
                 x_e = gather(x)    pre = x_e @ w1    h = gate * gelu(pre + b1)    y = (h @ w2)[row] + gate * b2
     kept        x, x_e, pre, h
     backward    dy_e = gather(dy)  dh = dy_e @ w2^T  d_pre, d_b1 and dh . h from pre and dh in one pass
@@ -8,8 +8,8 @@
                 dx_e = d_pre @ w1^T, gathered where the router's part of dx is computed
 
 The gate's gradient is dy . (gelu @ w2 + b2) = (dy @ w2^T) . gelu + dy . b2, and dy @ w2^T is computed anyway. So
-answers are not kept, and the gate, applied to the activations, costs nothing. The products are cuBLAS's: batches of
-equal sizes come within a few percent of one large product.
+expert outputs are not kept, and the gate, applied to the activations, costs nothing. The products are cuBLAS's:
+batches of equal sizes come within a few percent of one large product.
 
 Shapes: T tokens, H hidden, F FFN hidden, E experts, C rows of each expert's buffer, R = E * C.
 """
@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron.moe.kernels.gate import Gating, launch_backward, launch_forward
 from megatron.moe.kernels.gelu import bias_gelu, bias_gelu_backward, dot_parts
-from megatron.moe.kernels.rows import combine, gather, gather_gradients
+from megatron.moe.kernels.permute import combine, gather, gather_gradients
 
 
 class _Layer(torch.autograd.Function):
@@ -66,7 +66,7 @@ class _Layer(torch.autograd.Function):
         return dx_TH, d_router_EH, d_w1_EHF, biases[0], d_w2_EFH, biases[1], None, None
 
 
-def layer(
+def top1_layer(
     x_TH: torch.Tensor,
     router_EH: torch.Tensor,
     experts: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
@@ -74,7 +74,7 @@ def layer(
     *,
     random: bool,
 ) -> tuple[torch.Tensor, Gating]:
-    """Each token's answer from its expert, weighted by its gate, [T, H]; zeros for a token that found no room.
+    """The output of each token's expert, times its gate, [T, H]; zeros for a token that found no room.
 
     Args:
         x_TH: tokens, at least one, in the number format of the weights; contiguous.
@@ -84,7 +84,7 @@ def layer(
         random: see :func:`megatron.moe.kernels.gate.gate`.
 
     Returns:
-        The answers; and the decisions, of which only the losses carry gradients here.
+        The outputs; and the decisions, of which only the losses carry gradients here.
     """
     y_TH, aux_loss, z_loss, gate_T, *rest = _Layer.apply(x_TH, router_EH.contiguous(), *experts, capacity, random)
     return y_TH, Gating(gate_T, aux_loss, z_loss, *rest)
