@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 from megatron.config import ModelConfig, MoEConfig
-from megatron.config.fields import option
+from megatron.config.option import option
 from megatron.moe import MoELayer, kernels, operations, torch_ops, triton_ops
 from megatron.moe.kernels import support
 from megatron.moe.kernels.support import supported
