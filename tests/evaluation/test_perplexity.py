@@ -120,7 +120,7 @@ def test_the_tool_and_what_it_refuses(run, tmp_path):
     for flags, message in (
         ((*load, "--input", tmp_path / "no.jsonl"), "there is no such file"),
         ((*load, "--input", tmp_path / "broken.jsonl"), "broken.jsonl, record 2"),
-        ((*load, "--data-path", tmp_path / "no"), "there is no"),
+        ((*load, "--data-path", tmp_path / "no"), "no file"),
         ((*load, "--input", tmp_path / "a.jsonl", "--max-length", 10**6), "the model has"),
         ((*load, "--input", tmp_path / "a.jsonl", "--max-length", 8, "--stride", 9), "expected 1 to 8"),
         (("--load", tmp_path / "nowhere", "--input", tmp_path / "a.jsonl"), "nowhere"),
