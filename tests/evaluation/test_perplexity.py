@@ -87,6 +87,7 @@ def shared(folder: Path) -> float:
     return measure(model, documents(tokenizer), tokenizer.eod, stride=8, longest=16, processes=processes).nll
 
 
+@pytest.mark.exhaustive  # tests/distributed compares validation losses of expert parallelism
 def test_two_processes_that_share_the_experts_find_what_one_does(tmp_path):
     saved = saved_model.save_model(tmp_path)
     source = find_checkpoint(saved.folder)
