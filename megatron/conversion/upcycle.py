@@ -119,7 +119,8 @@ def _copies(
         tensor = source.read(None)
         tensor = (tensor.T if tensor.dim() == 2 else tensor) * factor
         if noise:
-            drawn = torch.empty(tensor.shape).normal_(generator=named_generator(seed, layer, f"upcycled {row} {kind}"))
+            generator = named_generator(seed, f"layer {layer}/upcycled {row} {kind}")
+            drawn = torch.empty(tensor.shape).normal_(generator=generator)
             tensor = tensor + (noise * tensor.float().std() * drawn).to(tensor.dtype)
         return tensor.contiguous()
 
@@ -133,7 +134,7 @@ def _new(shape: tuple[int, ...], dtype: torch.dtype, std: float, seed: int, laye
     def read(row: int | None) -> torch.Tensor:
         tensor = torch.zeros(shape)
         if std:
-            tensor.normal_(0.0, std, generator=named_generator(seed, layer, "upcycled router"))
+            tensor.normal_(0.0, std, generator=named_generator(seed, f"layer {layer}/upcycled router"))
         return tensor.to(dtype) if row is None else tensor[row].to(dtype)
 
     return Lazy(shape, dtype, read)

@@ -77,7 +77,7 @@ class Experts(nn.Module):
         self.b1.zero_()
         self.b2.zero_()
         for row, (w1_HF, w2_FH) in enumerate(zip(self.w1, self.w2, strict=True)):
-            generator = named_generator(seed, layer, f"expert {self.first_expert + row}")
+            generator = named_generator(seed, f"layer {layer}/expert {self.first_expert + row}")
             fill_normal(w1_HF, w1_std, generator, [Shard(1, self.cut.size, self.cut.rank)])
             fill_normal(w2_FH, w2_std, generator, [Shard(0, self.cut.size, self.cut.rank)])
 

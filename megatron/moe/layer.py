@@ -130,7 +130,7 @@ class MoELayer(nn.Module):
         std = model.init_method_std
         output_std = std / math.sqrt(2 * model.num_layers)
         self.experts.initialize(std, output_std, seed, layer)
-        fill_normal(self.router.weight, std, named_generator(seed, layer, "router"))
+        fill_normal(self.router.weight, std, named_generator(seed, f"layer {layer}/router"))
         if self.mlp is not None:
             for name, linear, scale in (
                 ("mlp.fc1", self.mlp.fc1, std),
@@ -138,7 +138,7 @@ class MoELayer(nn.Module):
                 ("coefficient", self.coefficient, std),
             ):
                 shards = collect_layouts(linear)["weight"].shards
-                fill_normal(linear.weight, scale, named_generator(seed, layer, name), shards)
+                fill_normal(linear.weight, scale, named_generator(seed, f"layer {layer}/{name}"), shards)
                 linear.bias.zero_()
 
 
