@@ -282,7 +282,7 @@ PEERS = {
 def verify(peer: Peer, x_TH: torch.Tensor, tolerance: float) -> None:
     """Compare outputs and the tokens' gradient with float64, from the peer's own weights.
 
-    Left out are tokens that stand between two experts, and those that found no room.
+    Left out are tokens that stand between two experts, and those that were dropped.
 
     Args:
         tolerance: of the norm of what is compared.

@@ -4,7 +4,7 @@ Each expert of a layer starts as a copy of the layer's feed-forward d(x) = gelu(
 computes is then d(x) again, if the gates are undone:
 
 * top-k with k > 1: the gates of a token's experts add up to 1, so nothing is to be done.
-* top-1: the answer is multiplied by the gate, the softmax probability itself. The router's weights start as
+* top-1: the output is multiplied by the gate, the softmax probability itself. The router's weights start as
   normal(0, s^2) with s = 1e-7 / sqrt(H). Its input is a layer norm's output, so logits are of the size 1e-7 and every
   gate is 1/E to that relative precision, yet the largest logit, which decides, is any expert's. W2 and b2 are
   multiplied by E.

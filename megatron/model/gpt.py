@@ -33,7 +33,7 @@ class GPTModel(nn.Module):
         model: its shape.
         moe: which feed-forward layers are experts, how tokens get there, and the coefficients of MoE losses.
         vocab_size: rows of the token table, padding included.
-        expert_group: the processes that share an MoE layer's experts, by its place among these layers; alone by
+        expert_group: the processes that share an MoE layer's experts, by its index among these layers; alone by
             default.
         tensor_group: the processes that share every layer's matrices; alone by default.
         layers: numbers of the layers that it has, from 0; all by default.
@@ -77,7 +77,7 @@ class GPTModel(nn.Module):
         for layer in range(model.num_layers) if layers is None else layers:
             group = ExpertGroup(size=1, rank=0, group=None)
             if expert_group is not None and moe.experts_of_layer(layer) > 1:
-                group = expert_group(moe.place(layer))
+                group = expert_group(moe.moe_layer_index(layer))
             self.layers[str(layer)] = TransformerLayer(model, moe, layer, group, seed, tensor_group)
         if with_head:
             self.final_layernorm = build_norm(model, tensor_group)

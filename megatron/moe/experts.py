@@ -50,8 +50,8 @@ class Experts(nn.Module):
         self.expert_group = expert_group
         self.first_expert = expert_group.rank * L
         self.cut = cut = tensor_group if tensor_group.shard_experts else ALONE
-        ffn_size = cut.piece(ffn_size, "inner units of an expert:")
-        outputs = cut.piece(hidden_size, "outputs of an expert:")
+        ffn_size = cut.shard_size(ffn_size, "inner units of an expert:")
+        outputs = cut.shard_size(hidden_size, "outputs of an expert:")
         self.b2_margin = (cut.rank * outputs, (cut.size - cut.rank - 1) * outputs)  # columns before and after b2's
         self.w1 = nn.Parameter(torch.empty(L, hidden_size, ffn_size))
         self.b1 = nn.Parameter(torch.empty(L, ffn_size))

@@ -34,7 +34,7 @@ class MoEStats(NamedTuple):
     aux_loss: torch.Tensor  # scalar, fp32 (float64 for float64 input), load balancing
     z_loss: torch.Tensor  # scalar likewise, router z-loss
     counts_E: torch.Tensor  # int64, this micro-batch's tokens routed to each expert, before dropping
-    dropped: torch.Tensor  # int64 scalar, this micro-batch's assignments that found no room
+    dropped: torch.Tensor  # int64 scalar, this micro-batch's dropped assignments
 
 
 class MoELayer(nn.Module):

@@ -9,6 +9,6 @@ all of it: :mod:`megatron.preflight.verdict`.
 
 from megatron.preflight.check import preflight
 from megatron.preflight.start import gather_problems
-from megatron.preflight.verdict import Outcome
+from megatron.preflight.verdict import Verdict
 
-__all__ = ["Outcome", "gather_problems", "preflight"]
+__all__ = ["Verdict", "gather_problems", "preflight"]

@@ -15,7 +15,7 @@ from megatron.config import LoggingConfig
 _LOGGED = ("train", "valid", "test")  # kinds of records that TensorBoard and Weights & Biases draw
 
 
-class Writer(Protocol):
+class LogWriter(Protocol):
     """Takes one record at a time."""
 
     def write(self, record: dict[str, Any]) -> None:
@@ -283,8 +283,8 @@ class Report:
     """Sends records to all writers of a run, from the first rank only, and knows how long the run will still take."""
 
     def __init__(self, config: LoggingConfig, name: str, save: str | None, is_first: bool) -> None:
-        self._writers: list[Writer] = []
-        self._failing: set[Writer] = set()
+        self._writers: list[LogWriter] = []
+        self._failing: set[LogWriter] = set()
         self._started: tuple[float, int] | None = None
         if not is_first:
             return
@@ -311,7 +311,7 @@ class Report:
             except OSError as error:  # a full disk, a closed terminal: no reason to lose the run
                 self._complain(writer, error)
 
-    def _complain(self, writer: Writer, error: OSError) -> None:
+    def _complain(self, writer: LogWriter, error: OSError) -> None:
         if writer not in self._failing:
             self._failing.add(writer)
             with contextlib.suppress(OSError):

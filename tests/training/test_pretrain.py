@@ -35,11 +35,11 @@ def exit_status(monkeypatch):
 
         stubs: dict[str, Any] = {
             "_prepare": lambda config, launch: "cpu",
-            "meet": lambda launch, timeout: (launch, None),
+            "rendezvous": lambda launch, timeout: (launch, None),
             "monitor_failures": lambda *_: contextlib.nullcontext(),
             "gather_problems": lambda launch, store, problem: list(problems),
             "initialize": lambda *_: SimpleNamespace(is_first=True),
-            "_looks_ready": lambda *_: ready,
+            "_passes_preflight": lambda *_: ready,
             "only_run_in": lambda save, topology: contextlib.nullcontext(),
             "StopRequest": lambda *_: None,
             "_train": lambda *_: None,
@@ -66,7 +66,7 @@ def test_what_is_wrong_before_ranks_meet_has_status_2(exit_status, error, capsys
     assert str(error) in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("where", ["meet", "initialize", "_train"])
+@pytest.mark.parametrize("where", ["rendezvous", "initialize", "_train"])
 @pytest.mark.parametrize(
     "error",
     [ValueError("data"), OSError("disk"), TrainingDiverged("nan"), ReplicasDiffer("weight"), CheckpointError("save")],

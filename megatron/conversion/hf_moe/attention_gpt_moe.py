@@ -20,7 +20,7 @@ NOT_HERE = ("token_type_ids", "head_mask", "encoder_hidden_states", "encoder_att
 
 
 class Aside:
-    """What a layer leaves beside its answer. No list, dict or dataclass: accelerate and FSDP would pass on a copy."""
+    """What a layer leaves beside its output. No list, dict or dataclass: accelerate and FSDP would pass on a copy."""
 
     router_logits: torch.Tensor | None = None  # [T, E], fp32
     attentions: torch.Tensor | None = None  # [B, N, S, M]
@@ -124,7 +124,7 @@ def the_cache(past_key_values: Any, cache: Any) -> Any:
 def check_arguments(kwargs: Mapping[str, Any]) -> None:
     """
     Raises:
-        ValueError: an argument that changes the answer of other models has no meaning here.
+        ValueError: an argument that changes the output of other models has no meaning here.
     """
     for name, value in kwargs.items():
         cache = ("cache" in name or "past" in name or name in ("state", "mems")) and name != "cache_position"

@@ -74,8 +74,8 @@ class GPTMoEExperts(nn.Module):
         for number in range(self.num_experts) if traced else expert_TK.unique().tolist():
             token, choice = (expert_TK == number).nonzero(as_tuple=True)
             h = self.act_fn(F.linear(x_TH[token], self.up_proj[number].T, self.up_proj_bias[number]))
-            answer = F.linear(h, self.down_proj[number].T, self.down_proj_bias[number])
-            y_TH = y_TH.index_add(0, token, answer.float() * gate_TK[token, choice, None])
+            output = F.linear(h, self.down_proj[number].T, self.down_proj_bias[number])
+            y_TH = y_TH.index_add(0, token, output.float() * gate_TK[token, choice, None])
         return y_TH.to(x_TH.dtype)
 
 
@@ -263,7 +263,7 @@ class GPTMoEModel(GPTMoEPreTrainedModel):
 def run_block(
     block: GPTMoEBlock, x_BSH: torch.Tensor, **kwargs: Any
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """A block's answer, router logits and attention probabilities; all are outputs, as recomputation needs them."""
+    """A block's output, router logits and attention probabilities; all are outputs, as recomputation needs them."""
     aside = Aside()
     return block(x_BSH, aside=aside, **kwargs), aside.router_logits, aside.attentions
 
