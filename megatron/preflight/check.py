@@ -22,7 +22,7 @@ LIMIT = 60.0  # s for each check; then the ranks that are behind are named, and 
 
 
 def preflight(config: RunConfig, topology: Topology, monitor: FailureMonitor | None) -> Verdict:
-    """Check all nodes of a run. All ranks call it together; the outcome is the same on all.
+    """Check all nodes of a run. All ranks call it together; the verdict is the same on all.
 
     Args:
         config: of the run, its numbers valid.
