@@ -18,7 +18,7 @@ from megatron.model.loss import LossSums, cross_entropy
 from megatron.model.norm import build_norm
 from megatron.model.randomness import run_seeded, seed_layer
 from megatron.moe.layer import MoEStats
-from megatron.parallel.groups import ALONE, ExpertGroup, TensorGroup
+from megatron.parallel.groups import ALONE, LOCAL_EXPERTS, ExpertGroup, TensorGroup
 from megatron.parallel.tensor_collectives import gather
 
 
@@ -75,7 +75,7 @@ class GPTModel(nn.Module):
             self.embedding = Embedding(model, vocab_size, tensor_group, only_table=not with_embedding)
         self.layers = nn.ModuleDict()  # by number
         for layer in range(model.num_layers) if layers is None else layers:
-            group = ExpertGroup(size=1, rank=0, group=None)
+            group = LOCAL_EXPERTS
             if expert_group is not None and moe.experts_of_layer(layer) > 1:
                 group = expert_group(moe.moe_layer_index(layer))
             self.layers[str(layer)] = TransformerLayer(model, moe, layer, group, seed, tensor_group)

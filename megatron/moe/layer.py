@@ -20,12 +20,9 @@ from megatron.moe.operations import OperationChoice
 from megatron.moe.router import Router
 from megatron.moe.spec import LayerSpec
 from megatron.moe.tensor_parallel_dispatcher import TensorParallelDispatcher
-from megatron.parallel import groups
-from megatron.parallel.groups import ExpertGroup, TensorGroup
+from megatron.parallel.groups import ALONE, LOCAL_EXPERTS, ExpertGroup, TensorGroup
 from megatron.parallel.sharding import collect_layouts
 from megatron.parallel.tensor_collectives import sum_gradients
-
-ALONE = ExpertGroup(size=1, rank=0, group=None)
 
 
 class MoEStats(NamedTuple):
@@ -67,8 +64,8 @@ class MoELayer(nn.Module):
         model: ModelConfig,
         moe: MoEConfig,
         num_experts: int,
-        expert_group: ExpertGroup = ALONE,
-        tensor_group: TensorGroup = groups.ALONE,
+        expert_group: ExpertGroup = LOCAL_EXPERTS,
+        tensor_group: TensorGroup = ALONE,
         *,
         seed: int = 0,
         layer: int = 0,

@@ -70,3 +70,4 @@ class TensorGroup:
 
 
 ALONE = TensorGroup()
+LOCAL_EXPERTS = ExpertGroup(size=1, rank=0, group=None)
