@@ -31,7 +31,7 @@ from benchmarks.output import DTYPES, device_name, make_parser, markdown, number
 from benchmarks.peers import initialize, output
 from benchmarks.timing import median_ms, peak_bytes, time_limit
 from megatron.config import ModelConfig, MoEConfig
-from megatron.moe import MoELayer
+from megatron.moe.layer import MoELayer
 from megatron.moe.mlp import MLP
 from megatron.training.hooks.profiling import profiled
 

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks.output import one_line
-from megatron.moe import MoEStats
+from megatron.moe.layer import MoEStats
 
 CLEAR = 0.05  # lead of a token's first expert from which its rounded logits must give the same expert
 gelu = functools.partial(F.gelu, approximate="tanh")

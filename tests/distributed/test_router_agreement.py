@@ -6,7 +6,8 @@ import torch.distributed as dist
 from distributed.spawn import run_distributed
 
 from megatron.config import ModelConfig, MoEConfig
-from megatron.moe import MoELayer, kernels, torch_ops
+from megatron.moe import kernels, torch_ops
+from megatron.moe.layer import MoELayer
 from megatron.parallel import tensor_collectives
 from megatron.parallel.groups import LOCAL_EXPERTS, TensorGroup
 

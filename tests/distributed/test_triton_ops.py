@@ -14,7 +14,8 @@ from distributed.spawn import run_distributed
 from gpu.processes import needs_two_gpus
 
 from megatron.config import ModelConfig, MoEConfig
-from megatron.moe import MoELayer, kernels, torch_ops
+from megatron.moe import kernels, torch_ops
+from megatron.moe.layer import MoELayer
 from megatron.parallel.groups import LOCAL_EXPERTS, ExpertGroup, TensorGroup
 from megatron.parallel.nodes import build_node_groups
 

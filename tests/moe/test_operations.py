@@ -10,9 +10,10 @@ import torch
 pytest.importorskip("triton")
 from megatron.config import ModelConfig, MoEConfig
 from megatron.config.option import option
-from megatron.moe import MoELayer, kernels, operations, torch_ops, triton_ops
+from megatron.moe import kernels, operations, torch_ops, triton_ops
 from megatron.moe.kernels import support
 from megatron.moe.kernels.support import supported
+from megatron.moe.layer import MoELayer
 from megatron.moe.spec import LayerSpec
 from megatron.parallel.groups import ALONE, ExpertGroup
 
