@@ -25,7 +25,7 @@ import torch.distributed as dist
 
 from benchmarks.output import DTYPES, device_name, make_parser, markdown, number, write_json
 from megatron.config import ModelConfig, MoEConfig
-from megatron.moe import MoELayer
+from megatron.moe.layer import MoELayer
 from megatron.moe.plan import expert_capacity
 from megatron.parallel.all_to_all import equal_all_to_all
 from megatron.parallel.async_all_to_all import AsyncAllToAll

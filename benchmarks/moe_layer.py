@@ -7,7 +7,7 @@ Ours is top-1 or top-k, capacity factor 1.0 with random token selection or dropl
 the layer. "dense" is the feed-forward that every token passes through: as many FLOPs as an MoE layer that fills its
 buffers, so for top-k it is k times as wide. In the columns "even" every expert gets exactly as many of the random
 tokens as any other, in "skewed" the busiest gets twice the mean as first choice (benchmarks/loads.py); "dropped" is the
-share of assignments that then find no room.
+share of assignments that are then dropped.
 
 Before anything is timed, outputs and gradients are compared with float64. The other layers (benchmarks/peers.py) run
 where they can be imported: DeepSpeed's, Megatron-core's, ScatterMoE's, and a sort before torch's grouped product.
@@ -31,7 +31,7 @@ from benchmarks.output import DTYPES, device_name, make_parser, markdown, number
 from benchmarks.peers import initialize, output
 from benchmarks.timing import median_ms, peak_bytes, time_limit
 from megatron.config import ModelConfig, MoEConfig
-from megatron.moe import MoELayer
+from megatron.moe.layer import MoELayer
 from megatron.moe.mlp import MLP
 from megatron.training.hooks.profiling import profiled
 
@@ -55,7 +55,7 @@ class Row:
     over_ours_even: float | None = None  # a peer's milliseconds over ours
     over_ours_skewed: float | None = None
     busiest: float | None = None  # skewed: tokens of the busiest expert over the mean
-    dropped: float | None = None  # skewed: share of the assignments that find no room
+    dropped: float | None = None  # skewed: share of the assignments that are dropped
 
 
 def parse_args(words: list[str] | None = None) -> argparse.Namespace:
@@ -245,7 +245,7 @@ def check(layer: MoELayer, hidden: int, tokens: int, args: argparse.Namespace) -
     torch.manual_seed(0)
     output_TH, stats = layer(x_TH)
     output_TH.backward(dy_TH)
-    torch.manual_seed(0)  # which tokens find room is random
+    torch.manual_seed(0)  # which tokens are dropped is random
     with torch.no_grad():
         plan = layer.router(x_TH).plan
     logits_TE = F.linear(x_TH.detach().double(), layer.router.weight.detach().double())

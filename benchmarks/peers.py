@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks.output import one_line
-from megatron.moe import MoEStats
+from megatron.moe.layer import MoEStats
 
 CLEAR = 0.05  # lead of a token's first expert from which its rounded logits must give the same expert
 gelu = functools.partial(F.gelu, approximate="tanh")
@@ -282,7 +282,7 @@ PEERS = {
 def verify(peer: Peer, x_TH: torch.Tensor, tolerance: float) -> None:
     """Compare outputs and the tokens' gradient with float64, from the peer's own weights.
 
-    Left out are tokens that stand between two experts, and those that found no room.
+    Left out are tokens that stand between two experts, and those that were dropped.
 
     Args:
         tolerance: of the norm of what is compared.

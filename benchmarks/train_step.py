@@ -153,14 +153,14 @@ def batch(run: RunConfig, number: int, documents: int | None = None) -> dict:
 def ours(name: str, args: argparse.Namespace) -> Row:
     """Our engine."""
     from megatron.engine.pipeline import build_engine
-    from megatron.parallel.initialize import initialize, meet
+    from megatron.parallel.initialize import initialize, rendezvous
     from megatron.parallel.launch import Launch
 
     run = describe(name, args)
     if run.training.deterministic:
         make_deterministic()
     device = torch.device(args.device, 0 if args.device == "cuda" else None)
-    launch, store = meet(Launch.from_environment({}), run.parallel.timeout)
+    launch, store = rendezvous(Launch.from_environment({}), run.parallel.timeout)
     topology = initialize(run.parallel, launch, device, store)
     with torch.device(device), quick_initial_values():
         engine = build_engine(run, topology, VOCAB)

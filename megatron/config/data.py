@@ -76,15 +76,15 @@ class DataConfig:
 
 
 @rule("data_path", "split", "train_data_path", "valid_data_path", "test_data_path", "eval_interval")
-def data_sets(config: "RunConfig", world_size: int) -> Iterator[str]:
-    """Paths, blends and shares make sets of data, all of which are read."""
+def data_options(config: "RunConfig", world_size: int) -> Iterator[str]:
+    """Paths, blends and shares of ``--split`` define datasets, all of which are read."""
     from megatron.data.corpora import word_problems
 
     yield from word_problems(config.data, config.training.eval_interval)
 
 
 @rule("data_path", "split", "train_data_path", "valid_data_path", "test_data_path", files=True)
-def datasets(config: "RunConfig", world_size: int) -> Iterator[str]:
+def data_files(config: "RunConfig", world_size: int) -> Iterator[str]:
     """A run has data, and their files are there."""
     from megatron.data.corpora import file_problems
 

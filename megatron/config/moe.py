@@ -10,9 +10,9 @@ if TYPE_CHECKING:
     from megatron.config.run import RunConfig
 
 
-def one_for_all_or_each(values: Sequence[int], place: int) -> int:
-    """The value of MoE layer number ``place`` of an option that lists one number for all MoE layers or one for each."""
-    return values[0] if len(values) == 1 else values[place]
+def one_for_all_or_each(values: Sequence[int], index: int) -> int:
+    """The value of MoE layer number ``index`` of an option that lists one number for all MoE layers or one for each."""
+    return values[0] if len(values) == 1 else values[index]
 
 
 @dataclasses.dataclass
@@ -59,9 +59,9 @@ class MoEConfig:
 
     def experts_of_layer(self, layer: int) -> int:
         """Experts of layer number ``layer`` (from 0); 1 for a dense layer."""
-        return one_for_all_or_each(self.num_experts, self.place(layer)) if self.is_moe_layer(layer) else 1
+        return one_for_all_or_each(self.num_experts, self.moe_layer_index(layer)) if self.is_moe_layer(layer) else 1
 
-    def place(self, layer: int) -> int:
+    def moe_layer_index(self, layer: int) -> int:
         """Which of the MoE layers, from 0, layer number ``layer`` (from 0) is."""
         return (layer + 1) // self.expert_interval - 1
 

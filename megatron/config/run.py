@@ -42,7 +42,7 @@ class RunConfig:
         """Processes that share the experts of layer number ``layer`` (from 0); 1 for a dense layer."""
         if self.moe.experts_of_layer(layer) == 1:
             return 1
-        return one_for_all_or_each(self.parallel.moe_expert_parallel_size, self.moe.place(layer))
+        return one_for_all_or_each(self.parallel.moe_expert_parallel_size, self.moe.moe_layer_index(layer))
 
     def expert_parallel_degrees(self) -> list[int]:
         """The degrees of all layers with experts, each once, ascending; none for a dense model."""

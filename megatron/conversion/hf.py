@@ -24,7 +24,7 @@ from megatron.config.run import from_dict, to_dict
 from megatron.conversion.changes import check_model
 from megatron.conversion.contents import MODEL, Contents, Lazy, is_stacked, parameter_shapes, some
 from megatron.conversion.hf_config import from_hf, to_hf
-from megatron.conversion.hf_extras import KEY, read_extras, settled, write_json
+from megatron.conversion.hf_extras import KEY, read_extras, replace_unknown_ids, write_json
 from megatron.conversion.hf_names import Piece, pieces
 from megatron.conversion.hf_tokenizer import write_tokenizer
 from megatron.conversion.hf_tokenizer_import import find_tokenizer
@@ -152,7 +152,7 @@ def read_hf(folder: str | os.PathLike, tokenizer_options: Mapping[str, str]) -> 
             raise CheckpointError(f"{folder / 'config.json'} describes a model that cannot exist: {error}") from None
         extras, notes = read_extras(folder, about, with_tokenizer=not tokenizer_options.keys() - {"eod_token"})
         tokenizer, options, name_of, told = find_tokenizer(folder, tokenizer_options, extras)
-        notes += told + settled(extras, tokenizer, name_of)
+        notes += told + replace_unknown_ids(extras, tokenizer, name_of)
         config = RunConfig(model=model, moe=moe, data=DataConfig(**{**options}))
         described = {"vocab_size": tokenizer.vocab_size, "fingerprint": tokenizer.fingerprint}
         origin = {"format": "hf", "folder": str(folder.absolute()), "architectures": about.get("architectures")}

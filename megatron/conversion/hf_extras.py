@@ -89,7 +89,9 @@ def named_token(extras: Mapping[str, Any], key: str) -> str | None:
     return None
 
 
-def settled(extras: dict[str, Any], tokenizer: Tokenizer, name_of: Callable[[int], str | None]) -> list[str]:
+def replace_unknown_ids(
+    extras: dict[str, Any], tokenizer: Tokenizer, name_of: Callable[[int], str | None]
+) -> list[str]:
     """Replace ids that are none of the tokenizer's, in place: they would never occur. Returns what was done."""
     notes = []
     for part in ("config", "generation_config"):

@@ -4,7 +4,7 @@ Each expert of a layer starts as a copy of the layer's feed-forward d(x) = gelu(
 computes is then d(x) again, if the gates are undone:
 
 * top-k with k > 1: the gates of a token's experts add up to 1, so nothing is to be done.
-* top-1: the answer is multiplied by the gate, the softmax probability itself. The router's weights start as
+* top-1: the output is multiplied by the gate, the softmax probability itself. The router's weights start as
   normal(0, s^2) with s = 1e-7 / sqrt(H). Its input is a layer norm's output, so logits are of the size 1e-7 and every
   gate is 1/E to that relative precision, yet the largest logit, which decides, is any expert's. W2 and b2 are
   multiplied by E.
@@ -119,7 +119,8 @@ def _copies(
         tensor = source.read(None)
         tensor = (tensor.T if tensor.dim() == 2 else tensor) * factor
         if noise:
-            drawn = torch.empty(tensor.shape).normal_(generator=named_generator(seed, layer, f"upcycled {row} {kind}"))
+            generator = named_generator(seed, f"layer {layer}/upcycled {row} {kind}")
+            drawn = torch.empty(tensor.shape).normal_(generator=generator)
             tensor = tensor + (noise * tensor.float().std() * drawn).to(tensor.dtype)
         return tensor.contiguous()
 
@@ -133,7 +134,7 @@ def _new(shape: tuple[int, ...], dtype: torch.dtype, std: float, seed: int, laye
     def read(row: int | None) -> torch.Tensor:
         tensor = torch.zeros(shape)
         if std:
-            tensor.normal_(0.0, std, generator=named_generator(seed, layer, "upcycled router"))
+            tensor.normal_(0.0, std, generator=named_generator(seed, f"layer {layer}/upcycled router"))
         return tensor.to(dtype) if row is None else tensor[row].to(dtype)
 
     return Lazy(shape, dtype, read)

@@ -1,4 +1,4 @@
-"""Which files a corpus consists of, and which stretch of them a shard takes."""
+"""Which files a corpus consists of, and which part of them a shard takes."""
 
 import dataclasses
 import glob
@@ -95,7 +95,7 @@ def find_inputs(words: Sequence[str]) -> list[str]:
 
 
 def spans_of(paths: Sequence[str], num_shards: int = 1, shard_index: int = 0, by_line: bool = True) -> list[Span]:
-    """What shard ``shard_index`` of ``num_shards`` reads: about a ``num_shards``-th of all bytes, in one stretch.
+    """What shard ``shard_index`` of ``num_shards`` reads: about a ``num_shards``-th of all bytes, in one part.
 
     Plain files of lines are cut where a line ends, and Parquet files between groups of rows. A file that is compressed
     or a document belongs as a whole to the shard in which its middle lies. The shards' records, one shard after the

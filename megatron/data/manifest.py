@@ -35,7 +35,7 @@ class DatasetManifest:
     rejected: int
     """Input lines that were left out because they are broken."""
     inputs: list[dict[str, Any]]
-    """path, bytes (as on disk) and sha256 of each input file, and start and end where only a stretch was read."""
+    """path, bytes (as on disk) and sha256 of each input file, and start and end where only a part was read."""
     shard: dict[str, int] | None = None
     """index and count, where the dataset is one shard of a corpus."""
     made_from: list[str] = dataclasses.field(default_factory=list)

@@ -125,7 +125,7 @@ class GraphedMicroBatches:
         self._losses = self._counts = torch.empty(0)
         self._lengths: list[int] = []  # of the pieces of _counts
 
-    def serves(self, batch: Mapping[str, Any]) -> bool:
+    def accepts(self, batch: Mapping[str, Any]) -> bool:
         """Whether a micro-batch is of the shape and kind of the first one. Others are for the caller, and so are all
         with ``cu_seqlens``, whose shape follows from the data."""
         if "cu_seqlens" in batch:

@@ -131,7 +131,7 @@ class DeepSpeedEngine(ShardedState):
         """One of ``count`` micro-batches of an update: its losses; its gradients are added to the update's."""
         self._check_documents(batch)
         seed = micro_batch_seed(self._config.training.seed, int(batch["sample_index"]))
-        if self._graphs is not None and self._graphs.serves(batch):
+        if self._graphs is not None and self._graphs.accepts(batch):
             sums = self._graphs.run(batch, seed, count)
             self._internals.end_backward(self._engine)
             return sums

@@ -67,7 +67,7 @@ def join(device: str | None, expert_parallel: int) -> tuple[Processes, torch.dev
         return Processes(), choose_device(device)
     config = ParallelConfig(moe_expert_parallel_size=(expert_parallel,))
     chosen = start.choose_device(device, launch.local_rank)
-    launch, store = start.meet(launch, config.timeout)
+    launch, store = start.rendezvous(launch, config.timeout)
     topology = start.initialize(config, launch, chosen, store)
     return Processes(launch.rank, launch.world_size, topology, expert_parallel), chosen
 

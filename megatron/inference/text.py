@@ -11,7 +11,7 @@ from megatron.model.gpt import GPTModel
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
-class Piece(NamedTuple):
+class TextChunk(NamedTuple):
     """A bit more of one continuation."""
 
     number: int  # of the prompt
@@ -28,7 +28,7 @@ def stream_text(
     sampling: Sampling,
     seeds: Sequence[int],
     ends: Collection[int] | None = None,
-) -> Iterator[Piece]:
+) -> Iterator[TextChunk]:
     """Continue all ``prompts`` together; yields each one's text as it comes, and its end exactly once.
 
     Arguments and errors are those of :func:`megatron.inference.generate.stream`; any token of ``ends``, by default the
@@ -50,12 +50,12 @@ def stream_text(
             token = step[number]
             if token is None:
                 running.remove(number)
-                yield Piece(number, texts[number].finish(), [], "eod")
+                yield TextChunk(number, texts[number].finish(), [], "eod")
             else:
-                yield Piece(number, texts[number].add(token), [token], None)
+                yield TextChunk(number, texts[number].add(token), [token], None)
     for number in sorted(running):
         ended = "length" if len(texts[number].tokens) == max_new_tokens else "eod"
-        yield Piece(number, texts[number].finish(), [], ended)
+        yield TextChunk(number, texts[number].finish(), [], ended)
 
 
 class TextStream:

@@ -56,7 +56,7 @@ class SelfAttention(nn.Module):
         H, heads = model.hidden_size, model.num_attention_heads
         if H % heads:
             raise ValueError(f"hidden_size {H} does not divide by num_attention_heads {heads}")
-        self.num_heads = tensor_group.piece(heads, "attention heads:")
+        self.num_heads = tensor_group.shard_size(heads, "attention heads:")
         self.head_size = H // heads
         self.tensor_group = tensor_group
         self.dropout = model.attention_dropout

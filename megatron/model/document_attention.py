@@ -27,7 +27,7 @@ def document_attention(
         ValueError: there is dropout, which variable-length attention does not have.
     """
     B, _, S, _ = q_BNSD.shape
-    if not _flash_serves(q_BNSD):
+    if not _flash_supports(q_BNSD):
         mask = document_mask(cu_seqlens, B, S)
         return F.scaled_dot_product_attention(q_BNSD, k_BNSD, v_BNSD, attn_mask=mask, dropout_p=dropout)
     if dropout:
@@ -50,6 +50,6 @@ def document_mask(cu_seqlens: torch.Tensor, B: int, S: int) -> torch.Tensor:
     return (document_BS[:, None, :, None] == document_BS[:, None, None, :]).tril()
 
 
-def _flash_serves(q_BNSD: torch.Tensor) -> bool:
+def _flash_supports(q_BNSD: torch.Tensor) -> bool:
     D = q_BNSD.size(-1)
     return q_BNSD.is_cuda and q_BNSD.dtype in _FLASH_FORMATS and D % 8 == 0 and D <= 256

@@ -18,7 +18,7 @@ from megatron.model.loss import LossSums, cross_entropy
 from megatron.model.norm import build_norm
 from megatron.model.randomness import run_seeded, seed_layer
 from megatron.moe.layer import MoEStats
-from megatron.parallel.groups import ALONE, ExpertGroup, TensorGroup
+from megatron.parallel.groups import ALONE, LOCAL_EXPERTS, ExpertGroup, TensorGroup
 from megatron.parallel.tensor_collectives import gather
 
 
@@ -33,7 +33,7 @@ class GPTModel(nn.Module):
         model: its shape.
         moe: which feed-forward layers are experts, how tokens get there, and the coefficients of MoE losses.
         vocab_size: rows of the token table, padding included.
-        expert_group: the processes that share an MoE layer's experts, by its place among these layers; alone by
+        expert_group: the processes that share an MoE layer's experts, by its index among these layers; alone by
             default.
         tensor_group: the processes that share every layer's matrices; alone by default.
         layers: numbers of the layers that it has, from 0; all by default.
@@ -75,9 +75,9 @@ class GPTModel(nn.Module):
             self.embedding = Embedding(model, vocab_size, tensor_group, only_table=not with_embedding)
         self.layers = nn.ModuleDict()  # by number
         for layer in range(model.num_layers) if layers is None else layers:
-            group = ExpertGroup(size=1, rank=0, group=None)
+            group = LOCAL_EXPERTS
             if expert_group is not None and moe.experts_of_layer(layer) > 1:
-                group = expert_group(moe.place(layer))
+                group = expert_group(moe.moe_layer_index(layer))
             self.layers[str(layer)] = TransformerLayer(model, moe, layer, group, seed, tensor_group)
         if with_head:
             self.final_layernorm = build_norm(model, tensor_group)

@@ -1,23 +1,17 @@
 """Initial values of the model's parameters, the same on any device and in any parallel layout."""
 
-import hashlib
 import math
 
 import torch
 from torch import nn
 
+from megatron.moe.initialization import fill_normal, named_generator
 from megatron.moe.layer import MoELayer
-from megatron.parallel.sharding import collect_layouts, global_shape, take
+from megatron.parallel.sharding import collect_layouts
 
 # Weights that write into the residual stream. L layers add 2 L such outputs, so each is scaled by 1/sqrt(2 L) to keep
 # the stream's variance independent of depth (Radford et al. 2019, section 2.3).
 RESIDUAL_OUTPUTS = ("attention.dense.weight", "mlp.fc2.weight")
-
-
-def parameter_generator(seed: int, name: str) -> torch.Generator:
-    """The random generator of one parameter: it depends on the run's seed and the parameter's name, on nothing else."""
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 @torch.no_grad()
@@ -25,9 +19,8 @@ def initialize(model: nn.Module, std: float, num_layers: int, seed: int) -> None
     """Set every parameter outside MoE layers, which set their own at construction.
 
     Weights are normal(0, std), those that write into the residual stream normal(0, std / sqrt(2 num_layers)); biases
-    are 0; norms scale by 1. Values are drawn on the CPU in fp32, so that they are the same on every device,
-    and for the whole parameter, of which a process then takes its piece: they are the same in every layout. Parameters
-    on the meta device stay as they are.
+    are 0; norms scale by 1. Values depend on the seed and the parameter's name only, not on the device or the layout.
+    Parameters on the meta device stay as they are.
     """
     experts = tuple(name + "." for name, module in model.named_modules() if isinstance(module, MoELayer))
     layouts = collect_layouts(model)
@@ -40,6 +33,4 @@ def initialize(model: nn.Module, std: float, num_layers: int, seed: int) -> None
             parameter.fill_(1.0)
         else:
             scale = std / math.sqrt(2 * num_layers) if name.endswith(RESIDUAL_OUTPUTS) else std
-            shards = layouts[name].shards
-            values = torch.empty(global_shape(parameter.shape, shards), dtype=torch.float32, device="cpu")
-            parameter.copy_(take(values.normal_(0.0, scale, generator=parameter_generator(seed, name)), shards))
+            fill_normal(parameter, scale, named_generator(seed, name), layouts[name].shards)

@@ -29,7 +29,7 @@ class LossSums:
 
     losses: torch.Tensor  # fp32 [4]: LM loss, aux loss and z-loss, each summed over MoE layers; number of micro-batches
     counts: list[torch.Tensor]  # one int64 [E] for each MoE layer: tokens routed to each expert, before dropping
-    dropped: torch.Tensor  # int64 [MoE layers]: assignments that found no room
+    dropped: torch.Tensor  # int64 [MoE layers]: dropped assignments
 
     @classmethod
     def of(cls, lm_loss: torch.Tensor, layers: Sequence[MoEStats]) -> "LossSums":

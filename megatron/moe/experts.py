@@ -50,8 +50,8 @@ class Experts(nn.Module):
         self.expert_group = expert_group
         self.first_expert = expert_group.rank * L
         self.cut = cut = tensor_group if tensor_group.shard_experts else ALONE
-        ffn_size = cut.piece(ffn_size, "inner units of an expert:")
-        outputs = cut.piece(hidden_size, "outputs of an expert:")
+        ffn_size = cut.shard_size(ffn_size, "inner units of an expert:")
+        outputs = cut.shard_size(hidden_size, "outputs of an expert:")
         self.b2_margin = (cut.rank * outputs, (cut.size - cut.rank - 1) * outputs)  # columns before and after b2's
         self.w1 = nn.Parameter(torch.empty(L, hidden_size, ffn_size))
         self.b1 = nn.Parameter(torch.empty(L, ffn_size))
@@ -77,7 +77,7 @@ class Experts(nn.Module):
         self.b1.zero_()
         self.b2.zero_()
         for row, (w1_HF, w2_FH) in enumerate(zip(self.w1, self.w2, strict=True)):
-            generator = named_generator(seed, layer, f"expert {self.first_expert + row}")
+            generator = named_generator(seed, f"layer {layer}/expert {self.first_expert + row}")
             fill_normal(w1_HF, w1_std, generator, [Shard(1, self.cut.size, self.cut.rank)])
             fill_normal(w2_FH, w2_std, generator, [Shard(0, self.cut.size, self.cut.rank)])
 

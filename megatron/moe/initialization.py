@@ -8,9 +8,9 @@ import torch
 from megatron.parallel.sharding import Shard, global_shape, take
 
 
-def named_generator(seed: int, layer: int, name: str) -> torch.Generator:
-    """A CPU generator that follows from the run's seed, the layer and a name within it, and from nothing else."""
-    digest = hashlib.sha256(f"{seed}/layer {layer}/{name}".encode()).digest()
+def named_generator(seed: int, name: str) -> torch.Generator:
+    """A CPU generator that follows from the run's seed and a name, and from nothing else."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 

@@ -20,12 +20,9 @@ from megatron.moe.operations import OperationChoice
 from megatron.moe.router import Router
 from megatron.moe.spec import LayerSpec
 from megatron.moe.tensor_parallel_dispatcher import TensorParallelDispatcher
-from megatron.parallel import groups
-from megatron.parallel.groups import ExpertGroup, TensorGroup
+from megatron.parallel.groups import ALONE, LOCAL_EXPERTS, ExpertGroup, TensorGroup
 from megatron.parallel.sharding import collect_layouts
 from megatron.parallel.tensor_collectives import sum_gradients
-
-ALONE = ExpertGroup(size=1, rank=0, group=None)
 
 
 class MoEStats(NamedTuple):
@@ -34,7 +31,7 @@ class MoEStats(NamedTuple):
     aux_loss: torch.Tensor  # scalar, fp32 (float64 for float64 input), load balancing
     z_loss: torch.Tensor  # scalar likewise, router z-loss
     counts_E: torch.Tensor  # int64, this micro-batch's tokens routed to each expert, before dropping
-    dropped: torch.Tensor  # int64 scalar, this micro-batch's assignments that found no room
+    dropped: torch.Tensor  # int64 scalar, this micro-batch's dropped assignments
 
 
 class MoELayer(nn.Module):
@@ -67,8 +64,8 @@ class MoELayer(nn.Module):
         model: ModelConfig,
         moe: MoEConfig,
         num_experts: int,
-        expert_group: ExpertGroup = ALONE,
-        tensor_group: TensorGroup = groups.ALONE,
+        expert_group: ExpertGroup = LOCAL_EXPERTS,
+        tensor_group: TensorGroup = ALONE,
         *,
         seed: int = 0,
         layer: int = 0,
@@ -130,7 +127,7 @@ class MoELayer(nn.Module):
         std = model.init_method_std
         output_std = std / math.sqrt(2 * model.num_layers)
         self.experts.initialize(std, output_std, seed, layer)
-        fill_normal(self.router.weight, std, named_generator(seed, layer, "router"))
+        fill_normal(self.router.weight, std, named_generator(seed, f"layer {layer}/router"))
         if self.mlp is not None:
             for name, linear, scale in (
                 ("mlp.fc1", self.mlp.fc1, std),
@@ -138,7 +135,7 @@ class MoELayer(nn.Module):
                 ("coefficient", self.coefficient, std),
             ):
                 shards = collect_layouts(linear)["weight"].shards
-                fill_normal(linear.weight, scale, named_generator(seed, layer, name), shards)
+                fill_normal(linear.weight, scale, named_generator(seed, f"layer {layer}/{name}"), shards)
                 linear.bias.zero_()
 
 

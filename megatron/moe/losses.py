@@ -1,4 +1,4 @@
-"""Losses that keep a router healthy. Both come unscaled; the trainer multiplies them by its coefficients.
+"""Losses that keep a router healthy. Both are unscaled: :meth:`megatron.model.gpt.GPTModel.moe_loss` scales them.
 
 Shapes: T tokens on this rank, E experts, K choices of each token that count.
 """

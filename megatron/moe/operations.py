@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import torch
 
 from megatron.moe import kernels, torch_ops
-from megatron.moe.kernels.support import supported
+from megatron.moe.kernels.support import supported_kernels
 from megatron.moe.spec import LayerSpec
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class OperationChoice:
     """
 
     def __init__(self, spec: LayerSpec | None = None) -> None:
-        self._supported: frozenset[str] = frozenset() if spec is None else supported(spec)
+        self._supported: frozenset[str] = frozenset() if spec is None else supported_kernels(spec)
 
     def of(self, operation: Operation, x: torch.Tensor, weight: torch.Tensor | None = None) -> Operations:
         """The module whose ``operation`` takes ``x`` and the parameter ``weight`` that it is multiplied by."""

@@ -17,7 +17,7 @@ class RoutingPlan:
 
     An assignment is one (token, choice) pair. Its expert is ``expert_TK``, its row in that expert's buffer ``slot_TK``,
     and its weight in the token's output ``gate_TK``. No two assignments share an expert and a slot. With a capacity,
-    an assignment whose slot is ``capacity`` or more has no room: it is dropped, and its gate is 0. Without one
+    an assignment whose slot is ``capacity`` or more is dropped, and its gate is 0. Without one
     (dropless), the slots of an expert that gets n assignments are 0 ... n - 1, and none is dropped.
 
     No [T, E] mask is kept: permute and unpermute are index operations on T * K rows.
@@ -32,7 +32,7 @@ class RoutingPlan:
 
     @property
     def dropped(self) -> torch.Tensor:
-        """Assignments that found no room, an int64 scalar."""
+        """Number of dropped assignments, an int64 scalar."""
         if self.known_dropped is not None:
             return self.known_dropped
         if self.capacity is None:

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from megatron.parallel.groups import ExpertGroup
 
 
-class Step(Protocol):
+class AllToAllStep(Protocol):
     """One step of an all-to-all."""
 
     def output_rows(self, rows: int) -> int:
@@ -35,12 +35,12 @@ class Step(Protocol):
         """Fill ``out`` with the received rows, and return it."""
         ...
 
-    def inverse(self) -> "Step":
+    def inverse(self) -> "AllToAllStep":
         """The step that sends every row back."""
         ...
 
 
-Steps = Sequence[Step]
+Steps = Sequence[AllToAllStep]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -55,7 +55,7 @@ class TensorGroup:
     sequence_parallel: bool = False
     shard_experts: bool = False
 
-    def piece(self, length: int, what: str) -> int:
+    def shard_size(self, length: int, what: str) -> int:
         """Length of one process's shard of a dimension of this ``length``.
 
         Raises:
@@ -70,3 +70,4 @@ class TensorGroup:
 
 
 ALONE = TensorGroup()
+LOCAL_EXPERTS = ExpertGroup(size=1, rank=0, group=None)

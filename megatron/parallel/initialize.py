@@ -109,7 +109,7 @@ def choose_device(requested: str | None, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def meet(launch: Launch, timeout: datetime.timedelta) -> tuple[Launch, dist.Store]:
+def rendezvous(launch: Launch, timeout: datetime.timedelta) -> tuple[Launch, dist.Store]:
     """Connect to the store that all processes of a run share; also returns the launch with the store's port.
 
     Args:

@@ -128,7 +128,7 @@ def _sum(x: torch.Tensor, group: TensorGroup, dim: int) -> torch.Tensor:
 
 
 def _shard(x: torch.Tensor, group: TensorGroup, dim: int) -> torch.Tensor:
-    length = group.piece(x.size(dim), "a dimension of")
+    length = group.shard_size(x.size(dim), "a dimension of")
     return x.narrow(dim, group.rank * length, length).contiguous()
 
 
@@ -141,6 +141,6 @@ def _concatenate(x: torch.Tensor, group: TensorGroup, dim: int) -> torch.Tensor:
 
 def _sum_shard(x: torch.Tensor, group: TensorGroup, dim: int) -> torch.Tensor:
     first = x.movedim(dim, 0).contiguous()
-    piece = first.new_empty(group.piece(first.size(0), "a dimension of"), *first.shape[1:])
+    piece = first.new_empty(group.shard_size(first.size(0), "a dimension of"), *first.shape[1:])
     _reduce_scatter_into(piece, first, group=group.group)
     return piece.movedim(0, dim).contiguous()

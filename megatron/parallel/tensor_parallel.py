@@ -27,7 +27,7 @@ class ColumnParallelLinear(nn.Module):
     def __init__(self, inputs: int, outputs: int, group: TensorGroup = ALONE, parts: int = 1) -> None:
         super().__init__()
         self.group = group
-        rows = parts * group.piece(outputs // parts, "outputs of a matrix:")
+        rows = parts * group.shard_size(outputs // parts, "outputs of a matrix:")
         self.parts = parts
         self.weight = nn.Parameter(torch.empty(rows, inputs))
         self.bias = nn.Parameter(torch.empty(rows))
@@ -54,7 +54,7 @@ class RowParallelLinear(nn.Module):
     def __init__(self, inputs: int, outputs: int, group: TensorGroup = ALONE) -> None:
         super().__init__()
         self.group = group
-        self.weight = nn.Parameter(torch.empty(outputs, group.piece(inputs, "inputs of a matrix:")))
+        self.weight = nn.Parameter(torch.empty(outputs, group.shard_size(inputs, "inputs of a matrix:")))
         self.bias = nn.Parameter(torch.empty(outputs))
 
     def param_layouts(self) -> dict[str, ParamLayout]:
@@ -79,7 +79,7 @@ class VocabParallelEmbedding(nn.Module):
     def __init__(self, rows: int, hidden_size: int, group: TensorGroup = ALONE) -> None:
         super().__init__()
         self.group = group
-        self.rows = group.piece(rows, "a vocabulary of")
+        self.rows = group.shard_size(rows, "a vocabulary of")
         self.weight = nn.Parameter(torch.empty(self.rows, hidden_size))
 
     def param_layouts(self) -> dict[str, ParamLayout]:

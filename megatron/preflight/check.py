@@ -16,13 +16,13 @@ from megatron.parallel.watchdog import Watchdog
 from megatron.planning.plan import Machine, make_plan
 from megatron.preflight.facts import Facts, check_shared, compare_clocks, look
 from megatron.preflight.speed import LinkSpeeds, measure_links, measure_products
-from megatron.preflight.verdict import Need, Outcome, judge
+from megatron.preflight.verdict import Need, Verdict, find_verdict
 
 LIMIT = 60.0  # s for each check; then the ranks that are behind are named, and the run ends
 
 
-def preflight(config: RunConfig, topology: Topology, monitor: FailureMonitor | None) -> Outcome:
-    """Check all nodes of a run. All ranks call it together; the outcome is the same on all.
+def preflight(config: RunConfig, topology: Topology, monitor: FailureMonitor | None) -> Verdict:
+    """Check all nodes of a run. All ranks call it together; the verdict is the same on all.
 
     Args:
         config: of the run, its numbers valid.
@@ -54,7 +54,7 @@ def preflight(config: RunConfig, topology: Topology, monitor: FailureMonitor | N
         needs: list[Need | None] = [need]
         if topology.launch.world_size > 1:
             dist.broadcast_object_list(needs, src=0, group=topology.control_group)
-        return judge(everyone, needs[0], on_gpu=topology.device.type == "cuda")
+        return find_verdict(everyone, needs[0], on_gpu=topology.device.type == "cuda")
     finally:
         watchdog.close()
         if topology.device.type == "cuda":  # as if it had not been

@@ -26,7 +26,7 @@ class Need:
 
 
 @dataclasses.dataclass(frozen=True)
-class Outcome:
+class Verdict:
     """What was found. ``broken`` keeps a run from going well, ``slow`` makes it longer, ``notes`` are for the user."""
 
     table: str
@@ -42,7 +42,7 @@ class Outcome:
         return "\n".join(["preflight:", self.table, *lines] + ([] if self.broken or self.slow else ["all is well"]))
 
 
-def judge(everyone: Sequence[Facts], need: Need | None, *, on_gpu: bool) -> Outcome:
+def find_verdict(everyone: Sequence[Facts], need: Need | None, *, on_gpu: bool) -> Verdict:
     """What follows from the facts of all ranks, in the order of ranks."""
     nodes: dict[int, list[Facts]] = {}
     for facts in everyone:
@@ -63,7 +63,7 @@ def judge(everyone: Sequence[Facts], need: Need | None, *, on_gpu: bool) -> Outc
         between = {_name(ranks): _best_pair(ranks, kind) for ranks in nodes.values()}
         if len(nodes) > 2:
             slow += _slow(_known(between), share, f"{words} with any other node at {{}} GB/s")
-    return Outcome(_table(nodes, broken, slow), broken, slow, notes)
+    return Verdict(_table(nodes, broken, slow), broken, slow, notes)
 
 
 def _name(ranks: Sequence[Facts]) -> str:

@@ -18,7 +18,7 @@ from megatron.engine import deepspeed_config
 from megatron.engine.pipeline import build_engine
 from megatron.parallel.determinism import make_deterministic
 from megatron.parallel.failure_monitor import FailureMonitor, monitor_failures
-from megatron.parallel.initialize import NoDevice, Topology, choose_device, initialize, meet, shut_down
+from megatron.parallel.initialize import NoDevice, Topology, choose_device, initialize, rendezvous, shut_down
 from megatron.parallel.launch import Launch
 from megatron.parallel.replicas import ReplicasDiffer
 from megatron.parallel.watchdog import Watchdog
@@ -58,14 +58,14 @@ def pretrain(config: RunConfig, signals: StopSignals, hooks: Sequence[Hook] = ()
         hooks: what else is to happen beside the updates (:class:`megatron.training.hooks.Hook`), the same on all ranks.
     """
     local_rank, problem = 0, None
-    looks_first = config.guard.preflight or config.guard.preflight_only
+    runs_preflight = config.guard.preflight or config.guard.preflight_only
     try:
         launch = Launch.from_environment()
         local_rank = launch.local_rank
         try:
             device = _prepare(config, launch)
         except (ValueError, OSError, CheckpointError) as error:
-            if not looks_first:
+            if not runs_preflight:
                 raise
             device, problem = torch.device("cpu"), str(error)  # told with those of the other ranks
         # expert parallelism means nothing to a dense model, so that --num-experts alone tells the two apart
@@ -79,18 +79,18 @@ def pretrain(config: RunConfig, signals: StopSignals, hooks: Sequence[Hook] = ()
             print(f"error on {socket.gethostname()}: {error}", file=sys.stderr, flush=True)
         return 2
     try:
-        launch, store = meet(launch, parallel.timeout)
+        launch, store = rendezvous(launch, parallel.timeout)
         seconds = parallel.timeout.total_seconds()
         with monitor_failures(
             launch, store, seconds, lambda: how_to_go_on(config), lambda: signals.ends_start
         ) as monitor:
-            if looks_first and (problems := gather_problems(launch, store, problem)):
+            if runs_preflight and (problems := gather_problems(launch, store, problem)):
                 if launch.rank == 0:
                     print("\n".join(f"error on {each}" for each in problems), file=sys.stderr, flush=True)
                 return 1 if config.guard.preflight_only else 2
             topology = initialize(parallel, launch, device, store)
             signals.all_met()
-            ready = not looks_first or _looks_ready(config, topology, monitor)
+            ready = not runs_preflight or _passes_preflight(config, topology, monitor)
             if ready and not config.guard.preflight_only:
                 with only_run_in(config.checkpoint.save, topology):
                     stop = StopRequest(signals, topology, config.checkpoint.exit_duration_in_mins)
@@ -121,12 +121,12 @@ def _prepare(config: RunConfig, launch: Launch) -> torch.device:
     return device
 
 
-def _looks_ready(config: RunConfig, topology: Topology, monitor: FailureMonitor | None) -> bool:
+def _passes_preflight(config: RunConfig, topology: Topology, monitor: FailureMonitor | None) -> bool:
     """Check all nodes and print what was found. What is only slow keeps back nobody but ``--preflight-only``."""
-    outcome = preflight(config, topology, monitor)
+    verdict = preflight(config, topology, monitor)
     if topology.is_first:
-        print(outcome.words, flush=True)
-    return not outcome.broken and not (config.guard.preflight_only and outcome.slow)
+        print(verdict.words, flush=True)
+    return not verdict.broken and not (config.guard.preflight_only and verdict.slow)
 
 
 def _train(

@@ -15,7 +15,7 @@ from megatron.config import LoggingConfig
 _LOGGED = ("train", "valid", "test")  # kinds of records that TensorBoard and Weights & Biases draw
 
 
-class Writer(Protocol):
+class LogWriter(Protocol):
     """Takes one record at a time."""
 
     def write(self, record: dict[str, Any]) -> None:
@@ -43,23 +43,30 @@ def duration(seconds: float) -> str:
     return f"{seconds // 60}m{seconds % 60:02d}s" if seconds >= 60 else f"{seconds}s"
 
 
+def _progress(record: dict[str, Any]) -> str:
+    return f"step {record['step']:>6} | {human(record['tokens'])}/{human(record['train_tokens'])} tokens"
+
+
+def _line_of_other(record: dict[str, Any]) -> str:
+    """The line of a record of a kind that :class:`Console` does not know."""
+    known = ("kind", "step", "tokens", "train_tokens")
+    values = ", ".join(f"{name} {value}" for name, value in record.items() if name not in known)
+    return f"{_progress(record)} | {record['kind']}: {values}"
+
+
 class Console:
     """One line a record for people."""
 
     def write(self, record: dict[str, Any]) -> None:
         """Print the record's line at once."""
-        line = getattr(self, f"_{record['kind']}", self._other)(record)
+        line = getattr(self, f"_line_{record['kind']}", _line_of_other)(record)
         print(line, flush=True)
 
     def close(self) -> None:
         """Nothing is held back."""
         sys.stdout.flush()
 
-    @staticmethod
-    def _progress(record: dict[str, Any]) -> str:
-        return f"step {record['step']:>6} | {human(record['tokens'])}/{human(record['train_tokens'])} tokens"
-
-    def _run(self, record: dict[str, Any]) -> str:
+    def _line_run(self, record: dict[str, Any]) -> str:
         start = "starting" if record["resumed_at_tokens"] is None else f"resuming at {human(record['tokens'])} tokens"
         if record.get("started_from"):
             start = f"starting from the weights of {record['started_from']}"
@@ -72,8 +79,8 @@ class Console:
             f"{record['precision']}; {start}"
         )
 
-    def _train(self, record: dict[str, Any]) -> str:
-        parts = [self._progress(record)]
+    def _line_train(self, record: dict[str, Any]) -> str:
+        parts = [_progress(record)]
         if record["loss"] is None:
             parts.append("loss not finite")
         else:
@@ -93,34 +100,29 @@ class Console:
         parts.append(f"eta {duration(record['eta_seconds'])}")
         return " | ".join(parts)
 
-    def _valid(self, record: dict[str, Any], what: str = "validation loss") -> str:
+    def _line_valid(self, record: dict[str, Any], what: str = "validation loss") -> str:
         of = f" of {record['set']}" if "set" in record else ""
-        return f"{self._progress(record)} | {what}{of} {record['loss']:.4f} | perplexity {record['perplexity']:.2f}"
+        return f"{_progress(record)} | {what}{of} {record['loss']:.4f} | perplexity {record['perplexity']:.2f}"
 
-    def _test(self, record: dict[str, Any]) -> str:
-        return self._valid(record, "test loss")
+    def _line_test(self, record: dict[str, Any]) -> str:
+        return self._line_valid(record, "test loss")
 
-    def _save(self, record: dict[str, Any]) -> str:
+    def _line_save(self, record: dict[str, Any]) -> str:
         what = f"saved {record['folder']} in {record['seconds']:.1f} s"
         if record["background"]:
             what = f"saving {record['folder']}"
         if record.get("standing") == "doubted":
             what += ", in doubt: the last loss is far above the usual; latest does not name it"
-        return f"{self._progress(record)} | {what}"
+        return f"{_progress(record)} | {what}"
 
-    def _not_saved(self, record: dict[str, Any]) -> str:
-        return f"{self._progress(record)} | NOT SAVED: {record['reason']}"
+    def _line_not_saved(self, record: dict[str, Any]) -> str:
+        return f"{_progress(record)} | NOT SAVED: {record['reason']}"
 
-    def _spike(self, record: dict[str, Any]) -> str:
-        return f"{self._progress(record)} | SPIKE: {record['reason']}"
+    def _line_spike(self, record: dict[str, Any]) -> str:
+        return f"{_progress(record)} | SPIKE: {record['reason']}"
 
-    def _other(self, record: dict[str, Any]) -> str:
-        known = ("kind", "step", "tokens", "train_tokens")
-        values = ", ".join(f"{name} {value}" for name, value in record.items() if name not in known)
-        return f"{self._progress(record)} | {record['kind']}: {values}"
-
-    def _stop(self, record: dict[str, Any]) -> str:
-        return f"{self._progress(record)} | stopped: {record['reason']}"
+    def _line_stop(self, record: dict[str, Any]) -> str:
+        return f"{_progress(record)} | stopped: {record['reason']}"
 
 
 class JsonLines:
@@ -227,10 +229,7 @@ class WeightsAndBiases:
     """
 
     def __init__(self, project: str, name: str, save: str | None) -> None:
-        try:
-            wandb = importlib.import_module("wandb")
-        except ImportError:
-            raise ValueError("--wandb-project needs Weights & Biases; run: pip install -e '.[wandb]'") from None
+        wandb = importlib.import_module("wandb")  # an optional package; megatron.training.start checks for it
         self._file = None if save is None else Path(save) / "wandb.json"
         kept = self._kept(project)
         self._run = wandb.init(project=project, name=name, id=kept.get("id"), resume="allow")
@@ -283,8 +282,8 @@ class Report:
     """Sends records to all writers of a run, from the first rank only, and knows how long the run will still take."""
 
     def __init__(self, config: LoggingConfig, name: str, save: str | None, is_first: bool) -> None:
-        self._writers: list[Writer] = []
-        self._failing: set[Writer] = set()
+        self._writers: list[LogWriter] = []
+        self._failing: set[LogWriter] = set()
         self._started: tuple[float, int] | None = None
         if not is_first:
             return
@@ -311,7 +310,7 @@ class Report:
             except OSError as error:  # a full disk, a closed terminal: no reason to lose the run
                 self._complain(writer, error)
 
-    def _complain(self, writer: Writer, error: OSError) -> None:
+    def _complain(self, writer: LogWriter, error: OSError) -> None:
         if writer not in self._failing:
             self._failing.add(writer)
             with contextlib.suppress(OSError):

@@ -27,19 +27,19 @@ def describe_base(config: RunConfig, base: Checkpoint) -> dict[str, Any]:
 def _structure(config: RunConfig) -> dict[str, Any]:
     """What a model must agree in for the tensors of a checkpoint to fit, under the names of the flags.
 
-    It follows from the options that are not resumable.
+    These are the options that are not resumable. Where shapes do not follow from an option's value alone, what they
+    follow from takes its place.
     """
     model, moe = config.model, config.moe
-    return {
-        "--num-layers": model.num_layers,
-        "--hidden-size": model.hidden_size,
-        "--num-attention-heads": model.num_attention_heads,
-        "--ffn-hidden-size": model.ffn_size,
-        "--seq-length": model.seq_length,
-        "--max-position-embeddings": model.position_rows,
-        "--num-experts of each layer": [moe.experts_of_layer(layer) for layer in range(model.num_layers)],
-        "--mlp-type": moe.mlp_type if moe.enabled else "standard",
+    values = {name: value for name, value in flatten(config).items() if OPTIONS[name].resumable is False}
+    values |= {
+        "ffn_hidden_size": model.ffn_size,
+        "max_position_embeddings": model.position_rows,
+        "mlp_type": moe.mlp_type if moe.enabled else "standard",
     }
+    del values["num_experts"], values["expert_interval"]
+    experts = [moe.experts_of_layer(layer) for layer in range(model.num_layers)]
+    return {OPTIONS[name].flag: value for name, value in values.items()} | {"--num-experts of each layer": experts}
 
 
 def _describe(differences: dict[str, tuple[Any, Any]]) -> list[str]:

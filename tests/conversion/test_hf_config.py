@@ -85,3 +85,33 @@ def test_a_deeply_nested_file_is_an_error_by_name(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps([]))
     with pytest.raises(CheckpointError, match="holds list; expected a JSON object"):
         read_json(tmp_path / "config.json")
+
+
+def test_keys_of_an_exported_model_stay():
+    """Code that was exported with it, and other programs, read them."""
+    dense = to_hf(ModelConfig(), MoEConfig(), 512, {"eos_token_id": 1}, "float32")
+    experts = to_hf(ModelConfig(), MoEConfig(num_experts=(4,)), 512, {"eos_token_id": 1}, "float32")
+    shared = {
+        "architectures", "model_type", "vocab_size", "embd_pdrop", "resid_pdrop", "attn_pdrop", "layer_norm_epsilon",
+        "initializer_range", "eos_token_id", "tie_word_embeddings", "torch_dtype",
+    }  # fmt: skip
+    assert dense.keys() == shared | {
+        "activation_function",
+        "n_layer",
+        "n_embd",
+        "n_head",
+        "n_inner",
+        "n_positions",
+        "n_ctx",
+    }
+    assert experts.keys() == shared | {
+        "auto_map", "num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size",
+        "max_position_embeddings", "experts_per_layer", "num_experts", "num_experts_per_tok", "residual_moe",
+        "router_aux_loss_coef", "router_z_loss_coef",
+    }  # fmt: skip
+    assert (experts["architectures"], experts["model_type"]) == (["GPTMoEForCausalLM"], "gpt_moe")
+    assert experts["auto_map"] == {
+        "AutoConfig": "configuration_gpt_moe.GPTMoEConfig",
+        "AutoModel": "modeling_gpt_moe.GPTMoEModel",
+        "AutoModelForCausalLM": "modeling_gpt_moe.GPTMoEForCausalLM",
+    }

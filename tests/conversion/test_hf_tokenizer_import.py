@@ -18,7 +18,7 @@ from transformers import (
 
 from megatron.checkpoint import CheckpointError
 from megatron.conversion.convert import convert
-from megatron.conversion.hf_extras import settled
+from megatron.conversion.hf_extras import replace_unknown_ids
 from megatron.conversion.job import Conversion
 from megatron.conversion.native import read_native
 from megatron.data.errors import DataError
@@ -237,7 +237,7 @@ def test_ids_that_end_a_text(tmp_path, given, ends):
     extras = {"config": {"eos_token_id": 5}, "generation_config": {"eos_token_id": given}}
     tokenizer_of("wordlevel").save_pretrained(tmp_path)
     tokenizer = HFTokenizer(str(tmp_path / "tokenizer.json"), "[PAD]")
-    settled(extras, tokenizer, lambda token: "token" if token < 25 else None)
+    replace_unknown_ids(extras, tokenizer, lambda token: "token" if token < 25 else None)
     assert special_tokens({"huggingface": extras}, tokenizer).ends == ends
 
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from distributed.spawn import run_distributed
 
 from megatron.config import ModelConfig, MoEConfig
-from megatron.moe import MoELayer
+from megatron.moe.layer import MoELayer
 from megatron.parallel.groups import ExpertGroup
 from megatron.parallel.nodes import build_node_groups
 

@@ -22,7 +22,10 @@ MOE = {"num_experts": 4, "moe_expert_parallel_size": 2}
 def uninterrupted(corpus, tmp_path_factory) -> Path:
     """A finished MoE run, 2 processes, expert parallel 2."""
     save = tmp_path_factory.mktemp("uninterrupted")
-    flags = tiny_run.flags(corpus, save=save, profile=save / "profile", profile_step=3, check_replicas=3, **MOE)
+    flags = tiny_run.flags(
+        corpus, save=save, profile=save / "profile", profile_step=3, check_replicas=3, tensorboard_dir=save / "curves",
+        **MOE,
+    )  # fmt: skip
     done = tiny_run.train(2, flags)
     assert done.returncode == 0, done.stdout + done.stderr
     return save
@@ -41,6 +44,28 @@ def test_a_run_learns_logs_validates_and_saves(uninterrupted):
     assert 1 <= experts["load"][0] <= 4
     assert (uninterrupted / "latest").read_text().strip() == "step_00000008"
     assert (uninterrupted / "profile" / "table.txt").read_text().startswith("update 3\n")
+
+
+def test_names_in_what_a_run_writes_stay(uninterrupted):
+    """Scripts and plots of users read them; a line of outputs.txt changes only where a change is intended."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    keys: dict[str, set[str]] = {}
+    for kind in ("run", "train", "valid", "save", "stop"):
+        keys[f"metrics.jsonl {kind}"] = {key for record in tiny_run.records(uninterrupted, kind) for key in record}
+    curves = EventAccumulator(str(uninterrupted / "curves"))
+    curves.Reload()
+    keys["TensorBoard"] = set(curves.Tags()["scalars"])
+    checkpoint = uninterrupted / "step_00000008"
+    meta = json.loads((checkpoint / "meta.json").read_text())
+    nested = {name: value for name, value in meta.items() if isinstance(value, dict) and name != "config"}
+    keys["meta.json"] = {*meta, *(f"{name}.{key}" for name, value in nested.items() for key in value)}
+    keys["meta.json config"] = set(meta["config"])
+    keys["ended.json"] = set(json.loads((uninterrupted / "ended.json").read_text()))
+    tensors = json.loads((checkpoint / "index.json").read_text())["tensors"]
+    keys["kinds of tensors"] = {name.split(".")[0] for name in tensors}
+    expected = Path(__file__).with_name("outputs.txt").read_text().splitlines()
+    assert [f"{name}: {' '.join(sorted(found))}" for name, found in keys.items()] == expected
 
 
 def test_killed_without_warning_and_resumed_ends_bit_for_bit_the_same(corpus, uninterrupted, tmp_path):

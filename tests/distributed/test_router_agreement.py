@@ -6,10 +6,10 @@ import torch.distributed as dist
 from distributed.spawn import run_distributed
 
 from megatron.config import ModelConfig, MoEConfig
-from megatron.moe import MoELayer, kernels, torch_ops
-from megatron.moe.layer import ALONE
+from megatron.moe import kernels, torch_ops
+from megatron.moe.layer import MoELayer
 from megatron.parallel import tensor_collectives
-from megatron.parallel.groups import TensorGroup
+from megatron.parallel.groups import LOCAL_EXPERTS, TensorGroup
 
 H, E, S = 16, 6, 40
 MODEL = ModelConfig(num_layers=2, hidden_size=H, ffn_hidden_size=32, num_attention_heads=2, init_method_std=0.3)
@@ -24,7 +24,7 @@ def plans(topk: int, drop: bool, in_kernels: bool, agree: bool) -> list[torch.Te
         num_experts=(E,), topk=topk, moe_token_dropping=drop, moe_train_capacity_factor=0.75, moe_min_capacity=1
     )
     group = TensorGroup(2, dist.get_rank(), dist.group.WORLD, False, False)
-    layer = MoELayer(MODEL, moe, E, ALONE, group, seed=3)
+    layer = MoELayer(MODEL, moe, E, LOCAL_EXPERTS, group, seed=3)
     x = torch.randn(1, S, H, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         weight_EH = layer.router.weight

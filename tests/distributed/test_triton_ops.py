@@ -14,9 +14,9 @@ from distributed.spawn import run_distributed
 from gpu.processes import needs_two_gpus
 
 from megatron.config import ModelConfig, MoEConfig
-from megatron.moe import MoELayer, kernels, torch_ops
-from megatron.moe.layer import ALONE
-from megatron.parallel.groups import ExpertGroup, TensorGroup
+from megatron.moe import kernels, torch_ops
+from megatron.moe.layer import MoELayer
+from megatron.parallel.groups import LOCAL_EXPERTS, ExpertGroup, TensorGroup
 from megatron.parallel.nodes import build_node_groups
 
 pytest.importorskip("triton")
@@ -57,7 +57,9 @@ def make_layer(case: Case) -> MoELayer:
     size, rank = dist.get_world_size(), dist.get_rank()
     config = MoEConfig(num_experts=(E,), moe_min_capacity=1, moe_train_capacity_factor=0.75, **case.moe)
     if case.tensor is not None:
-        return MoELayer(MODEL, config, E, ALONE, TensorGroup(size, rank, dist.group.WORLD, *case.tensor), seed=3)
+        return MoELayer(
+            MODEL, config, E, LOCAL_EXPERTS, TensorGroup(size, rank, dist.group.WORLD, *case.tensor), seed=3
+        )
     nodes = build_node_groups([range(size)], list(range(size))) if case.by_node else None
     return MoELayer(MODEL, config, E, ExpertGroup(size, rank, dist.group.WORLD, nodes, case.chunks), seed=3)
 

@@ -193,12 +193,12 @@ def test_a_gradient_that_somebody_took_away_is_there_again_and_hooks_see_each_on
 def test_only_micro_batches_like_the_first_are_served(graphed):
     _, micro_batches = graphed
     first = toy_batch(1)
-    assert micro_batches.serves(first)
+    assert micro_batches.accepts(first)
     micro_batches.run(first, seed=0, count=1)
-    assert micro_batches.serves(toy_batch(5) | {"sample_index": 3})
-    assert not micro_batches.serves(first | {"tokens": torch.ones(4, dtype=torch.int64)})
-    assert not micro_batches.serves(first | {"loss_mask": torch.ones(3, dtype=torch.float64)})
-    assert not micro_batches.serves(first | {"cu_seqlens": torch.tensor([0, 3])})
+    assert micro_batches.accepts(toy_batch(5) | {"sample_index": 3})
+    assert not micro_batches.accepts(first | {"tokens": torch.ones(4, dtype=torch.int64)})
+    assert not micro_batches.accepts(first | {"loss_mask": torch.ones(3, dtype=torch.float64)})
+    assert not micro_batches.accepts(first | {"cu_seqlens": torch.tensor([0, 3])})
 
 
 def test_positions_are_replayed_with_the_tokens(graphed):
@@ -206,7 +206,7 @@ def test_positions_are_replayed_with_the_tokens(graphed):
     toy.forward, forward = (lambda batch: forward(batch | {"tokens": batch["position_ids"]})), toy.forward
     for number in range(1, 7):
         given = toy_batch(number) | {"position_ids": torch.full((3,), 10 * number)}
-        assert micro_batches.serves(given)
+        assert micro_batches.accepts(given)
         (counts,) = micro_batches.run(given, seed=0, count=1).counts
         assert counts.tolist() == [10 * number] * 3
 

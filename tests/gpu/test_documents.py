@@ -49,7 +49,7 @@ def test_the_kernel_computes_what_the_mask_does(dtype, head_size, length):
     for kind in (dtype, torch.float32):
         leaf = made.to(dtype).to(kind).requires_grad_()
         q, k, v = leaf.permute(2, 0, 3, 1, 4).unbind(0)
-        assert module._flash_serves(q) == (kind == dtype)
+        assert module._flash_supports(q) == (kind == dtype)
         y = document_attention(q, k, v, cu_seqlens)
         (y.float() * outer).sum().backward()
         results.append((y.float(), leaf.grad.float()))
@@ -101,7 +101,7 @@ plain_batch = small_training.batch
 def train(data: DataConfig, masked: bool = False, **options):
     small_training.batch = lambda number, length=SEQ: batch(data, number, length)
     if masked:
-        module._flash_serves = lambda q: False
+        module._flash_supports = lambda q: False
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     engine = build(MoEConfig(num_experts=(8,)), dropout=0.0, data=data, **options)
     result = updates(engine, 0, STEPS)

@@ -29,11 +29,11 @@ def micro_batch(number: int) -> dict:
 @pytest.fixture(scope="module")
 def topology():
     from megatron.config import ParallelConfig
-    from megatron.parallel.initialize import initialize, meet, shut_down
+    from megatron.parallel.initialize import initialize, rendezvous, shut_down
     from megatron.parallel.launch import Launch
 
     parallel = ParallelConfig()
-    launch, store = meet(Launch.from_environment({}), parallel.timeout)
+    launch, store = rendezvous(Launch.from_environment({}), parallel.timeout)
     yield initialize(parallel, launch, torch.device("cuda", 0), store)
     shut_down()
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from megatron.config import ModelConfig, MoEConfig
-from megatron.moe import MoELayer, MoEStats, kernels
+from megatron.moe import kernels
+from megatron.moe.layer import MoELayer, MoEStats
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 H, E, T = 512, 16, 4096

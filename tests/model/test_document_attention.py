@@ -135,7 +135,7 @@ def test_flash_attention_gets_the_documents_one_after_another(monkeypatch):
         documents = ([x[a:b].transpose(0, 1) for x in (q_TND, k_TND, v_TND)] for a, b in bounds if a < b)
         return torch.cat([F.scaled_dot_product_attention(*x, is_causal=True).transpose(0, 1) for x in documents])
 
-    monkeypatch.setattr(module, "_flash_serves", lambda q: True)
+    monkeypatch.setattr(module, "_flash_supports", lambda q: True)
     monkeypatch.setattr(varlen, "varlen_attn", stand_in)
     cu_seqlens = cumulative_lengths(sequences(False), EOD)
     torch.testing.assert_close(document_attention(*qkv(), cu_seqlens), by_hand(*qkv()), rtol=0, atol=1e-6)

@@ -5,7 +5,7 @@ import torch
 
 from megatron.config import ModelConfig, MoEConfig
 from megatron.model.gpt import GPTModel
-from megatron.model.initialization import parameter_generator
+from megatron.moe.initialization import named_generator
 
 WIDE = ModelConfig(num_layers=4, hidden_size=128, num_attention_heads=4, seq_length=256, init_method_std=0.014)
 EXPERTS = MoEConfig(num_experts=(4,))
@@ -60,7 +60,7 @@ def test_no_two_parameters_are_alike():
 
 
 def test_generators_of_names_and_seeds_differ():
-    draws = {float(torch.rand((), generator=parameter_generator(s, n))) for s in (0, 1, -1) for n in ("a", "b", "1/a")}
+    draws = {float(torch.rand((), generator=named_generator(s, n))) for s in (0, 1, -1) for n in ("a", "b", "1/a")}
     assert len(draws) == 9
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from megatron.config import ModelConfig, MoEConfig
-from megatron.moe import MoELayer
+from megatron.moe.layer import MoELayer
 
 H, F, T = 16, 24, 70
 MODEL = ModelConfig(num_layers=2, hidden_size=H, ffn_hidden_size=F, num_attention_heads=2, init_method_std=0.3)

@@ -10,9 +10,10 @@ import torch
 pytest.importorskip("triton")
 from megatron.config import ModelConfig, MoEConfig
 from megatron.config.option import option
-from megatron.moe import MoELayer, kernels, operations, torch_ops, triton_ops
+from megatron.moe import kernels, operations, torch_ops, triton_ops
 from megatron.moe.kernels import support
-from megatron.moe.kernels.support import supported
+from megatron.moe.kernels.support import supported_kernels
+from megatron.moe.layer import MoELayer
 from megatron.moe.spec import LayerSpec
 from megatron.parallel.groups import ALONE, ExpertGroup
 
@@ -41,7 +42,7 @@ def test_a_module_defines_every_operation_with_the_arguments_of_the_protocol(mod
 
 def of(training: bool = True, model: ModelConfig = MODEL, num_experts: int = E, size: int = 1, **moe) -> frozenset[str]:
     config = MoEConfig(num_experts=(num_experts,), **moe)
-    return supported(LayerSpec(model, config, num_experts, ExpertGroup(size, 0, None), ALONE, training))
+    return supported_kernels(LayerSpec(model, config, num_experts, ExpertGroup(size, 0, None), ALONE, training))
 
 
 def test_each_kernel_is_used_for_what_it_knows():

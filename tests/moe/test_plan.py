@@ -66,7 +66,7 @@ def test_rows_of_buffers_and_of_the_sorted_list():
     expert_TK = torch.tensor([[1, 0], [1, 2], [1, 0]])
     counts_E = count_experts(expert_TK, 3)
     plan = make_plan(expert_TK, counts_E, capacity=2)
-    assert plan.buffer_row_TK().tolist() == [[2, 0], [3, 4], [6, 1]]  # 3 experts * 2 rows; 6 stands for no room
+    assert plan.buffer_row_TK().tolist() == [[2, 0], [3, 4], [6, 1]]  # 3 experts * 2 rows; 6 is for dropped ones
     assert plan.dropped.item() == 1
     plan = make_plan(expert_TK, counts_E, capacity=None)
     assert plan.sorted_row_TK().tolist() == [[2, 0], [3, 5], [4, 1]]

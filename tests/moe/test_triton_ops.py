@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("triton")
 from megatron.config import ModelConfig, MoEConfig
-from megatron.moe import MoELayer, MoEStats, kernels, torch_ops, triton_ops
+from megatron.moe import kernels, torch_ops, triton_ops
+from megatron.moe.layer import MoELayer, MoEStats
 from megatron.moe.plan import RoutingPlan
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

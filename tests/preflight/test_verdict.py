@@ -8,7 +8,7 @@ import pytest
 from megatron.preflight.check import rounds
 from megatron.preflight.facts import Facts, code_version, versions
 from megatron.preflight.speed import LinkSpeeds
-from megatron.preflight.verdict import Need, judge
+from megatron.preflight.verdict import Need, find_verdict
 
 GB = 1e9
 
@@ -41,26 +41,26 @@ def test_each_node_is_in_two_pairs_of_different_rounds(nodes):
 @pytest.mark.parametrize("nodes", [3, 4, 5, 8])
 def test_a_slow_node_is_found_and_its_neighbours_are_not_blamed(nodes):
     for slow in range(nodes):
-        reported = judge(links_of(nodes, slow), None, on_gpu=True).slow
+        reported = find_verdict(links_of(nodes, slow), None, on_gpu=True).slow
         assert [line.split(":")[0] for line in reported] == [f"node {slow} (host gpu{slow})"] * 2
-    assert judge(links_of(nodes, None), None, on_gpu=True).slow == []
+    assert find_verdict(links_of(nodes, None), None, on_gpu=True).slow == []
 
 
 def test_a_slow_gpu_is_named_by_its_rank_and_the_node_by_its_row():
     everyone = [facts(rank, per_node=4, tflops=550.0 if rank == 5 else 700.0) for rank in range(8)]
-    outcome = judge(everyone, None, on_gpu=True)
-    assert outcome.slow == [
+    verdict = find_verdict(everyone, None, on_gpu=True)
+    assert verdict.slow == [
         "rank 5 (host gpu1, GPU 1): matrix products at 550 TFLOP/s, less than 80% of the median 700"
     ]
-    rows = [line.split() for line in outcome.table.splitlines()]
+    rows = [line.split() for line in verdict.table.splitlines()]
     assert [row[-1] for row in rows[1:]] == ["ok", "SLOW"]
-    assert judge(everyone, None, on_gpu=False).slow == [], "a CPU's cores serve others too"
+    assert find_verdict(everyone, None, on_gpu=False).slow == [], "a CPU's cores serve others too"
 
 
 def test_a_difference_from_the_other_nodes_is_broken():
     everyone = [facts(rank) for rank in range(3)]
     everyone[1] = facts(1, versions={"torch": "2.12.0", "driver": "1"}, device="NVIDIA A100", clock=-3.0)
-    reported = judge(everyone, None, on_gpu=True).broken
+    reported = find_verdict(everyone, None, on_gpu=True).broken
     assert [line.split(": ", 1)[1] for line in reported] == [
         "torch 2.12.0, others have 2.13.0",
         "driver 1, others have none",
@@ -80,8 +80,8 @@ def test_a_difference_from_the_other_nodes_is_broken():
     ],
 )
 def test_the_disk_must_hold_the_necessary_checkpoints(free, need, broken, notes):
-    outcome = judge([facts(0, disk_free=free * GB)], need, on_gpu=True)
-    assert (len(outcome.broken), len(outcome.notes)) == (broken, notes), outcome.words
+    verdict = find_verdict([facts(0, disk_free=free * GB)], need, on_gpu=True)
+    assert (len(verdict.broken), len(verdict.notes)) == (broken, notes), verdict.words
 
 
 def test_versions_that_must_be_equal():

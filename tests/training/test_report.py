@@ -274,12 +274,6 @@ def test_what_wandb_itself_writes_is_one_run_over_tokens(tmp_path, monkeypatch):
     assert {("train/*", "tokens"), ("valid/*", "tokens")} <= metrics
 
 
-def test_a_missing_extra_is_named(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
-    with pytest.raises(ValueError, match=r"\[wandb\]"):
-        Report(LoggingConfig(wandb_project="p"), "moe", None, is_first=True)
-
-
 def test_what_a_full_disk_does_not_take_is_kept_and_told_once(tmp_path, capsys):
     report = Report(LoggingConfig(log_file=str(tmp_path / "metrics.jsonl")), "moe", None, is_first=True)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -299,12 +293,13 @@ def test_what_a_full_disk_does_not_take_is_kept_and_told_once(tmp_path, capsys):
     assert [json.loads(line)["tokens"] for line in lines] == [1, 2, 3, 4]
 
 
-def test_records_of_a_users_hook_are_logged_as_they_are(tmp_path, capsys):
+@pytest.mark.parametrize("kind", ["gradient_noise", "progress", "other"])
+def test_records_of_a_users_hook_are_logged_as_they_are(tmp_path, capsys, kind):
     report = Report(LoggingConfig(), "moe", str(tmp_path), is_first=True)
-    report.write("gradient_noise", step=3, tokens=1000, train_tokens=2000, scale=1.5, layers=[1, 2])
+    report.write(kind, step=3, tokens=1000, train_tokens=2000, scale=1.5, layers=[1, 2])
     report.close()
-    assert capsys.readouterr().out == "step      3 | 1k/2k tokens | gradient_noise: scale 1.5, layers [1, 2]\n"
+    assert capsys.readouterr().out == f"step      3 | 1k/2k tokens | {kind}: scale 1.5, layers [1, 2]\n"
     record = json.loads((tmp_path / "metrics.jsonl").read_text())
     assert record == {
-        "kind": "gradient_noise", "step": 3, "tokens": 1000, "train_tokens": 2000, "scale": 1.5, "layers": [1, 2],
+        "kind": kind, "step": 3, "tokens": 1000, "train_tokens": 2000, "scale": 1.5, "layers": [1, 2],
     }  # fmt: skip

@@ -7,7 +7,7 @@ from corpus import byte_level, gpt2
 
 from megatron.checkpoint import CheckpointError
 from megatron.config import RunConfig
-from megatron.config.run import to_dict
+from megatron.config.run import OPTIONS, to_dict
 from megatron.data.tokenizer import build_tokenizer
 from megatron.training.metadata import carried
 from megatron.training.resume import check, check_base
@@ -46,6 +46,19 @@ def test_a_new_run_from_old_weights_may_differ_in_all_that_weights_do_not_depend
     new.model.max_position_embeddings = None
     with pytest.raises(CheckpointError, match="--max-position-embeddings: checkpoint 2048, this run 1024"):
         check_base(meta, new, 1024, tokenizer)
+
+
+def test_any_option_that_is_not_resumable_is_compared(tmp_path, monkeypatch):
+    old, new, tokenizer = RunConfig(), RunConfig(), build_tokenizer(byte_level(tmp_path))
+    identity = {"vocab_size": tokenizer.vocab_size, "fingerprint": tokenizer.fingerprint}
+    meta = {"config": to_dict(old), "vocab_size": 1024, "tokenizer": identity, "optimizer": None}
+    new.model.layernorm_epsilon = 1e-6
+    assert check(meta, new, 1024, tokenizer) == ["--layernorm-epsilon: checkpoint 1e-05, this run 1e-06"]
+    option = dataclasses.replace(OPTIONS["layernorm_epsilon"], resumable=False)
+    monkeypatch.setitem(OPTIONS, "layernorm_epsilon", option)
+    for compare in (check, check_base):
+        with pytest.raises(CheckpointError, match="--layernorm-epsilon: checkpoint 1e-05, this run 1e-06"):
+            compare(meta, new, 1024, tokenizer)
 
 
 def test_documents_kept_apart_from_here_on_are_told(tmp_path):

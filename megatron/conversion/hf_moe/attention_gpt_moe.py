@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.jit._trace import is_tracing
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -21,7 +20,7 @@ NOT_HERE = ("token_type_ids", "head_mask", "encoder_hidden_states", "encoder_att
 
 
 class Aside:
-    """What a layer leaves beside its answer. No list, dict or dataclass: accelerate and FSDP would pass on a copy."""
+    """What a layer leaves beside its output. No list, dict or dataclass: accelerate and FSDP would pass on a copy."""
 
     router_logits: torch.Tensor | None = None  # [T, E], fp32
     attentions: torch.Tensor | None = None  # [B, N, S, M]
@@ -99,7 +98,7 @@ def causal_mask(
     """What the attention implementation takes as a mask: causal, without padding, and without a cache each packed
     sequence on its own, which begins where ``position_ids`` do not go on."""
     plain = attention_mask is None and position_ids is None and past_key_values is None
-    if is_tracing() and plain and "cache_position" not in MASK_ARGUMENTS:  # older masks cannot be traced
+    if torch.jit.is_tracing() and plain and "cache_position" not in MASK_ARGUMENTS:  # older masks cannot be traced
         attention_mask = inputs_embeds.new_ones(inputs_embeds.shape[:2], dtype=torch.bool)  # or a constant is traced
     arguments = {"config": config, "attention_mask": attention_mask, "position_ids": position_ids}
     for name, value in (
@@ -125,7 +124,7 @@ def the_cache(past_key_values: Any, cache: Any) -> Any:
 def check_arguments(kwargs: Mapping[str, Any]) -> None:
     """
     Raises:
-        ValueError: an argument that changes the answer of other models has no meaning here.
+        ValueError: an argument that changes the output of other models has no meaning here.
     """
     for name, value in kwargs.items():
         cache = ("cache" in name or "past" in name or name in ("state", "mems")) and name != "cache_position"
@@ -148,7 +147,7 @@ def check_packing(
         return
     masked = isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2
     rows = flash and len(position_ids) > 1
-    if not (masked or rows) or is_tracing() or torch.compiler.is_compiling():
+    if not (masked or rows) or torch.jit.is_tracing() or torch.compiler.is_compiling():
         return
     restarts = position_ids.diff(dim=-1) != 1
     if masked:

@@ -11,7 +11,7 @@ class GPTMoEConfig(PretrainedConfig):
     Args:
         experts_per_layer: experts of each layer; 1 is a dense feed-forward.
         num_experts: the largest of ``experts_per_layer``, for libraries that look for one number.
-        num_experts_per_tok: experts that process each token. With one, its answer is multiplied by its probability;
+        num_experts_per_tok: experts that process each token. With one, its output is multiplied by its probability;
             with several, by their probabilities divided by their sum.
         residual_moe: whether an MoE layer also has a dense feed-forward, mixed in by learned coefficients.
         router_aux_loss_coef: coefficient of the load-balancing loss in training.

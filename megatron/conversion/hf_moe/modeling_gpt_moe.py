@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import nn
-from torch.jit._trace import is_tracing
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 
@@ -71,12 +70,12 @@ class GPTMoEExperts(nn.Module):
     def forward(self, x_TH: torch.Tensor, expert_TK: torch.Tensor, gate_TK: torch.Tensor) -> torch.Tensor:
         """One expert after the other: the weighted sum of each token's experts, [T, H]; sums are in fp32."""
         y_TH = torch.zeros_like(x_TH, dtype=torch.float32)
-        traced = is_tracing() or torch.compiler.is_compiling()  # other inputs take other experts
+        traced = torch.jit.is_tracing() or torch.compiler.is_compiling()  # other inputs take other experts
         for number in range(self.num_experts) if traced else expert_TK.unique().tolist():
             token, choice = (expert_TK == number).nonzero(as_tuple=True)
             h = self.act_fn(F.linear(x_TH[token], self.up_proj[number].T, self.up_proj_bias[number]))
-            answer = F.linear(h, self.down_proj[number].T, self.down_proj_bias[number])
-            y_TH = y_TH.index_add(0, token, answer.float() * gate_TK[token, choice, None])
+            output = F.linear(h, self.down_proj[number].T, self.down_proj_bias[number])
+            y_TH = y_TH.index_add(0, token, output.float() * gate_TK[token, choice, None])
         return y_TH.to(x_TH.dtype)
 
 
@@ -264,7 +263,7 @@ class GPTMoEModel(GPTMoEPreTrainedModel):
 def run_block(
     block: GPTMoEBlock, x_BSH: torch.Tensor, **kwargs: Any
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """A block's answer, router logits and attention probabilities; all are outputs, as recomputation needs them."""
+    """A block's output, router logits and attention probabilities; all are outputs, as recomputation needs them."""
     aside = Aside()
     return block(x_BSH, aside=aside, **kwargs), aside.router_logits, aside.attentions
 

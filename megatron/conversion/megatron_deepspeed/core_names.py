@@ -94,7 +94,7 @@ def _side_by_side(lazy: Lazy, first: bool, expert: int, experts: int) -> Lazy:
     return Lazy((outputs, inputs), lazy.dtype, read)
 
 
-def settle(pieces: dict[str, Pieces], where: Path) -> dict[str, Pieces]:
+def drop_redundant(pieces: dict[str, Pieces], where: Path) -> dict[str, Pieces]:
     """Without what a model here does not have, where it changes nothing: a head's copy of the token table, and a
     router's bias that is the same for all experts.
 

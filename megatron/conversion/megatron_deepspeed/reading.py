@@ -17,7 +17,7 @@ from megatron.config import DataConfig, ModelConfig, RunConfig
 from megatron.config.run import to_dict
 from megatron.conversion.contents import MODEL, Contents, Lazy, is_stacked, some
 from megatron.conversion.megatron_deepspeed.arguments import from_arguments
-from megatron.conversion.megatron_deepspeed.core_names import settle
+from megatron.conversion.megatron_deepspeed.core_names import drop_redundant
 from megatron.conversion.megatron_deepspeed.layouts import Found, Pieces, find
 from megatron.conversion.megatron_deepspeed.megatron_lm import find_megatron_lm
 from megatron.conversion.megatron_deepspeed.names import EXPERTS, TABLE, Theirs, their_tensors
@@ -70,7 +70,7 @@ def _contents(found: Found, name: str, tokenizer_options: Mapping[str, str], tan
     config = from_arguments(
         found.args, _expert_counts(found), residual, found.where, core=found.core, tanh_gelu=tanh_gelu
     )
-    found = dataclasses.replace(found, pieces=settle(found.pieces, found.where))
+    found = dataclasses.replace(found, pieces=drop_redundant(found.pieces, found.where))
     if not tokenizer_options:
         raise CheckpointError(
             f"{found.where} holds no tokenizer; give the model's by --tokenizer-type with --vocab-file and "

@@ -27,14 +27,14 @@ from megatron.moe.kernels.slots import assign_slots, block_size, count_by_block
 class Gating(NamedTuple):
     """What the router decides. The first three carry gradients."""
 
-    gate_T: torch.Tensor  # fp32; 0 for a token that found no room
+    gate_T: torch.Tensor  # fp32; 0 for a dropped token
     aux_loss: torch.Tensor  # fp32 scalar
     z_loss: torch.Tensor  # fp32 scalar
     expert_T: torch.Tensor  # int32
-    slot_T: torch.Tensor  # int32, position among the tokens of the expert; ``capacity`` or more: no room
+    slot_T: torch.Tensor  # int32, position among the tokens of the expert; ``capacity`` or more: dropped
     row_T: torch.Tensor  # int32, row in the buffers of all experts, or -1
     counts_E: torch.Tensor  # int64, tokens of each expert before dropping
-    dropped: torch.Tensor  # int64 scalar, tokens that found no room
+    dropped: torch.Tensor  # int64 scalar, dropped tokens
     token_R: torch.Tensor  # int32 [E * C], or [T] without a capacity: the token in each row of the buffers, or -1
 
 

@@ -96,7 +96,7 @@ def supports(kernel: str, spec: LayerSpec) -> bool:
     return not spec.unknown(_KNOWN[kernel](spec))
 
 
-def supported(spec: LayerSpec) -> frozenset[str]:
+def supported_kernels(spec: LayerSpec) -> frozenset[str]:
     """All kernels that do; if none does because of an option, the log says so once."""
     unknown = spec.unknown(_any_plan(spec))
     if unknown:

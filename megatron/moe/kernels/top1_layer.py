@@ -74,7 +74,7 @@ def top1_layer(
     *,
     random: bool,
 ) -> tuple[torch.Tensor, Gating]:
-    """The output of each token's expert, times its gate, [T, H]; zeros for a token that found no room.
+    """The output of each token's expert, times its gate, [T, H]; zeros for a dropped token.
 
     Args:
         x_TH: tokens, at least one, in the number format of the weights; contiguous.
