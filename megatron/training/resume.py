@@ -37,6 +37,7 @@ def _structure(config: RunConfig) -> dict[str, Any]:
         "--ffn-hidden-size": model.ffn_size,
         "--seq-length": model.seq_length,
         "--max-position-embeddings": model.position_rows,
+        "--qk-layernorm": model.qk_layernorm,
         "--num-experts of each layer": [moe.experts_of_layer(layer) for layer in range(model.num_layers)],
         "--mlp-type": moe.mlp_type if moe.enabled else "standard",
     }
