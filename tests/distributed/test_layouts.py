@@ -143,7 +143,7 @@ def test_norms_of_queries_and_keys_train_as_plain_torch(layout: str):
     run = run_config(TOP1, recompute=True, model=model, **options)
     (found,) = run_distributed(train, size, [run], timeout=300)[0]
     compare(found, reference(TOP1, model=model), layout)
-    assert abs(found.losses[-1] - reference(TOP1).losses[-1]) > 1e-3, "the norms do nothing here"
+    assert abs(found.losses[-1] - reference(TOP1).losses[-1]) > 1e-4, "the norms do nothing here"
 
 
 # What half precision may differ by after three updates: in the loss, relative to fp32; and in the weights, as a share
