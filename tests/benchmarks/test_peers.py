@@ -55,7 +55,9 @@ def verified(*words: str) -> str:
     ("name", "shown"),
     [
         ("deepspeed", "DeepSpeed 0.19.8 1.0"),
-        ("megatron", "Megatron-core 0.16.1 without Transformer Engine, no biases None"),
+        pytest.param(
+            "megatron", "Megatron-core 0.16.1 without Transformer Engine, no biases None", marks=pytest.mark.exhaustive
+        ),
     ],
 )
 def test_layers_that_need_process_groups(name, shown):

@@ -159,8 +159,10 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path):
 
 def test_the_saver_writes_what_was_there_when_it_was_called(tmp_path, monkeypatch):
     go = threading.Event()
-    commit = saving.dcp.save
-    monkeypatch.setattr(saving.dcp, "save", lambda *args, **options: go.wait(30) and commit(*args, **options))
+    commit = saving.state_dict_saver.save
+    monkeypatch.setattr(
+        saving.state_dict_saver, "save", lambda *args, **options: go.wait(30) and commit(*args, **options)
+    )
     w, meta = torch.ones(100), {"losses": [1.0]}
     saver = AsyncSaver()
     saver.wait()

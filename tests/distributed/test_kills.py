@@ -69,7 +69,9 @@ def deaths(ranks: int, generator: random.Random) -> list[Death]:
     ("ranks", "flags"),
     [
         pytest.param(4, EXPERTS | {"save_interval": 2}, marks=pytest.mark.exhaustive),
-        (4, EXPERTS | {"save_interval": 2, "async_save": True, "keep_last": 2}),
+        pytest.param(
+            4, EXPERTS | {"save_interval": 2, "async_save": True, "keep_last": 2}, marks=pytest.mark.exhaustive
+        ),
         pytest.param(
             2,
             EXPERTS | {"save_interval": 2, "pipeline_model_parallel_size": 2, "moe_expert_parallel_size": 1},

@@ -14,9 +14,9 @@ import torch
 from megatron.checkpoint import Box, ShardedTensor
 from megatron.config import RunConfig
 from megatron.engine.base import Engine, MicroBatch, StepResult
-from megatron.engine.engine import LossSums
 from megatron.engine.schedule import learning_rate
 from megatron.model.gpt import GPTModel
+from megatron.model.loss import LossSums
 from megatron.parallel.initialize import Topology
 
 
@@ -30,11 +30,10 @@ class PlainEngine:
         self.steps = 0
 
     def losses(self, batch: MicroBatch) -> LossSums:
-        loss = self.model(batch["tokens"], batch["labels"], batch["loss_mask"]).lm_loss
+        loss, sums = self.model.loss(batch["tokens"], batch["labels"], batch["loss_mask"])
         if loss.requires_grad:
             loss.backward()
-        zero, one = torch.zeros(()), torch.ones(())
-        return LossSums(torch.stack([loss.detach(), zero, zero, one]), [], torch.zeros(0, dtype=torch.int64))
+        return sums
 
     def train_step(self, micro_batches: Sequence[MicroBatch], tokens_after: int) -> StepResult:
         first, *others = [self.losses(batch) for batch in micro_batches]

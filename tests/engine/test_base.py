@@ -11,7 +11,7 @@ from tiny_run import SEQ, environment, flags, make_dataset, make_tokenizer, reco
 
 from megatron.checkpoint import latest
 from megatron.engine.base import AsyncScalar, StepResult
-from megatron.engine.engine import LossSums
+from megatron.model.loss import LossSums
 
 SCRIPT = Path(__file__).with_name("plain_engine.py")
 

@@ -87,6 +87,7 @@ def shared(folder: Path) -> float:
     return measure(model, documents(tokenizer), tokenizer.eod, stride=8, longest=16, processes=processes).nll
 
 
+@pytest.mark.exhaustive  # tests/distributed compares validation losses of expert parallelism
 def test_two_processes_that_share_the_experts_find_what_one_does(tmp_path):
     saved = saved_model.save_model(tmp_path)
     source = find_checkpoint(saved.folder)
@@ -120,7 +121,7 @@ def test_the_tool_and_what_it_refuses(run, tmp_path):
     for flags, message in (
         ((*load, "--input", tmp_path / "no.jsonl"), "there is no such file"),
         ((*load, "--input", tmp_path / "broken.jsonl"), "broken.jsonl, record 2"),
-        ((*load, "--data-path", tmp_path / "no"), "there is no"),
+        ((*load, "--data-path", tmp_path / "no"), "no file"),
         ((*load, "--input", tmp_path / "a.jsonl", "--max-length", 10**6), "the model has"),
         ((*load, "--input", tmp_path / "a.jsonl", "--max-length", 8, "--stride", 9), "expected 1 to 8"),
         (("--load", tmp_path / "nowhere", "--input", tmp_path / "a.jsonl"), "nowhere"),

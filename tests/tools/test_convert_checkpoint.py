@@ -87,7 +87,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.exhaustive), signal.SIGINT])
 def test_nothing_is_left_of_a_conversion_that_is_stopped(tmp_path, number):
     saved = saved_model.save_model(tmp_path)
     flags = ("--load", saved.folder, "--to", "hf", "--save", tmp_path / "new" / "hf")
@@ -102,7 +102,7 @@ def test_nothing_is_left_of_a_conversion_that_is_stopped(tmp_path, number):
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("target", ["hf", "megatron-deepspeed"])
+@pytest.mark.parametrize("target", ["hf", pytest.param("megatron-deepspeed", marks=pytest.mark.exhaustive)])
 def test_a_file_that_may_not_grow_is_told_and_nothing_is_left(tmp_path, target):
     """As under a quota, which the room on the disk does not show."""
     saved = saved_model.save_model(tmp_path)
