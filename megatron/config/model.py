@@ -36,6 +36,9 @@ class ModelConfig:
     )
     attention_dropout: float = option(0.1, "Dropout on attention probabilities.", min=0, below=1)
     layernorm_epsilon: float = option(1e-5, "Epsilon of the layer norms.", above=0)
+    qk_layernorm: bool = option(
+        False, "Normalize queries and keys, each head by itself, before attention.", resumable=False
+    )
 
     @property
     def ffn_size(self) -> int:

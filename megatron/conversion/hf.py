@@ -1,4 +1,4 @@
-"""Hugging Face folders: dense models as stock GPT2LMHeadModel, models with experts as GPTMoEForCausalLM.
+"""Hugging Face folders: stock GPT2LMHeadModel, or GPTMoEForCausalLM for experts or norms of queries and keys.
 
 The token table keeps its padding rows, so that logits and losses are the same; ``suppress_tokens`` in
 generation_config.json keeps them from being sampled. ``megatron_moe.json`` beside the model holds what Hugging Face's
@@ -23,7 +23,7 @@ from megatron.config.errors import ConfigError
 from megatron.config.run import from_dict, to_dict
 from megatron.conversion.changes import check_model
 from megatron.conversion.contents import MODEL, Contents, Lazy, is_stacked, parameter_shapes, some
-from megatron.conversion.hf_config import from_hf, to_hf
+from megatron.conversion.hf_config import from_hf, is_gpt2, to_hf
 from megatron.conversion.hf_extras import KEY, read_extras, replace_unknown_ids, write_json
 from megatron.conversion.hf_names import Piece, pieces
 from megatron.conversion.hf_tokenizer import write_tokenizer
@@ -83,7 +83,7 @@ def write_hf(
         copies = write_tokenizer(tokenizer, files, temporary, config.model.position_rows, extras)
         write_json(temporary / "config.json", about)
         write_json(temporary / "generation_config.json", _generation(extras, ids, tokenizer, vocab_size))
-        if config.moe.enabled:
+        if not is_gpt2(config.model, config.moe):
             for name in CODE:
                 shutil.copyfile(Path(__file__).with_name("hf_moe") / name, temporary / name)
         records = {path.name: FileRecord(path.stat().st_size, hash_file(path)) for path in temporary.iterdir()}

@@ -30,8 +30,13 @@ def experts_per_layer(model: ModelConfig, moe: MoEConfig) -> list[int]:
     return [moe.experts_of_layer(layer) for layer in range(model.num_layers)]
 
 
+def is_gpt2(model: ModelConfig, moe: MoEConfig) -> bool:
+    """Whether transformers' own GPT-2 is this model; any other one needs the classes in ``hf_moe``."""
+    return not (moe.enabled or model.qk_layernorm)
+
+
 def to_hf(model: ModelConfig, moe: MoEConfig, vocab_size: int, ids: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """The content of config.json: stock GPT-2, or the configuration class in ``hf_moe`` for a model with experts; with
+    """The content of config.json: stock GPT-2, or the configuration class in ``hf_moe`` for a model that is none; with
     the ``ids`` of special tokens."""
     shared = {
         "vocab_size": vocab_size,
@@ -44,7 +49,7 @@ def to_hf(model: ModelConfig, moe: MoEConfig, vocab_size: int, ids: Mapping[str,
         "tie_word_embeddings": True,
         "torch_dtype": dtype,
     }
-    if not moe.enabled:
+    if is_gpt2(model, moe):
         return {
             "architectures": ["GPT2LMHeadModel"],
             "model_type": "gpt2",
@@ -74,6 +79,7 @@ def to_hf(model: ModelConfig, moe: MoEConfig, vocab_size: int, ids: Mapping[str,
         "num_experts": max(experts_per_layer(model, moe)),
         "num_experts_per_tok": moe.topk,
         "residual_moe": moe.mlp_type == "residual",
+        "qk_layernorm": model.qk_layernorm,
         "router_aux_loss_coef": moe.moe_loss_coeff,
         "router_z_loss_coef": moe.moe_z_loss_coeff,
         **shared,
@@ -118,6 +124,9 @@ def from_hf(content: dict[str, Any], where: str) -> tuple[ModelConfig, MoEConfig
         if isinstance(value, bool) or not isinstance(value, int | float)
     ]:
         raise CheckpointError(f"{where}: {', '.join(wrong)}; expected numbers. Restore the file")
+    qk_layernorm = kind == "gpt_moe" and content.get("qk_layernorm", False)
+    if not isinstance(qk_layernorm, bool):
+        raise CheckpointError(f"{where}: qk_layernorm is {qk_layernorm!r}; expected true or false. Restore the file")
     model = ModelConfig(
         num_layers=sizes["layers"],
         hidden_size=sizes["hidden"],
@@ -125,9 +134,12 @@ def from_hf(content: dict[str, Any], where: str) -> tuple[ModelConfig, MoEConfig
         ffn_hidden_size=sizes["ffn"],
         seq_length=sizes["positions"],
         make_vocab_size_divisible_by=1,
+        qk_layernorm=qk_layernorm,
         **reals,
     )
-    moe = _experts(content, sizes["layers"], where) if kind == "gpt_moe" else MoEConfig()
+    moe = MoEConfig()
+    if kind == "gpt_moe":
+        moe = _experts(content, sizes["layers"], where, dense=qk_layernorm)
     return model, moe, sizes["vocabulary"]
 
 
@@ -155,17 +167,20 @@ def _sizes(content: dict[str, Any], where: str, *, with_experts: bool) -> dict[s
     return found
 
 
-def _experts(content: dict[str, Any], layers: int, where: str) -> MoEConfig:
+def _experts(content: dict[str, Any], layers: int, where: str, *, dense: bool) -> MoEConfig:
+    """The experts; ``dense`` tells whether there may be none."""
     experts = content.get("experts_per_layer")
     if (
         not isinstance(experts, list)
         or not all(isinstance(count, int) for count in experts)
         or len(experts) != layers
-        or max(experts, default=1) < 2
+        or (max(experts, default=1) < 2 and not (dense and set(experts) == {1}))
     ):
         raise CheckpointError(
             f"{where}: experts_per_layer is {experts!r}; expected a number for each layer, one above 1"
         )
+    if set(experts) == {1}:
+        return MoEConfig()
     interval = next(layer for layer, count in enumerate(experts) if count > 1) + 1
     in_turn = tuple(experts[interval - 1 :: interval])
     moe = MoEConfig(

@@ -1,8 +1,8 @@
 """Names of our parameters and of Hugging Face's: one table, read in both directions.
 
-Dense models are stock GPT-2, whose matrices are stored input-first (Conv1D), the transpose of ours. Models with experts
-are :mod:`megatron.conversion.hf_moe`, whose matrices are output-first (Linear) except for the experts', which
-are stacked and input-first, as ours. Exports of earlier versions have one module for each expert.
+The matrices of stock GPT-2 are stored input-first (Conv1D), the transpose of ours. Other models are
+:mod:`megatron.conversion.hf_moe`, whose matrices are output-first (Linear) except for the experts', which are stacked
+and input-first, as ours. Exports of earlier versions have one module for each expert.
 
 Shapes: H hidden, F FFN hidden.
 """
@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 from megatron.config import ModelConfig, MoEConfig
 from megatron.conversion.contents import parameter_shapes
+from megatron.conversion.hf_config import is_gpt2
 
 _OUTSIDE = {
     "embedding.word_embeddings.weight": "transformer.wte.weight",
@@ -22,6 +23,8 @@ _OUTSIDE = {
 _IN_LAYER = {
     "input_layernorm": "ln_1",
     "attention.qkv": "attn.c_attn",
+    "attention.q_layernorm": "attn.q_layernorm",
+    "attention.k_layernorm": "attn.k_layernorm",
     "attention.dense": "attn.c_proj",
     "post_attention_layernorm": "ln_2",
     "mlp.fc1": "mlp.c_fc",
@@ -70,7 +73,7 @@ def pieces(model: ModelConfig, moe: MoEConfig, vocab_size: int, stacked: bool = 
                 theirs = f"{prefix}mlp.experts.{row}.{_OF_ONE_EXPERT[kind]}"
                 yield Piece(theirs, name, row, transposed, shape[:0:-1] if transposed else shape[1:])
         else:
-            transposed = not moe.enabled and kind == "weight" and not module.endswith("layernorm")
+            transposed = is_gpt2(model, moe) and kind == "weight" and not module.endswith("layernorm")
             yield Piece(
                 f"{prefix}{_IN_LAYER[module]}.{kind}", name, None, transposed, shape[::-1] if transposed else shape
             )

@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron.config import ModelConfig
 from megatron.model.document_attention import document_attention
+from megatron.model.norm import build_head_norm
 from megatron.parallel.groups import ALONE, TensorGroup
 from megatron.parallel.randomness import own_randomness
 from megatron.parallel.tensor_parallel import ColumnParallelLinear, RowParallelLinear
@@ -49,6 +50,9 @@ class SelfAttention(nn.Module):
     ``qkv.weight`` is [3H, H] with the rows of Q first, then K, then V, and inside each the rows of head 0, head 1, ...:
     row ``part * H + n * D + d``. A tensor-parallel shard takes the rows of its heads out of each of the three parts.
     Hugging Face's GPT-2 orders the columns of ``c_attn.weight`` [H, 3H] alike, so the two are transposes of each other.
+
+    With ``qk_layernorm`` Q and K are normalized over the D numbers of each head (Dehghani et al. 2023, arXiv
+    2302.05442). As in Megatron-LM, all heads share a norm's weight and bias. A cache holds normalized keys.
     """
 
     def __init__(self, model: ModelConfig, layer: int, tensor_group: TensorGroup = ALONE) -> None:
@@ -62,6 +66,8 @@ class SelfAttention(nn.Module):
         self.dropout = model.attention_dropout
         self.layer = layer
         self.qkv = ColumnParallelLinear(H, 3 * H, tensor_group, parts=3)
+        self.q_layernorm = build_head_norm(model, tensor_group) if model.qk_layernorm else None
+        self.k_layernorm = build_head_norm(model, tensor_group) if model.qk_layernorm else None
         self.dense = RowParallelLinear(H, H, tensor_group)
 
     def forward(
@@ -75,6 +81,10 @@ class SelfAttention(nn.Module):
         B, S, _ = qkv.shape
         qkv = qkv.view(B, S, 3, self.num_heads, self.head_size)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, N, S, D)
+        if self.q_layernorm is not None and self.k_layernorm is not None:
+            # in the order of memory (B, S, N, D), in which attention then answers too
+            q = self.q_layernorm(q.transpose(1, 2)).transpose(1, 2)
+            k = self.k_layernorm(k.transpose(1, 2)).transpose(1, 2)
         mask = None
         if cache is not None:
             k, v, mask = cache.append(self.layer, k, v)  # (B, N, M, D)

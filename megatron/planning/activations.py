@@ -2,7 +2,7 @@
 
 In numbers a token, in the number format of the computation; compiled layers keep as much as plain ones:
 
-    attention        H before the norm, H after it, 3 H of Q, K and V, H of the heads' output
+    attention        H before the norm, H after it, 3 H of Q, K and V, H of the heads' output; 2 H more with QK norms
     feed-forward     H before the norm, H after it, F before and F after GELU
     experts          H before the norm, H after it, and for each row of their buffers H, F before and F after GELU
 
@@ -52,6 +52,8 @@ def kept_by_layer(config: RunConfig, layer: int, *, kernels: bool = True) -> flo
     stream, own = stream_bytes(config), own_stream_bytes(config)
     norms = 4 * own + 4 * FP32 * tokens  # inputs, outputs, statistics
     attention = 4 * stream / tensor + tokens * model.num_attention_heads / tensor * FP32
+    if model.qk_layernorm:  # Q and K after their norms, statistics of each head
+        attention += 2 * stream / tensor + 4 * tokens * model.num_attention_heads / tensor * FP32
     masks = 2 * own / size if model.hidden_dropout > 0 else 0.0  # one byte an element
     of_experts = inner_units_of_experts(config, layer)
     kept = norms + attention + masks + 2 * (inner_units(config, layer) - of_experts) * size

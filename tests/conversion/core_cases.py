@@ -17,6 +17,7 @@ class Case:
     topk: int = 1
     biases: bool = True
     grouped: bool = False
+    qk_layernorm: bool = False
     metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -28,6 +29,7 @@ CASES = {
     },
     2: {
         "dense_tp2": Case(tensor=2),
+        "qk_layernorm": Case(tensor=2, qk_layernorm=True),
         "dense_pp2": Case(stages=2),
         "ep2": Case(shares=2, experts=(0, 1)),
         "pp2_experts": Case(stages=2, experts=(0, 1), topk=2),

@@ -52,7 +52,7 @@ def build(case: Case, seed: int, grouped: bool) -> GPTModel:
         pipeline_model_parallel_size=case.stages, expert_model_parallel_size=case.shares,
         pipeline_dtype=torch.float32, use_cpu_initialization=True, hidden_dropout=0, attention_dropout=0,
         activation_func=tanh_gelu, bias_activation_fusion=False, add_bias_linear=case.biases,
-        masked_softmax_fusion=False, init_method_std=0.2, **routing,
+        masked_softmax_fusion=False, init_method_std=0.2, qk_layernorm=case.qk_layernorm, **routing,
     )  # fmt: skip
     torch.manual_seed(seed)
     model = GPTModel(
@@ -78,7 +78,8 @@ def arguments(case: Case) -> argparse.Namespace:
         num_layers=LAYERS, hidden_size=H, ffn_hidden_size=4 * H, moe_ffn_hidden_size=4 * H, num_attention_heads=N,
         seq_length=POSITIONS, max_position_embeddings=POSITIONS, norm_epsilon=1e-5, normalization="LayerNorm",
         swiglu=False, position_embedding_type="learned_absolute", untie_embeddings_and_output_weights=False,
-        add_bias_linear=case.biases, bias_gelu_fusion=case.biases, group_query_attention=False, num_query_groups=1,
+        add_bias_linear=case.biases, bias_gelu_fusion=case.biases, qk_layernorm=case.qk_layernorm,
+        group_query_attention=False, num_query_groups=1,
         num_experts=E if case.experts else None, moe_router_topk=case.topk, moe_router_pre_softmax=case.topk == 1,
         moe_router_load_balancing_type="aux_loss", moe_aux_loss_coeff=0.02, moe_z_loss_coeff=1e-3,
         moe_expert_capacity_factor=None, tensor_model_parallel_size=case.tensor,

@@ -18,6 +18,7 @@ from megatron.checkpoint import CheckpointError
 from megatron.checkpoint.folder import hash_file
 from megatron.config import ModelConfig, MoEConfig
 from megatron.conversion.convert import convert
+from megatron.conversion.hf_config import is_gpt2
 from megatron.conversion.inspect import inspect
 from megatron.conversion.job import Conversion
 from megatron.conversion.native import read_native
@@ -30,6 +31,8 @@ MODELS = {
     "dense": (saved_model.SHAPE, MoEConfig()),
     "top1": (saved_model.SHAPE, saved_model.EXPERTS),
     "top2_residual": (saved_model.SHAPE, MoEConfig(num_experts=(4,), topk=2, mlp_type="residual", expert_interval=1)),
+    "qk_layernorm": (dataclasses.replace(saved_model.SHAPE, qk_layernorm=True), saved_model.EXPERTS),
+    "dense_qk_layernorm": (dataclasses.replace(saved_model.SHAPE, qk_layernorm=True), MoEConfig()),
     "pyramid_top3": (DEEP, MoEConfig(num_experts=(4, 8), topk=3, expert_interval=3)),
 }
 
@@ -60,7 +63,7 @@ def same_tensors(one: Path, other: Path) -> None:
 def test_logits_are_ours(exported):
     saved, folder = exported
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
-    assert saved.config.moe.enabled or type(model) is GPT2LMHeadModel
+    assert (type(model) is GPT2LMHeadModel) == is_gpt2(saved.config.model, saved.config.moe)
     ours = load_model(find_checkpoint(saved.folder))
     tokens = torch.randint(122, (3, 48))
     expected = ours(tokens)

@@ -71,6 +71,24 @@ def test_a_model_with_experts_names_all_its_sizes():
         from_hf({key: value for key, value in content.items() if key != "intermediate_size"}, "config.json")
 
 
+@pytest.mark.parametrize("experts", [(1,), (4,)])
+def test_normalized_queries_and_keys_are_of_our_class_alone(experts):
+    moe = MoEConfig(num_experts=experts)
+    model = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, seq_length=48, qk_layernorm=True)
+    content = to_hf(model, moe, 128, {"eos_token_id": 121}, "float32")
+    assert content["model_type"] == "gpt_moe"
+    back, back_moe, _ = from_hf(content, "config.json")
+    assert (back.qk_layernorm, back_moe.num_experts) == (True, experts)
+    with pytest.raises(CheckpointError, match="qk_layernorm is 'yes'; expected true or false"):
+        from_hf(content | {"qk_layernorm": "yes"}, "config.json")
+    older = {key: value for key, value in content.items() if key != "qk_layernorm"}
+    if moe.enabled:
+        assert not from_hf(older, "config.json")[0].qk_layernorm
+    else:  # without them it is a GPT-2, whose matrices are stored the other way round
+        with pytest.raises(CheckpointError, match=r"experts_per_layer is \[1, 1\]; expected .* one above 1"):
+            from_hf(older, "config.json")
+
+
 def test_a_dense_export_names_its_positions_for_llama_cpp_too():
     model = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, seq_length=48)
     content = to_hf(model, MoEConfig(), 128, {"eos_token_id": 121}, "float32")

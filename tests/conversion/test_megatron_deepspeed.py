@@ -146,6 +146,11 @@ def test_what_cannot_be_written_is_refused(written, tmp_path):
         with pytest.raises(ValueError, match=message):
             run(saved, saved.folder, tmp_path / "theirs", "megatron-deepspeed", **options)
     assert not list(tmp_path.iterdir())
+    model = dataclasses.replace(saved_model.SHAPE, qk_layernorm=True)
+    saved = saved_model.save_model(tmp_path, MODELS["dense"], model)
+    with pytest.raises(CheckpointError, match="model with --qk-layernorm, which Megatron-DeepSpeed does not have"):
+        run(saved, saved.folder, tmp_path / "theirs", "megatron-deepspeed")
+    assert not (tmp_path / "theirs").exists()
 
 
 def test_what_is_missing_or_hostile_is_named(written, tmp_path):

@@ -80,6 +80,7 @@ def test_a_model_computes_what_megatron_core_computed(written, run, name, kind):
     if case.experts:
         assert (moe.topk, moe.moe_loss_coeff, moe.moe_z_loss_coeff) == (case.topk, 0.02, 1e-3)
         assert not moe.moe_token_dropping
+    assert contents.config.model.qk_layernorm == case.qk_layernorm
     assert contents.meta["origin"]["format"] == "megatron-lm"
 
 

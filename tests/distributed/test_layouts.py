@@ -6,6 +6,7 @@ gradient accumulation, in fp32 to 1e-5, in bf16 and fp16 to stated tolerances.
 ``python tests/distributed/test_layouts.py`` prints the table of docs/results.md.
 """
 
+import dataclasses
 import sys
 from collections.abc import Collection
 from pathlib import Path
@@ -20,6 +21,7 @@ from distributed.tiny_training import (
     DENSE,
     DROPLESS,
     FP16_ON_CPU,
+    MODEL,
     TOP1,
     TOP2,
     compare,
@@ -131,6 +133,17 @@ def test_recomputed_activations_change_nothing(layout: str):
     size, options = LAYOUTS[layout]
     (found,) = run_distributed(train, size, [run_config(TOP1, recompute=True, **options)], timeout=300)[0]
     compare(found, reference(TOP1), layout)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("layout", [marked(layout, ("TP2",)) for layout in ("TP2", "PP2 x TP2 SP x EP2")])
+def test_norms_of_queries_and_keys_train_as_plain_torch(layout: str):
+    size, options = LAYOUTS[layout]
+    model = dataclasses.replace(MODEL, qk_layernorm=True)
+    run = run_config(TOP1, recompute=True, model=model, **options)
+    (found,) = run_distributed(train, size, [run], timeout=300)[0]
+    compare(found, reference(TOP1, model=model), layout)
+    assert abs(found.losses[-1] - reference(TOP1).losses[-1]) > 1e-4, "the norms do nothing here"
 
 
 # What half precision may differ by after three updates: in the loss, relative to fp32; and in the weights, as a share

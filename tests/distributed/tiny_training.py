@@ -57,11 +57,12 @@ def run_config(
     recompute: bool = False,
     device: str = "cpu",
     data: DataConfig = PLAIN,
+    model: ModelConfig = MODEL,
     **parallel,
 ) -> RunConfig:
     """A run of ``STEPS`` updates in the layout that ``parallel``, options of :class:`ParallelConfig`, says."""
     return RunConfig(
-        model=MODEL,
+        model=model,
         moe=moe,
         parallel=ParallelConfig(**parallel),
         optimizer=OptimizerConfig(
@@ -104,19 +105,19 @@ class Trained(NamedTuple):
 _REFERENCES: dict[str, Trained] = {}
 
 
-def reference(moe: MoEConfig, data: DataConfig = PLAIN) -> Trained:
+def reference(moe: MoEConfig, data: DataConfig = PLAIN, model: ModelConfig = MODEL) -> Trained:
     """The same training in thirty lines of torch: one process, no DeepSpeed, no sharding."""
-    if repr((moe, data)) not in _REFERENCES:
-        _REFERENCES[repr((moe, data))] = _train_plainly(moe, data)
-    return _REFERENCES[repr((moe, data))]
+    if repr((moe, data, model)) not in _REFERENCES:
+        _REFERENCES[repr((moe, data, model))] = _train_plainly(moe, data, model)
+    return _REFERENCES[repr((moe, data, model))]
 
 
-def _train_plainly(moe: MoEConfig, data: DataConfig) -> Trained:
+def _train_plainly(moe: MoEConfig, data: DataConfig, shape: ModelConfig) -> Trained:
     from megatron.engine.engine import micro_batch_seed
     from megatron.engine.schedule import learning_rate
 
     run = run_config(moe)
-    model = GPTModel(MODEL, moe, VOCAB, seed=run.training.seed)
+    model = GPTModel(shape, moe, VOCAB, seed=run.training.seed)
     named = list(model.named_parameters())
     matrices = [p for name, p in named if p.dim() - (".experts." in name) >= 2]
     vectors = [p for name, p in named if p.dim() - (".experts." in name) < 2]

@@ -17,7 +17,14 @@ from megatron.config import (
 VOCAB, SEQ, MICRO, COUNT, STEPS = 1024, 512, 4, 2, 10
 
 
-def build(moe: MoEConfig, dropout: float = 0.1, expert_parallel: int = 1, data: DataConfig | None = None, **training):
+def build(
+    moe: MoEConfig,
+    dropout: float = 0.1,
+    expert_parallel: int = 1,
+    data: DataConfig | None = None,
+    qk_layernorm: bool = False,
+    **training,
+):
     """The engine of this process on its GPU; all processes, which are data parallel, have met already."""
     from megatron.engine.pipeline import build_engine
     from megatron.parallel.initialize import build_groups, forget_groups
@@ -32,6 +39,7 @@ def build(moe: MoEConfig, dropout: float = 0.1, expert_parallel: int = 1, data: 
             seq_length=SEQ,
             hidden_dropout=dropout,
             attention_dropout=dropout,
+            qk_layernorm=qk_layernorm,
         ),
         moe=moe,
         parallel=ParallelConfig(moe_expert_parallel_size=(expert_parallel,)),

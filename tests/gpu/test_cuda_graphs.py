@@ -18,6 +18,7 @@ MODELS = {
     "MoE-8, not compiled": (MoEConfig(num_experts=(8,)), {"compile": False}),
     "MoE-8, recomputed": (MoEConfig(num_experts=(8,)), {"checkpoint_activations": True}),
     "MoE-8, top-2, residual": (MoEConfig(num_experts=(8,), topk=2, mlp_type="residual"), {}),
+    "MoE-8, norms of Q and K": (MoEConfig(num_experts=(8,)), {"qk_layernorm": True}),
     "MoE-8, noise": (MoEConfig(num_experts=(8,), moe_rts=False, moe_noise_policy="Jitter"), {}),
 }
 MODEL = pytest.mark.parametrize("model", MODELS)

@@ -36,6 +36,17 @@ def test_cached_logits_equal_uncached(moe, chunks):
     assert cache.lengths_B.tolist() == [20, 20, 20]
 
 
+@torch.no_grad()
+def test_normalized_keys_are_cached():
+    model, prompt = GPTModel(dataclasses.replace(SHAPE, qk_layernorm=True), MoEConfig(), VOCAB).eval(), tokens(3, 20)
+    for layer in model.layers.values():
+        layer.attention.k_layernorm.weight.normal_(2.0)
+        layer.attention.k_layernorm.bias.normal_()
+    cache = KVCache.for_model(model, 3, 32)
+    pieces = [model(chunk, cache=cache) for chunk in prompt.split([7, 1, 1, 8, 3], dim=1)]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), model(prompt), rtol=1e-5, atol=1e-5)
+
+
 @KINDS
 @torch.no_grad()
 def test_sequences_of_unequal_lengths_go_on_where_each_ends(moe):

@@ -52,6 +52,7 @@ def test_each_kernel_is_used_for_what_it_knows():
     assert of(moe_token_dropping=False) == NO_LAYER
     assert of(size=2) == NO_LAYER
     assert of(topk=2) == NO_ROUTER
+    assert of(model=dataclasses.replace(MODEL, qk_layernorm=True)) == ALL  # of attention
     assert of(moe_noise_policy="Jitter") == NO_ROUTER
     assert of(training=False, moe_noise_policy="Jitter") == NO_LAYER
     assert of(num_experts=1024) == ALL

@@ -1,5 +1,7 @@
 """What a layer is planned to keep for its backward pass is what autograd keeps of the real one."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -63,14 +65,29 @@ def test_it_is_what_autograd_saves_of_a_layer(moe, precision, in_kernels, monkey
     if in_kernels:
         pytest.importorskip("triton")
     monkeypatch.setattr(kernels, "_usable_on", lambda device: in_kernels)
-    run = RunConfig(model=MODEL, moe=moe, training=TrainingConfig(micro_batch_size=2, global_batch_size=2))
+    planned, saved = planned_and_saved(MODEL, moe, precision, in_kernels)
+    assert saved == pytest.approx(planned, rel=0.01)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_norms_of_queries_and_keys_keep_both_and_statistics_of_each_head(precision):
+    model = dataclasses.replace(MODEL, qk_layernorm=True)
+    planned, saved = planned_and_saved(model, MoEConfig(), precision, in_kernels=False)
+    assert saved == pytest.approx(planned, rel=0.001 if precision == "fp32" else 0.01)  # statistics of a CPU in fp16
+    without, _ = planned_and_saved(MODEL, MoEConfig(), precision, in_kernels=False)
+    tokens, size = 2 * model.seq_length, 4 if precision == "fp32" else 2
+    assert planned - without == tokens * (2 * model.hidden_size * size + 4 * model.num_attention_heads * 4)
+
+
+def planned_and_saved(model: ModelConfig, moe: MoEConfig, precision: str, in_kernels: bool) -> tuple[float, int]:
+    """Bytes that a layer keeps, by the plan and by autograd."""
+    run = RunConfig(model=model, moe=moe, training=TrainingConfig(micro_batch_size=2, global_batch_size=2))
     run.optimizer.precision = precision
     dtype = torch.float16 if precision == "fp16" else torch.float32
-    layer = TransformerLayer(MODEL, moe, 0, ExpertGroup(1, 0, None), seed=0).to(dtype)
+    layer = TransformerLayer(model, moe, 0, ExpertGroup(1, 0, None), seed=0).to(dtype)
     layer.attention.dropout = 0.0
-    x = torch.randn(2, MODEL.seq_length, MODEL.hidden_size, dtype=dtype, requires_grad=True)
-    planned = kept_by_layer(run, 0, kernels=in_kernels)
-    assert saved_by_autograd(layer, x) == pytest.approx(planned, rel=0.01)
+    x = torch.randn(2, model.seq_length, model.hidden_size, dtype=dtype, requires_grad=True)
+    return kept_by_layer(run, 0, kernels=in_kernels), saved_by_autograd(layer, x)
 
 
 def test_the_kernels_keep_what_a_dense_layer_keeps_and_the_tokens_in_their_slots():

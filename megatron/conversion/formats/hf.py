@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class HuggingFace(Format):
-    """config.json, model files and a tokenizer: dense models are GPT-2, those with experts bring their code along."""
+    """config.json, model files and a tokenizer; a model that is not a stock GPT-2 brings its code along."""
 
     name = "hf"
     title = "Hugging Face"

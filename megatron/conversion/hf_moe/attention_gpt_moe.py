@@ -61,6 +61,10 @@ class GPTMoEAttention(nn.Module):
         self.layer_idx = layer_idx
         self.c_attn = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.c_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.q_layernorm, self.k_layernorm = nn.Identity(), nn.Identity()
+        if config.qk_layernorm:
+            self.q_layernorm = nn.LayerNorm(self.head_dim, eps=config.layer_norm_epsilon)
+            self.k_layernorm = nn.LayerNorm(self.head_dim, eps=config.layer_norm_epsilon)
 
     def forward(
         self,
@@ -73,6 +77,7 @@ class GPTMoEAttention(nn.Module):
         B, S, _ = x_BSH.shape
         qkv = self.c_attn(x_BSH).view(B, S, 3, self.num_heads, self.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, N, S, D)
+        q, k = self.q_layernorm(q), self.k_layernorm(k)
         if past_key_values is not None:
             # caches of fixed size of version 4 look for cache_position, a paged cache adds to what attention gets
             k, v = past_key_values.update(k, v, self.layer_idx, kwargs)

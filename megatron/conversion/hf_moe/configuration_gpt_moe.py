@@ -6,7 +6,7 @@ from transformers import PretrainedConfig
 
 
 class GPTMoEConfig(PretrainedConfig):
-    """A GPT-2 of which some feed-forward layers are mixtures of experts.
+    """A GPT-2 of which some feed-forward layers are mixtures of experts, or which normalizes queries and keys.
 
     Args:
         experts_per_layer: experts of each layer; 1 is a dense feed-forward.
@@ -14,6 +14,7 @@ class GPTMoEConfig(PretrainedConfig):
         num_experts_per_tok: experts that process each token. With one, its output is multiplied by its probability;
             with several, by their probabilities divided by their sum.
         residual_moe: whether an MoE layer also has a dense feed-forward, mixed in by learned coefficients.
+        qk_layernorm: whether queries and keys are normalized, each head by itself, before attention.
         router_aux_loss_coef: coefficient of the load-balancing loss in training.
         router_z_loss_coef: coefficient of the router z-loss in training.
     """
@@ -34,6 +35,7 @@ class GPTMoEConfig(PretrainedConfig):
         num_experts: int | None = None,
         num_experts_per_tok: int = 1,
         residual_moe: bool = False,
+        qk_layernorm: bool = False,
         router_aux_loss_coef: float = 0.01,
         router_z_loss_coef: float = 0.0,
         embd_pdrop: float = 0.1,
@@ -62,6 +64,7 @@ class GPTMoEConfig(PretrainedConfig):
             raise ValueError(f"num_experts is {num_experts}; the largest of experts_per_layer is {self.num_experts}")
         self.num_experts_per_tok = num_experts_per_tok
         self.residual_moe = residual_moe
+        self.qk_layernorm = qk_layernorm
         self.router_aux_loss_coef = router_aux_loss_coef
         self.router_z_loss_coef = router_z_loss_coef
         self.embd_pdrop = embd_pdrop

@@ -32,7 +32,6 @@ _FIXED: dict[str, tuple[Any, ...]] = {
 # the same of Megatron-LM alone; an argument that an older version does not have is not there
 _FIXED_LM: dict[str, tuple[Any, ...]] = {
     "quick_geglu": (False,),
-    "qk_layernorm": (False,),
     "qk_l2_norm": (False,),
     "attention_output_gate": (False,),
     "window_size": (None,),
@@ -59,6 +58,7 @@ _MODEL = (
     *_NEEDED, "ffn_hidden_size", "make_vocab_size_divisible_by", "init_method_std", "hidden_dropout",
     "attention_dropout", "layernorm_epsilon",
 )  # fmt: skip
+_MODEL_LM = ("qk_layernorm",)  # of Megatron-LM alone
 _MOE = (
     "topk", "moe_loss_coeff", "moe_train_capacity_factor", "moe_min_capacity", "moe_token_dropping",
 )  # fmt: skip
@@ -164,7 +164,7 @@ def from_arguments(
         )
     if core and expert_counts:
         other += _other_routing(given)
-    shape = {name: given[name] for name in _MODEL if name in given}
+    shape = {name: given[name] for name in (*_MODEL, *_MODEL_LM) if name in given}
     if expert_counts and given.get("moe_ffn_hidden_size") not in (None, given.get("ffn_hidden_size") or 4 * size):
         if len(expert_counts) < given["num_layers"]:
             other.append(f"moe_ffn_hidden_size {given['moe_ffn_hidden_size']}, unlike that of dense layers")

@@ -15,6 +15,8 @@ _MODULES = {  # of a layer: ours -> theirs, and the dimension that tensor-parall
     "input_layernorm": ("input_layernorm", None, None),
     "post_attention_layernorm": ("post_attention_layernorm", None, None),
     "attention.qkv": ("self_attention.query_key_value", 0, 0),
+    "attention.q_layernorm": ("self_attention.q_layernorm", None, None),  # of Megatron-LM alone
+    "attention.k_layernorm": ("self_attention.k_layernorm", None, None),
     "attention.dense": ("self_attention.dense", 1, None),
     "mlp.fc1": ("mlp.dense_h_to_4h", 0, 0),
     "mlp.fc2": ("mlp.dense_4h_to_h", 1, None),

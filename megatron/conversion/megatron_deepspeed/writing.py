@@ -36,12 +36,16 @@ def write_megatron_deepspeed(contents: Contents, folder: str | os.PathLike) -> P
         The folder of the tag.
 
     Raises:
-        CheckpointError: the folder is taken, the disk is too small, tensors have several data types, or reading failed;
-            nothing is left behind.
+        CheckpointError: the folder is taken, the disk is too small, tensors have several data types, Megatron-DeepSpeed
+            does not have such a model, or reading failed; nothing is left behind.
     """
     contents.check()
     if contents.has_optimizer:
         raise CheckpointError(f"{contents.where}: the optimizer's state is not written here; add --drop-optimizer")
+    if contents.config.model.qk_layernorm:
+        raise CheckpointError(
+            f"{contents.where} is a model with --qk-layernorm, which Megatron-DeepSpeed does not have; use --to hf"
+        )
     dtypes = {lazy.dtype for lazy in contents.tensors.values()}
     if len(dtypes) > 1:
         raise CheckpointError(

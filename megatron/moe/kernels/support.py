@@ -31,6 +31,7 @@ _ELSEWHERE: Options = dict.fromkeys(
         "model.num_layers", "model.hidden_size", "model.num_attention_heads", "model.ffn_hidden_size",
         "model.seq_length", "model.max_position_embeddings", "model.make_vocab_size_divisible_by",
         "model.init_method_std", "model.hidden_dropout", "model.attention_dropout", "model.layernorm_epsilon",
+        "model.qk_layernorm",
         "moe.num_experts", "moe.expert_interval", "moe.mlp_type", "moe.moe_loss_coeff", "moe.moe_z_loss_coeff",
         "moe.moe_train_capacity_factor", "moe.moe_eval_capacity_factor", "moe.moe_min_capacity", "training",
     ),
