@@ -1,4 +1,6 @@
-"""The exceptions of this package."""
+"""The exceptions of this package, and lists in their messages."""
+
+from collections.abc import Sequence
 
 
 class CheckpointError(RuntimeError):
@@ -7,3 +9,8 @@ class CheckpointError(RuntimeError):
 
 class ContactLost(CheckpointError):
     """Another rank does not answer, so there is nothing that the ranks can still do together."""
+
+
+def some(items: Sequence[str], most: int = 5) -> str:
+    """The first few of many things, for a message."""
+    return "; ".join(items[:most]) + (f"; and {len(items) - most} more" if len(items) > most else "")

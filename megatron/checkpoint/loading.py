@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron.checkpoint.agree import Group, raise_failures
-from megatron.checkpoint.errors import CheckpointError
+from megatron.checkpoint.errors import CheckpointError, some
 from megatron.checkpoint.folder import META, Manifest, damage, in_use, latest, read_manifest, remedy
 from megatron.checkpoint.storage import BoxLoadPlanner, Reader, read_index, stored_tensor
 from megatron.checkpoint.tensors import ShardedTensor, by_name, dtype_name
@@ -111,7 +111,7 @@ def _verify(checkpoint: Path, ranks: Group) -> None:
     problems = sorted(itertools.chain.from_iterable(ranks.gather(check)))
     if problems:
         raise CheckpointError(
-            f"checkpoint {checkpoint} is damaged: {_some(problems)}. Nothing was loaded. "
+            f"checkpoint {checkpoint} is damaged: {some(problems)}. Nothing was loaded. "
             + ranks.first(lambda: remedy(checkpoint))
         )
 
@@ -153,12 +153,8 @@ def _match(checkpoint: Path, wanted: Mapping[str, ShardedTensor], index: Metadat
         "in it but not wanted": [name for name, asked in zip(known, asked_for, strict=True) if strict and not asked],
     }
     if any(problems.values()):
-        told = [f"{len(names)} {kind} ({_some(names)})" for kind, names in problems.items() if names]
+        told = [f"{len(names)} {kind} ({some(names)})" for kind, names in problems.items() if names]
         raise CheckpointError(
             f"checkpoint {checkpoint} holds other tensors than are wanted: {', '.join(told)}. Nothing was loaded. Load "
             "it into the model it was saved from: the configuration is in its meta.json"
         )
-
-
-def _some(items: Sequence[str], most: int = 5) -> str:
-    return "; ".join(items[:most]) + (f"; and {len(items) - most} more" if len(items) > most else "")

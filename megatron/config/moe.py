@@ -57,6 +57,10 @@ class MoEConfig:
         """Whether layer number ``layer`` (from 0) is an MoE layer."""
         return self.enabled and (layer + 1) % self.expert_interval == 0
 
+    def experts_per_layer(self, num_layers: int) -> list[int]:
+        """Experts of each of ``num_layers`` layers; 1 for a dense one."""
+        return [self.experts_of_layer(layer) for layer in range(num_layers)]
+
     def experts_of_layer(self, layer: int) -> int:
         """Experts of layer number ``layer`` (from 0); 1 for a dense layer."""
         return one_for_all_or_each(self.num_experts, self.moe_layer_index(layer)) if self.is_moe_layer(layer) else 1

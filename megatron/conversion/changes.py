@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from megatron.checkpoint.errors import CheckpointError
+from megatron.checkpoint.errors import CheckpointError, some
 from megatron.config import ModelConfig, MoEConfig, ParallelConfig, RunConfig, TrainingConfig
 from megatron.config.run import to_dict
 from megatron.config.validation import validate_numbers
-from megatron.conversion.contents import MODEL, Contents, Lazy, some, without_optimizer
+from megatron.conversion.contents import MODEL, Contents, Lazy, without_optimizer
 
 
 def cast(contents: Contents, dtype: torch.dtype) -> Contents:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from megatron.checkpoint.errors import CheckpointError
+from megatron.checkpoint.errors import CheckpointError, some
 from megatron.config import ModelConfig, MoEConfig, RunConfig
 from megatron.config.run import from_dict
 from megatron.engine.optim import OPTIMIZERS
@@ -114,8 +114,3 @@ def without_optimizer(contents: Contents) -> Contents:
     """The weights alone."""
     weights = {name: lazy for name, lazy in contents.tensors.items() if name.startswith(MODEL)}
     return dataclasses.replace(contents, tensors=weights, meta=contents.meta | {"optimizer": None})
-
-
-def some(items: list[str], most: int = 5) -> str:
-    """The first few of many things, for a message."""
-    return "; ".join(items[:most]) + (f"; and {len(items) - most} more" if len(items) > most else "")

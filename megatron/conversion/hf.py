@@ -15,14 +15,14 @@ from typing import Any
 
 import torch
 
-from megatron.checkpoint.errors import CheckpointError
+from megatron.checkpoint.errors import CheckpointError, some
 from megatron.checkpoint.folder import FileRecord, damage, hash_file
 from megatron.checkpoint.tensors import Deferred, dtype_name
 from megatron.config import DataConfig, ParallelConfig, RunConfig
 from megatron.config.errors import ConfigError
 from megatron.config.run import from_dict, to_dict
 from megatron.conversion.changes import check_model
-from megatron.conversion.contents import MODEL, Contents, Lazy, is_stacked, parameter_shapes, some
+from megatron.conversion.contents import MODEL, Contents, Lazy, is_stacked, parameter_shapes
 from megatron.conversion.hf_config import from_hf, is_gpt2, to_hf
 from megatron.conversion.hf_extras import KEY, read_extras, replace_unknown_ids, write_json
 from megatron.conversion.hf_names import Piece, pieces

@@ -25,11 +25,6 @@ REALS = {  # of GPT-2 and of models with experts; ours, theirs, default
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
-def experts_per_layer(model: ModelConfig, moe: MoEConfig) -> list[int]:
-    """Experts of each layer; 1 for a dense one."""
-    return [moe.experts_of_layer(layer) for layer in range(model.num_layers)]
-
-
 def is_gpt2(model: ModelConfig, moe: MoEConfig) -> bool:
     """Whether transformers' own GPT-2 is this model; any other one needs the classes in ``hf_moe``."""
     return not (moe.enabled or model.qk_layernorm)
@@ -75,8 +70,8 @@ def to_hf(model: ModelConfig, moe: MoEConfig, vocab_size: int, ids: Mapping[str,
         "num_attention_heads": model.num_attention_heads,
         "intermediate_size": model.ffn_size,
         "max_position_embeddings": model.position_rows,
-        "experts_per_layer": experts_per_layer(model, moe),
-        "num_experts": max(experts_per_layer(model, moe)),
+        "experts_per_layer": moe.experts_per_layer(model.num_layers),
+        "num_experts": max(moe.experts_per_layer(model.num_layers)),
         "num_experts_per_tok": moe.topk,
         "residual_moe": moe.mlp_type == "residual",
         "qk_layernorm": model.qk_layernorm,

@@ -8,9 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron.checkpoint.errors import CheckpointError
+from megatron.checkpoint.errors import CheckpointError, some
 from megatron.config import DataConfig
-from megatron.conversion.contents import some
 from megatron.conversion.hf_extras import end_of_document, named_token, special_names
 from megatron.conversion.shards import read_json
 from megatron.data.tokenizer import GPT2BPETokenizer, HFTokenizer, SentencePieceTokenizer, Tokenizer, build_tokenizer

@@ -47,7 +47,7 @@ def inspect(folder: str, verify: bool) -> dict[str, Any]:
             "heads": config.model.num_attention_heads,
             "sequence": config.model.seq_length,
             "vocabulary": meta["vocab_size"],
-            "experts": [config.moe.experts_of_layer(layer) for layer in range(config.model.num_layers)],
+            "experts": config.moe.experts_per_layer(config.model.num_layers),
         },
         "tokenizer": meta["tokenizer"],
         "origin": meta.get("origin"),

@@ -13,10 +13,11 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron.checkpoint import Box, CheckpointError, Deferred, ShardedTensor, latest, save
 from megatron.checkpoint.coverage import coverage_problems
+from megatron.checkpoint.errors import some
 from megatron.checkpoint.folder import INDEX, META, damage, read_manifest, remedy
 from megatron.checkpoint.loading import read_meta
 from megatron.checkpoint.storage import BoxLoadPlanner, Reader, read_index, stored_tensor
-from megatron.conversion.contents import Contents, Lazy, is_stacked, some
+from megatron.conversion.contents import Contents, Lazy, is_stacked
 from megatron.conversion.output import staged
 
 TOKENIZER_FOLDER = "tokenizer"

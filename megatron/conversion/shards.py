@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from megatron.checkpoint.errors import CheckpointError
+from megatron.checkpoint.errors import CheckpointError, some
 from megatron.checkpoint.folder import FileRecord, write_file
 from megatron.checkpoint.storage import write_safetensors
 from megatron.checkpoint.tensors import DTYPES, Deferred
-from megatron.conversion.contents import Lazy, some
+from megatron.conversion.contents import Lazy
 from megatron.conversion.pickles import nothing_run
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"

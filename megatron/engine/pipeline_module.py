@@ -55,8 +55,8 @@ class GPTPipeline(PipelineModule):
             super().__init__([table, *[stage] * stages, table], topology=grid, loss_fn=self._loss)
         self.stage = stage
         self.marker = marker
-        experts = {layer: stage.moe.experts_of_layer(layer) for layer in range(stage.config.num_layers)}
-        self._moe_layers = {layer: count for layer, count in experts.items() if count > 1}
+        experts = enumerate(stage.moe.experts_per_layer(stage.config.num_layers))
+        self._moe_layers = {layer: count for layer, count in experts if count > 1}
         self._device = topology.device
         self.begin([], 1.0)
 

@@ -28,7 +28,7 @@ def layouts(config: RunConfig, world: int, node: int) -> Iterator[RunConfig]:
     """
     model, moe = config.model, config.moe
     batch = config.training.global_batch_size
-    counts = [moe.experts_of_layer(n) for n in range(model.num_layers) if moe.experts_of_layer(n) > 1]
+    counts = [experts for experts in moe.experts_per_layer(model.num_layers) if experts > 1]
     for tensor in divisors(math.gcd(model.num_attention_heads, model.ffn_size, world)):
         if node % tensor:
             continue

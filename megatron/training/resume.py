@@ -38,8 +38,9 @@ def _structure(config: RunConfig) -> dict[str, Any]:
         "mlp_type": moe.mlp_type if moe.enabled else "standard",
     }
     del values["num_experts"], values["expert_interval"]
-    experts = [moe.experts_of_layer(layer) for layer in range(model.num_layers)]
-    return {OPTIONS[name].flag: value for name, value in values.items()} | {"--num-experts of each layer": experts}
+    return {OPTIONS[name].flag: value for name, value in values.items()} | {
+        "--num-experts of each layer": moe.experts_per_layer(model.num_layers)
+    }
 
 
 def _describe(differences: dict[str, tuple[Any, Any]]) -> list[str]:

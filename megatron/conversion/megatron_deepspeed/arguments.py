@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 
-from megatron.checkpoint.errors import CheckpointError
+from megatron.checkpoint.errors import CheckpointError, some
 from megatron.config import MoEConfig, RunConfig
 from megatron.config.run import from_dict
-from megatron.conversion.contents import some
 
 # what a model here is, as arguments of Megatron: another value is another model
 _FIXED: dict[str, tuple[Any, ...]] = {

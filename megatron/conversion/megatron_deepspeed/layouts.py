@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from megatron.checkpoint.errors import CheckpointError
-from megatron.conversion.contents import Lazy, some
+from megatron.checkpoint.errors import CheckpointError, some
+from megatron.conversion.contents import Lazy
 from megatron.conversion.megatron_deepspeed.names import EXPERTS
 from megatron.conversion.pickles import load_pickle
 

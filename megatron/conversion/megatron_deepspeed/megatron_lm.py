@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron.checkpoint.errors import CheckpointError
-from megatron.conversion.contents import Lazy, some
+from megatron.checkpoint.errors import CheckpointError, some
+from megatron.conversion.contents import Lazy
 from megatron.conversion.megatron_deepspeed.core_names import from_core
 from megatron.conversion.megatron_deepspeed.layouts import (
     Found,

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from megatron.checkpoint.errors import CheckpointError
+from megatron.checkpoint.errors import CheckpointError, some
 from megatron.checkpoint.tensors import dtype_name
 from megatron.config import DataConfig, ModelConfig, RunConfig
 from megatron.config.run import to_dict
-from megatron.conversion.contents import MODEL, Contents, Lazy, is_stacked, some
+from megatron.conversion.contents import MODEL, Contents, Lazy, is_stacked
 from megatron.conversion.megatron_deepspeed.arguments import from_arguments
 from megatron.conversion.megatron_deepspeed.core_names import drop_redundant
 from megatron.conversion.megatron_deepspeed.layouts import Found, Pieces, find

@@ -19,10 +19,10 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 
 from megatron.checkpoint import Box, ShardedTensor
-from megatron.checkpoint.errors import CheckpointError
+from megatron.checkpoint.errors import CheckpointError, some
 from megatron.checkpoint.storage import BoxLoadPlanner, stored_tensor
 from megatron.checkpoint.tensors import dtype_name
-from megatron.conversion.contents import Lazy, some
+from megatron.conversion.contents import Lazy
 from megatron.conversion.megatron_deepspeed.core_names import from_core
 from megatron.conversion.megatron_deepspeed.layouts import Found
 from megatron.conversion.pickles import load_metadata, load_pickle, load_tensor
