@@ -15,7 +15,7 @@ from torch import nn
 
 from megatron.engine.deepspeed_internals import accumulated
 from megatron.model.gpt import GPTModel
-from megatron.model.loss import LossSums, cross_entropy
+from megatron.model.loss import LossSums, cross_entropy, sum_moe_losses
 from megatron.model.randomness import seed_generators
 from megatron.moe.layer import MoEStats
 from megatron.parallel.initialize import Topology
@@ -101,7 +101,7 @@ class GPTPipeline(PipelineModule):
         x, stats = self.stage.hidden_states(x, position_ids=position_ids, cu_seqlens=cu_seqlens)
         if stats:
             self._count(stats)
-            x = attach_loss(x, self.stage.moe_loss(stats), self._loss_scale)
+            x = attach_loss(x, self.stage.moe_loss(*sum_moe_losses(stats.values())), self._loss_scale)
         if self.marker is not None:
             for nothing in self.marker.parameters():  # a gradient, if zero, for what stands for experts here
                 x = attach_loss(x, nothing.sum(), 0.0)

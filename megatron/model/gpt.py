@@ -4,7 +4,7 @@ Shapes: B batch, S sequence, H hidden, V vocabulary (padded), E experts.
 """
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from megatron.model.attention import KeyValueCache
 from megatron.model.embedding import Embedding
 from megatron.model.initialization import initialize
 from megatron.model.layer import TransformerLayer
-from megatron.model.loss import LossSums, cross_entropy
+from megatron.model.loss import LossSums, cross_entropy, sum_moe_losses
 from megatron.model.norm import build_norm
 from megatron.model.randomness import run_seeded, seed_layer
 from megatron.moe.layer import MoEStats
@@ -120,7 +120,8 @@ class GPTModel(nn.Module):
         """
         x_BSH, stats = self.hidden_states(tokens_BS, position_ids=position_ids, cu_seqlens=cu_seqlens)
         lm_loss = cross_entropy(self.head(x_BSH), labels_BS, loss_mask_BS, self.tensor_group)
-        return lm_loss + self.moe_loss(stats), LossSums.of(lm_loss, list(stats.values()))
+        aux_loss, z_loss = sum_moe_losses(stats.values())
+        return lm_loss + self.moe_loss(aux_loss, z_loss), LossSums.of(lm_loss, aux_loss, z_loss, stats.values())
 
     def hidden_states(
         self,
@@ -174,9 +175,6 @@ class GPTModel(nn.Module):
             raise ValueError("this pipeline stage has no head, so it gives no logits; call hidden_states")
         return self.embedding.word_embeddings.logits(x_BSH)
 
-    def moe_loss(self, stats: Mapping[int, MoEStats]) -> torch.Tensor:
-        """What MoE layers add to the LM loss: their losses, scaled by the coefficients."""
-        zero = torch.zeros(())
-        aux_loss = sum((layer.aux_loss for layer in stats.values()), start=zero)
-        z_loss = sum((layer.z_loss for layer in stats.values()), start=zero)
+    def moe_loss(self, aux_loss: torch.Tensor, z_loss: torch.Tensor) -> torch.Tensor:
+        """What MoE layers add to the LM loss: the sums of their losses, scaled by the coefficients."""
         return self.moe.moe_loss_coeff * aux_loss + self.moe.moe_z_loss_coeff * z_loss

@@ -5,7 +5,7 @@ E experts.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable
 
 import torch
 import torch.distributed as dist
@@ -32,13 +32,13 @@ class LossSums:
     dropped: torch.Tensor  # int64 [MoE layers]: dropped assignments
 
     @classmethod
-    def of(cls, lm_loss: torch.Tensor, layers: Sequence[MoEStats]) -> "LossSums":
-        """Those of one micro-batch, whose MoE layers are ``layers``."""
+    def of(
+        cls, lm_loss: torch.Tensor, aux_loss: torch.Tensor, z_loss: torch.Tensor, layers: Collection[MoEStats]
+    ) -> "LossSums":
+        """Those of one micro-batch, whose MoE layers are ``layers``, with losses as of :func:`sum_moe_losses`."""
         zero = torch.zeros_like(lm_loss)
-        aux_loss = sum((layer.aux_loss for layer in layers), start=zero)
-        z_loss = sum((layer.z_loss for layer in layers), start=zero)
         return cls(
-            torch.stack([lm_loss, aux_loss, z_loss, torch.ones_like(lm_loss)]).detach(),
+            torch.stack([lm_loss, zero + aux_loss, zero + z_loss, torch.ones_like(lm_loss)]).detach(),
             [layer.counts_E for layer in layers],
             torch.stack([layer.dropped for layer in layers]) if layers else zero.new_zeros(0, dtype=torch.int64),
         )
@@ -50,6 +50,14 @@ class LossSums:
             [mine + theirs for mine, theirs in zip(self.counts, other.counts, strict=True)],
             self.dropped + other.dropped,
         )
+
+
+def sum_moe_losses(layers: Iterable[MoEStats]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The aux loss and the z-loss, each summed over MoE layers; without any, zeros on the CPU."""
+    aux_loss = z_loss = torch.zeros(())
+    for layer in layers:
+        aux_loss, z_loss = aux_loss + layer.aux_loss, z_loss + layer.z_loss
+    return aux_loss, z_loss
 
 
 class _TokenCrossEntropy(torch.autograd.Function):
