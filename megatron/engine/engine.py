@@ -27,6 +27,8 @@ from megatron.parallel.initialize import Topology
 from megatron.parallel.replicas import check_replicas
 from megatron.parallel.sharding import collect_layouts
 
+NO_VALIDATION = "the validation set is empty; raise --eval-iters or give validation documents in --split"
+
 
 class _TrainedModule(nn.Module):
     """A whole model in the form DeepSpeed trains: from a micro-batch to its loss, with the marker of experts beside."""
@@ -113,23 +115,22 @@ class DeepSpeedEngine(ShardedState):
                 sample in the run; and ``position_ids`` and ``cu_seqlens`` where the run is to keep documents apart.
             tokens_after: consumed tokens of the run once this batch is done; decides the learning rate.
         """
+        self._check_step(micro_batches)
         lr = self._set_learning_rate(tokens_after)
         self._engine.train()
-        sums: LossSums | None = None
         self._begin(len(micro_batches))
+        sums = None
         for number, batch in enumerate(micro_batches, start=1):
             self._engine.set_gradient_accumulation_boundary(number == len(micro_batches))
             new = self._forward_backward(batch, len(micro_batches))
             sums = new if sums is None else sums + new
-        if sums is None:
-            raise ValueError("a step needs at least one micro-batch; got none")
+        assert sums is not None  # there is a micro-batch
         before = self._headroom()
         self._engine.step()
         return self._result(sums, lr, before)
 
     def _forward_backward(self, batch: Mapping[str, Any], count: int) -> LossSums:
         """One of ``count`` micro-batches of an update: its losses; its gradients are added to the update's."""
-        self._check_documents(batch)
         seed = micro_batch_seed(self._config.training.seed, int(batch["sample_index"]))
         if self._graphs is not None and self._graphs.accepts(batch):
             sums = self._graphs.run(batch, seed, count)
@@ -174,7 +175,7 @@ class DeepSpeedEngine(ShardedState):
             new = self._engine.module(self._to_device(batch))[1]
             sums = new if sums is None else sums + new
         if sums is None:
-            raise ValueError("the validation set is empty; raise --eval-iters or give validation documents in --split")
+            raise ValueError(NO_VALIDATION)
         return sums
 
     def check_replicas(self) -> None:
@@ -192,6 +193,13 @@ class DeepSpeedEngine(ShardedState):
         self, batch: Mapping[str, Any], names: Sequence[str] = (*SAMPLE_FIELDS, *DOCUMENT_FIELDS)
     ) -> dict[str, Any]:
         return {name: batch[name].to(self._topology.device, non_blocking=True) for name in names if name in batch}
+
+    def _check_step(self, micro_batches: Sequence[Mapping[str, Any]]) -> None:
+        """Raises ValueError for micro-batches that are no update of this run."""
+        if not micro_batches:
+            raise ValueError("a step needs at least one micro-batch; got none")
+        for batch in micro_batches:
+            self._check_documents(batch)
 
     def _check_documents(self, batch: Mapping[str, Any]) -> None:
         data = self._config.data

@@ -10,7 +10,7 @@ from megatron.config import RunConfig
 from megatron.data.documents import DOCUMENT_FIELDS
 from megatron.data.loader import SAMPLE_FIELDS
 from megatron.engine.base import Engine, StepResult
-from megatron.engine.engine import DeepSpeedEngine, micro_batch_seed
+from megatron.engine.engine import NO_VALIDATION, DeepSpeedEngine, micro_batch_seed
 from megatron.model.gpt import GPTModel
 from megatron.model.layer import compile_layers
 from megatron.model.loss import LossSums
@@ -43,10 +43,7 @@ class PipelineEngine(DeepSpeedEngine):
 
     def train_step(self, micro_batches: Sequence[Mapping[str, Any]], tokens_after: int) -> StepResult:
         """One optimizer update; see :meth:`Engine.train_step <megatron.engine.base.Engine.train_step>`."""
-        if not micro_batches:
-            raise ValueError("a step needs at least one micro-batch; got none")
-        for batch in micro_batches:
-            self._check_documents(batch)
+        self._check_step(micro_batches)
         lr = self._set_learning_rate(tokens_after)
         scale, before = self._loss_scale(), self._headroom()
         count, engine = len(micro_batches), self._engine
@@ -61,7 +58,7 @@ class PipelineEngine(DeepSpeedEngine):
         """Losses of micro-batches in evaluation mode, all of them in one run of the pipeline."""
         batches = list(micro_batches)
         if not batches:
-            raise ValueError("the validation set is empty; raise --eval-iters or give validation documents in --split")
+            raise ValueError(NO_VALIDATION)
         for batch in batches:
             self._check_documents(batch)
         self._module.begin(self._seeds(batches), 1.0, self._documents(batches))
