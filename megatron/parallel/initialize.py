@@ -90,6 +90,11 @@ class NoDevice(ValueError):
     """A process has no GPU; other processes of its node may have one."""
 
 
+def device_name(device: torch.device) -> str:
+    """The name of a GPU, such as "NVIDIA H200"; "cpu" for the CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
 def choose_device(requested: str | None, local_rank: int) -> torch.device:
     """The device of this rank: ``cuda:LOCAL_RANK``, or the CPU where there is no GPU or ``cpu`` is asked for.
 

@@ -25,7 +25,7 @@ from megatron.config import RunConfig
 from megatron.data.corpora import find_corpora
 from megatron.data.dataset_checks import open_problems
 from megatron.data.index_file import read_index
-from megatron.parallel.initialize import Topology
+from megatron.parallel.initialize import Topology, device_name
 from megatron.preflight.speed import LinkSpeeds
 
 TAKEN = 0.1  # share of a GPU's memory that may be in use before the run; a CUDA context takes less
@@ -63,8 +63,7 @@ class Facts:
 def look(config: RunConfig, topology: Topology, first_of_node: bool) -> Facts:
     """What this rank sees without the others."""
     launch, device = topology.launch, topology.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    facts = Facts(launch.rank, launch.node, launch.local_rank, socket.gethostname(), name, versions())
+    facts = Facts(launch.rank, launch.node, launch.local_rank, socket.gethostname(), device_name(device), versions())
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         facts.crowded = total - free > TAKEN * total

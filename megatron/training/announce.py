@@ -1,12 +1,11 @@
 """What a run says of itself at its start."""
 
-import torch
-
 from megatron.checkpoint import CheckpointStatus
 from megatron.checkpoint.folder import checkpoint_status
 from megatron.config.run import to_dict
 from megatron.data.data_table import data_table
 from megatron.engine.offload import threads_in_words
+from megatron.parallel.initialize import device_name
 from megatron.planning.parameters import count_parameters
 from megatron.planning.placement import place_layers
 from megatron.training.estimate import estimate
@@ -57,7 +56,7 @@ def _write_record(run: Run, name: str) -> None:
         pipeline_parallel=topology.pipeline_parallel_size,
         expert_parallel=sorted(set(topology.expert_parallel_sizes)),
         tensor_parallel=topology.tensor_parallel_size,
-        device=torch.cuda.get_device_name(topology.device) if topology.device.type == "cuda" else "cpu",
+        device=device_name(topology.device),
         precision=config.optimizer.precision,
         resumed_at_tokens=None if start.resumed is None else run.clock.tokens,
         started_from=None if start.base is None else str(start.base.path),

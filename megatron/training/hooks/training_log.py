@@ -1,7 +1,6 @@
 """The figures of training, every ``--log-interval`` updates."""
 
-import torch
-
+from megatron.parallel.initialize import device_name
 from megatron.planning.flops import model_flops_per_token, peak_tflops
 from megatron.training.clock import Step
 from megatron.training.hooks.hook import Hook, Outcome
@@ -14,11 +13,10 @@ class TrainingLog(Hook):
     """Writes the ``train`` and ``stop`` records of a run."""
 
     def __init__(self, run: Run) -> None:
-        config, device = run.config, run.topology.device
-        device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+        config = run.config
         self._window = StepWindow(
             model_flops_per_token(config.model, config.moe, run.vocab_size),
-            config.logging.peak_tflops or peak_tflops(device_name, config.optimizer.precision),
+            config.logging.peak_tflops or peak_tflops(device_name(run.topology.device), config.optimizer.precision),
             run.topology.launch.world_size,
             run.timer,
         )
