@@ -4,7 +4,6 @@ Shapes: H hidden, E experts.
 """
 
 import functools
-import math
 from typing import NamedTuple
 
 import torch
@@ -14,7 +13,7 @@ from torch import nn
 from megatron.config import ModelConfig, MoEConfig
 from megatron.moe.dispatcher import CapacityDispatcher, Dispatcher, DroplessDispatcher
 from megatron.moe.experts import Experts
-from megatron.moe.initialization import fill_normal, named_generator
+from megatron.moe.initialization import fill_normal, named_generator, residual_output_std
 from megatron.moe.mlp import MLP
 from megatron.moe.operations import OperationChoice
 from megatron.moe.router import Router
@@ -125,7 +124,7 @@ class MoELayer(nn.Module):
     def _initialize(self, model: ModelConfig, seed: int, layer: int) -> None:
         """Weights are normal(0, std), into the residual stream normal(0, std / sqrt(2 layers)); biases are 0."""
         std = model.init_method_std
-        output_std = std / math.sqrt(2 * model.num_layers)
+        output_std = residual_output_std(std, model.num_layers)
         self.experts.initialize(std, output_std, seed, layer)
         fill_normal(self.router.weight, std, named_generator(seed, f"layer {layer}/router"))
         if self.mlp is not None:
