@@ -139,7 +139,7 @@ def from_hf(content: dict[str, Any], where: str) -> tuple[ModelConfig, MoEConfig
 
 
 def _sizes(content: dict[str, Any], where: str, *, with_experts: bool) -> dict[str, Any]:
-    """Each of ``SIZES``, under whichever of its names it stands."""
+    """Each of ``SIZES``, under whichever of its names it has."""
     found: dict[str, Any] = {}
     problems = []
     for size, (names, default) in SIZES.items():
