@@ -14,10 +14,11 @@ from megatron.model.layer import TransformerLayer
 from megatron.model.monitors import (
     KINDS,
     LayerSamples,
+    hidden_keys,
     max_attention_logit,
     parameter_kind,
-    query_mask,
     router_figures,
+    sampled_queries,
 )
 from megatron.moe.layer import MoELayer
 from megatron.parallel.initialize import Topology
@@ -72,15 +73,17 @@ class Monitors:
         device = next(iter(squares.values())).device
         nothing, lowest = (torch.full((), value, dtype=torch.float64, device=device) for value in (0.0, -math.inf))
         attention, router = [lowest] * self._layers, [(lowest, nothing, nothing)] * self._layers
-        mask_QS = None
+        queries_Q = hidden_QS = None  # the same in all layers
         for name, layer in self._model.layers.items():
             assert isinstance(layer, TransformerLayer)
             x_BSH, cu_seqlens = kept[layer]
-            if mask_QS is None:
+            if queries_Q is None or hidden_QS is None:
                 group = layer.attention.tensor_group
                 length = x_BSH.size(1) * (group.size if group.sequence_parallel else 1)
-                mask_QS = query_mask(length, cu_seqlens, device)
-            attention[int(name)] = max_attention_logit(layer.attention, layer.input_layernorm(x_BSH), mask_QS)
+                queries_Q = sampled_queries(length, device)
+                hidden_QS = hidden_keys(queries_Q, length, cu_seqlens)
+            normed_BSH = layer.input_layernorm(x_BSH)
+            attention[int(name)] = max_attention_logit(layer.attention, normed_BSH, queries_Q, hidden_QS)
             if isinstance(layer.mlp, MoELayer):
                 router[int(name)] = router_figures(layer.mlp.router, kept[layer.mlp].x)
         of_moe = [router[layer] for layer in self._moe_layers]

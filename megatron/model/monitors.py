@@ -93,20 +93,20 @@ class LayerSamples:
 
 
 @torch.no_grad()
-def max_attention_logit(attention: SelfAttention, normed_BSH: torch.Tensor, mask_QS: torch.Tensor) -> torch.Tensor:
-    """The largest logit q k / sqrt(D) of one sequence and of this process's heads; a scalar, fp32 or wider.
+def max_attention_logit(
+    attention: SelfAttention, normed_BSH: torch.Tensor, queries_Q: torch.Tensor, hidden_QS: torch.Tensor
+) -> torch.Tensor:
+    """The largest logit q k / sqrt(D) of one sequence and of this process's heads; a scalar in the model's format.
 
     Args:
         attention: of the layer.
         normed_BSH: what it takes in, of one sequence.
-        mask_QS: of :func:`query_mask`.
+        queries_Q: places of queries in the sequence.
+        hidden_QS: True for each key that a query does not attend to.
     """
     q, k, _ = attention.queries_keys_values(normed_BSH)
-    queries = sampled_queries(q.size(2), q.device)
-    precise = torch.promote_types(q.dtype, torch.float32)
-    q_NQD, k_NSD = q[0].index_select(1, queries).to(precise), k[0].to(precise)
-    logits_NQS = (q_NQD @ k_NSD.transpose(1, 2)).masked_fill_(~mask_QS, -torch.inf)
-    return logits_NQS.amax() * attention.head_size**-0.5
+    q_NQD = q[0].index_select(1, queries_Q) * attention.head_size**-0.5
+    return (q_NQD @ k[0].transpose(1, 2)).masked_fill_(hidden_QS, -torch.inf).amax()
 
 
 def sampled_queries(length: int, device: torch.device) -> torch.Tensor:
@@ -114,14 +114,13 @@ def sampled_queries(length: int, device: torch.device) -> torch.Tensor:
     return torch.arange(length - 1, -1, -length // QUERIES, device=device)
 
 
-def query_mask(length: int, cu_seqlens: torch.Tensor | None, device: torch.device) -> torch.Tensor:
-    """Which keys of the first sequence of a micro-batch its sampled queries attend to: bool [Q, S]."""
-    queries, keys = sampled_queries(length, device), torch.arange(length, device=device)
-    mask_QS = keys <= queries[:, None]
+def hidden_keys(queries_Q: torch.Tensor, length: int, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
+    """True for each key of the first sequence of a micro-batch that a query does not attend to: bool [Q, S]."""
+    hidden_QS = torch.arange(length, device=queries_Q.device) > queries_Q[:, None]
     if cu_seqlens is not None:
         document_S = document_numbers(cu_seqlens, length)
-        mask_QS &= document_S == document_S[queries][:, None]
-    return mask_QS
+        hidden_QS |= document_S != document_S[queries_Q][:, None]
+    return hidden_QS
 
 
 class RouterFigures(NamedTuple):

@@ -75,10 +75,7 @@ class Hook:
         """Called before the micro-batches of an update are read."""
 
     def needs_monitors(self, step: Step) -> bool:
-        """Whether the update that comes next has to measure ``monitors`` of its :class:`StepResult`.
-
-        It takes about a hundredth of an update's time.
-        """
+        """Whether the update that comes next has to measure ``monitors`` of its :class:`StepResult`."""
         return False
 
     def post_step(self, step: Step) -> None:
