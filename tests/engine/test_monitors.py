@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -164,18 +165,46 @@ def test_training_is_the_same_bit_for_bit(precision: str):
         assert all(torch.equal(value, without[1][name]) for name, value in with_[1].items())
 
 
+def with_planted_runaway() -> tuple[list[int], list[dict]]:
+    """Updates of a warm-up, then with the queries of one layer scaled up; when warnings came, and which."""
+    from megatron.training.clock import Step
+    from megatron.training.hooks.hook import Outcome
+    from megatron.training.hooks.instability import LEAST, InstabilityWarnings
+
+    run = run_config(TOP1)
+    engine, hook, came, logged = build(run), InstabilityWarnings(run), [], []
+    hook.run = SimpleNamespace(log=lambda kind, **values: logged.append(values))
+    for number in range(LEAST + 6):
+        if number >= LEAST + 2:
+            with torch.no_grad():  # the update takes it back
+                engine.model.layers["2"].attention.qkv.weight[: MODEL.hidden_size] *= 3e4
+        batches = share(engine, number * COUNT, number * COUNT + 2)
+        result = engine.train_step(batches, (number + 1) * 10, monitored=True)
+        hook.on_outcome(Outcome(Step(number, 0, 1), result, 1.0))
+        came += [number - LEAST] * (len(logged) - len(came))
+    return came, logged
+
+
+@pytest.mark.distributed
+def test_attention_that_runs_away_is_named_once_and_warm_up_is_not():
+    ((came, logged),) = run_distributed(with_planted_runaway, 1)
+    assert [(record["figure"], record["place"]) for record in logged] == [("max_attention_logit", "layer 2")]
+    assert came == [3], "at the second of the updates that are too large"
+    assert logged[0]["value"] > 50
+
+
 def around_an_evaluation() -> tuple:
     engine = build(run_config(TOP1))
     engine.evaluate([micro_batch(100)])
     nothing = update(engine, 0)
-    return nothing.monitors, engine._monitors.samples.kept, list(step(engine, 1, monitored=True).monitors)
+    return nothing.monitors, len(engine._monitors.samples.kept), list(step(engine, 1, monitored=True).monitors)
 
 
 @pytest.mark.distributed
 def test_only_the_steps_that_ask_for_it_are_measured():
     ((nothing, kept, names),) = run_distributed(around_an_evaluation, 1)
     assert nothing is None
-    assert kept == {}
+    assert kept == 0
     assert set(names) == {
         "max_attention_logit", "max_router_logit", "router_logit_std", "router_entropy", "grad_norm",
     }  # fmt: skip
