@@ -175,7 +175,7 @@ def test_steps_of_a_bias_grow_in_one_direction_and_shrink_when_it_turns():
     steps = []
     for counts in ([4, 0], [4, 0], [4, 0], [0, 4], [4, 0], [0, 4], [2, 2]):
         balancer.statistics[:] = 2
-        balancer.statistics[:2] = torch.tensor(counts)
+        balancer.statistics[0, :2] = torch.tensor(counts)
         update(router)
         steps.append(round(float(balancer.bias_step[1]), 6))
     assert steps == [0.01, 0.015, 0.0225, -0.01125, 0.01, -0.01, 0.0]
