@@ -228,7 +228,10 @@ def learned_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def update_balancers(
-    found: Iterable[Balancer], data_group: dist.ProcessGroup, tensor_group: TensorGroup, finite: torch.Tensor | bool
+    found: Iterable[Balancer],
+    data_group: dist.ProcessGroup | None,
+    tensor_group: TensorGroup,
+    finite: torch.Tensor | bool,
 ) -> None:
     """Let balancers learn from the update that has just been made, and forget its statistics.
 
@@ -236,7 +239,7 @@ def update_balancers(
 
     Args:
         found: of :func:`balancers`.
-        data_group: ranks with other tokens.
+        data_group: ranks with other tokens; None for a process alone.
         tensor_group: ranks with the same tokens, whose logits may differ in their last bits.
         finite: whether the gradient norm was; otherwise the update was skipped, and nothing is learned of it.
     """
@@ -245,7 +248,7 @@ def update_balancers(
         return
     sums = [each.statistics.sum(0, dtype=torch.int32) for each in found]
     flat = torch.cat([each.flatten() for each in sums])
-    if data_group.size() > 1:
+    if data_group is not None and data_group.size() > 1:
         dist.all_reduce(flat, group=data_group)
     if tensor_group.size > 1:
         broadcast_first(flat, tensor_group)

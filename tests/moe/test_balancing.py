@@ -19,13 +19,6 @@ METHODS = {
 }
 
 
-class OneProcess:
-    """A process group of one."""
-
-    def size(self) -> int:
-        return 1
-
-
 def make_router(method: str, topk: int = 1, **moe) -> Router:
     torch.manual_seed(0)
     router = Router(H, E, MoEConfig(num_experts=(E,), topk=topk, **METHODS[method], **moe))
@@ -40,7 +33,7 @@ def tokens(count: int, seed: int, shared: float = 1.0) -> torch.Tensor:
 
 
 def update(router: Router, finite: bool = True) -> None:
-    update_balancers(balancers(router), OneProcess(), ALONE, finite)
+    update_balancers(balancers(router), None, ALONE, finite)
 
 
 def busiest(router: Router, x: torch.Tensor) -> float:
