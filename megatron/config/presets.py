@@ -58,7 +58,6 @@ def _experts(count: int) -> dict[str, Any]:
         "expert_interval": 2,
         "topk": 1,
         "mlp_type": "standard",
-        "moe_loss_coeff": 0.01,
         "moe_train_capacity_factor": 1.0,
         "moe_eval_capacity_factor": None,
         "moe_min_capacity": 4,

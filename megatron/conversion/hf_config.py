@@ -75,7 +75,7 @@ def to_hf(model: ModelConfig, moe: MoEConfig, vocab_size: int, ids: Mapping[str,
         "num_experts_per_tok": moe.topk,
         "residual_moe": moe.mlp_type == "residual",
         "qk_layernorm": model.qk_layernorm,
-        "router_aux_loss_coef": moe.moe_loss_coeff,
+        "router_aux_loss_coef": moe.aux_loss_coeff,
         "router_z_loss_coef": moe.moe_z_loss_coeff,
         **shared,
     }

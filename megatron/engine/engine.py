@@ -24,6 +24,7 @@ from megatron.engine.state import ShardedState
 from megatron.model.gpt import GPTModel
 from megatron.model.loss import LossSums
 from megatron.model.randomness import seed_generators
+from megatron.moe.balancing import balancers, update_balancers
 from megatron.parallel.initialize import Topology
 from megatron.parallel.replicas import check_replicas
 from megatron.parallel.sharding import collect_layouts
@@ -80,7 +81,7 @@ class DeepSpeedEngine(ShardedState):
             use_cores(topology.launch.world_size)
         layouts = collect_layouts(module)
         deepspeed_internals.mark_parameters(module, layouts)
-        groups = parameter_groups(module, layouts, config.optimizer)
+        groups = parameter_groups(module, layouts, config.optimizer, config.moe)
         deepspeed_internals.mark_groups(groups)
         optimizer_class = OPTIMIZERS[config.optimizer.optimizer_name]
         optimizer = optimizer_class.from_config(groups, config.optimizer, config.training.compile)
@@ -106,6 +107,7 @@ class DeepSpeedEngine(ShardedState):
             deepspeed_internals.call_before_step(self._optimizer, self._measure)
         scaler = self._optimizer.loss_scaler if config.optimizer.precision == "fp16" else None
         super().__init__(model, optimizer, scaler)
+        self._balancers = balancers(model)
         self._graphs = None
         if config.training.cuda_graphs:
             self._graphs = GraphedMicroBatches(module, model, topology.device, self._monitors.samples)
@@ -138,7 +140,7 @@ class DeepSpeedEngine(ShardedState):
         assert sums is not None  # there is a micro-batch
         before = self._headroom()
         self._engine.step()
-        return self._result(sums, lr, before)
+        return self._end_step(sums, lr, before)
 
     def _forward_backward(self, batch: Mapping[str, Any], count: int) -> LossSums:
         """One of ``count`` micro-batches of an update: its losses; its gradients are added to the update's."""
@@ -155,7 +157,7 @@ class DeepSpeedEngine(ShardedState):
     def _set_learning_rate(self, tokens_after: int) -> float:
         lr = learning_rate(self._config.optimizer, tokens_after, self._decay_tokens)
         for group in self._sharded_optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_mult"]
         return lr
 
     def _begin(self, micro_batches: int, monitored: bool) -> None:
@@ -176,8 +178,19 @@ class DeepSpeedEngine(ShardedState):
         of_kinds = {k: torch.stack([zero, *(norms[p] for p in norms if p in kinds[k])]).double() for k in kinds}
         self._monitors.measure({kind: (x / scale).square().sum() for kind, x in of_kinds.items()})
 
+    def _end_step(self, sums: LossSums, lr: float, before: tuple[float, int] | None) -> StepResult:
+        """Let routers learn from the update just done, and say what it was.
+
+        Args:
+            before: what :meth:`_headroom` gave before it.
+        """
+        result = self._result(sums, lr, before)
+        finite = not result.skipped if self._update is None else self._update.norm.isfinite()
+        groups = self._topology.data_parallel_group, self._topology.tensor_group
+        update_balancers(self._balancers, *groups, finite)
+        return result
+
     def _result(self, sums: LossSums, lr: float, before: tuple[float, int] | None) -> StepResult:
-        """What the update just done was; ``before``: what :meth:`_headroom` gave before it."""
         if self._update is not None:
             return StepResult(sums, lr, AsyncScalar(self._update.norm), read_monitors=self._monitors.reader())
         skipped = bool(self._optimizer.overflow)

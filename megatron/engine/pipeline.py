@@ -53,7 +53,7 @@ class PipelineEngine(DeepSpeedEngine):
         self._module.begin(self._seeds(micro_batches), scale / count, self._documents(micro_batches))
         self._begin(count, monitored)
         engine.train_batch(self._inputs(micro_batches))
-        return self._result(self._module.sums, lr, before)
+        return self._end_step(self._module.sums, lr, before)
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Iterable[Mapping[str, Any]]) -> LossSums:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from megatron.config import MoEConfig
+from megatron.moe.balancing import build_balancer
 from megatron.moe.operations import PLAIN_TORCH, OperationChoice
 from megatron.moe.order import random_order
 from megatron.moe.plan import Routing, expert_capacity, slots
@@ -37,7 +38,9 @@ class Router(nn.Module):
     Gumbel noise to the logits for the choice, which draws K experts from the softmax without replacement; gates, aux
     loss and z-loss use the logits without it.
 
-    The load-balancing loss counts all choices, except that for top-2 it counts the first ones only (GShard).
+    The load-balancing loss counts all choices, except that for top-2 it counts the first ones only (GShard). Other ways
+    to balance the experts are in :mod:`megatron.moe.balancing`; where there are biases, a token goes to the K highest
+    sums of logit and bias.
 
     Capacity, random selection and both losses are defined over the tokens of one micro-batch, which are those that this
     rank passes in. They do not depend on how many ranks share the experts or the batch: for a given micro-batch size
@@ -70,6 +73,7 @@ class Router(nn.Module):
         self.eval_factor = moe.moe_eval_capacity_factor
         self.operations = operations  # in training, and in evaluation
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+        self.balancer = build_balancer(num_experts, moe)
 
     @property
     def own_logits(self) -> bool:
@@ -93,14 +97,22 @@ class Router(nn.Module):
         return F.linear(x, weight.to(precise))
 
     def choose(self, logits_TE: torch.Tensor) -> torch.Tensor:
-        """The experts of each token, int64 [T, K], best first; among equal logits the lowest expert number."""
+        """The experts of each token, int64 [T, K], best first; among equal scores the lowest expert number.
+
+        Scores are logits with biases and noise. In training the balancer, if there is one, takes them in.
+        """
+        if self.balancer is not None and self.balancer.bias_E is not None:
+            logits_TE = logits_TE + self.balancer.bias_E
         if self.training and self.noise_policy == "RSample":
             logits_TE = logits_TE - torch.empty_like(logits_TE).exponential_().log()  # -log(Exp(1)) is Gumbel(0, 1)
-        choices = []
+        choices, scores_TE = [], logits_TE
         for _ in range(self.topk):  # unlike torch.topk, argmax says which of equals it takes
             choices.append(logits_TE.argmax(-1, keepdim=True))
             logits_TE = logits_TE.scatter(1, choices[-1], -torch.inf)
-        return torch.cat(choices, dim=1)
+        expert_TK = torch.cat(choices, dim=1)
+        if self.balancer is not None and self.training:
+            self.balancer.observe(scores_TE, expert_TK)
+        return expert_TK
 
     def capacity(self, num_tokens: int) -> int | None:
         """Rows of each expert's buffer for ``num_tokens`` tokens on this rank; None where nothing is dropped."""

@@ -125,7 +125,7 @@ def experiment(config: RunConfig, world: int) -> list[tuple[str, str]]:
             (
                 "experts",
                 f"{' '.join(map(str, moe.num_experts))} in one layer of {moe.expert_interval}, top-{moe.topk}, "
-                f"{room}, balance loss x {moe.moe_loss_coeff:g}{', residual' * (moe.mlp_type == 'residual')}",
+                f"{room}, balance loss x {moe.aux_loss_coeff:g}{', residual' * (moe.mlp_type == 'residual')}",
             )
         )
     batch = f"{training.global_batch_size} sequences an update"

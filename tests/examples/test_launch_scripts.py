@@ -95,7 +95,7 @@ def test_hyperparameters_are_the_published_ones(name):
     assert (training.eval_interval, training.eval_iters, training.checkpoint_activations) == (100, 10, True)
     assert parallel.pipeline_model_parallel_size == 1
     if moe.enabled:
-        assert (moe.expert_interval, moe.topk, moe.moe_loss_coeff, moe.moe_min_capacity) == (2, 1, 0.01, 4)
+        assert (moe.expert_interval, moe.topk, moe.aux_loss_coeff, moe.moe_min_capacity) == (2, 1, 0.01, 4)
         assert (moe.moe_train_capacity_factor, moe.moe_token_dropping) == (1.0, True)
 
 
