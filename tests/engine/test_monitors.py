@@ -161,7 +161,7 @@ def both(run: RunConfig) -> list[tuple]:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_training_is_the_same_bit_for_bit(precision: str):
     noisy = dataclasses.replace(BALANCED["quantile balancing"], moe_noise_policy="Jitter")  # all that keeps count
-    for without, with_ in run_distributed(both, 2, with_dropout(run_config(noisy, precision, **{TP: 2}))):
+    for without, with_ in run_distributed(both, 2, with_dropout(run_config(noisy, precision, **{EP: (2,)}))):
         assert with_[0] == without[0]
         assert all(torch.equal(value, without[1][name]) for name, value in with_[1].items())
 

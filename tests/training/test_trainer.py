@@ -100,7 +100,7 @@ def make_run(monkeypatch):
 
     def make(*hooks: Hook, stops_after: int = UPDATES) -> Run:
         monkeypatch.setattr(trainer_module, "training_batches", batches)
-        monkeypatch.setattr(run_module, "restore", lambda engine, source, topology: None)
+        monkeypatch.setattr(run_module, "restore", lambda *_: None)
         training = TrainingConfig(micro_batch_size=1, global_batch_size=BATCH, train_tokens=UPDATES * BATCH * SEQ)
         anything: Any = SimpleNamespace
         run = Run(
