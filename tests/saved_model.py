@@ -11,6 +11,7 @@ from megatron.config import DataConfig, ModelConfig, MoEConfig, RunConfig
 from megatron.config.run import to_dict
 from megatron.data.tokenizer import build_tokenizer
 from megatron.model.gpt import GPTModel
+from megatron.moe.balancing import learned_buffers
 
 SHAPE = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, seq_length=48, init_method_std=0.2)
 EXPERTS = MoEConfig(num_experts=(4,), moe_eval_capacity_factor=1.0)
@@ -38,10 +39,12 @@ def save_model(folder: Path, moe: MoEConfig = EXPERTS, shape: ModelConfig = SHAP
     with torch.no_grad():
         for parameter in model.parameters():  # none is as it would be initialised
             parameter.add_(0.1 * torch.randn_like(parameter))
+        for buffer in learned_buffers(model).values():  # biases of the size of logits
+            buffer.normal_()
         model.final_layernorm.weight.normal_()  # or else, tables being tied, each token would predict itself
     entries = [
         ShardedTensor("model." + name, tuple(p.shape), torch.float32, [Box((0,) * p.dim(), p.data)])
-        for name, p in model.named_parameters()
+        for name, p in [*model.named_parameters(), *learned_buffers(model).items()]
     ]
     meta = {
         "clock": {"seq_length": shape.seq_length, "samples": 24, "steps": 3, "skipped": 0},
