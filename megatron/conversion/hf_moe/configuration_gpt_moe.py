@@ -15,8 +15,8 @@ class GPTMoEConfig(PretrainedConfig):
             with several, by their probabilities divided by their sum.
         residual_moe: whether an MoE layer also has a dense feed-forward, mixed in by learned coefficients.
         qk_layernorm: whether queries and keys are normalized, each head by itself, before attention.
-        router_expert_bias: whether each expert has a bias, which is added to its logit for the choice of experts only. It
-            is learned in pretraining and fixed in fine-tuning.
+        router_expert_bias: whether each expert has a bias, which is added to its logit for the choice of experts only.
+            It is learned in pretraining and fixed in fine-tuning.
         router_aux_loss_coef: coefficient of the load-balancing loss in training.
         router_z_loss_coef: coefficient of the router z-loss in training.
     """

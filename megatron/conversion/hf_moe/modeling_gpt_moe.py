@@ -116,8 +116,8 @@ class GPTMoEExperts(nn.Module):
 
 
 class GPTMoESparseMLP(nn.Module):
-    """Each token's K experts with the highest scores, weighted by their logits' softmax; with ``residual_moe`` mixed with
-    a dense feed-forward."""
+    """Each token's K experts with the highest scores, weighted by the softmax of logits; with ``residual_moe`` mixed
+    with a dense feed-forward."""
 
     def __init__(self, config: GPTMoEConfig, num_experts: int) -> None:
         super().__init__()
