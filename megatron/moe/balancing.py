@@ -38,21 +38,25 @@ GROWTH, SHRINKAGE, LONGEST_STEP = 1.5, 0.5, 1.0
 BINS, FINEST, COARSEST = 256, 0.01, 1000.0
 BIN_WIDTH = 2 * math.asinh(COARSEST / FINEST) / BINS
 
+# A kernel adds to so many copies of all histograms of a layer, divided by its experts: on one GPU, additions to one
+# number wait for each other.
+COPIES = 4096
+
 
 class Balancer(nn.Module):
     """What one router's balancer knows.
 
     Attributes:
-        statistics: int32 [E, ...], of this rank's tokens since the last update.
+        statistics: int32 [R, E, ...], of this rank's tokens since the last update; the sum of R parts.
     """
 
     learned: ClassVar[tuple[str, ...]]  # the buffers [E] that it learns; checkpoints have them
     statistics: torch.Tensor
 
-    def __init__(self, num_experts: int, moe: MoEConfig, *shape: int) -> None:
+    def __init__(self, num_experts: int, moe: MoEConfig, parts: int = 1, shape: tuple[int, ...] = ()) -> None:
         super().__init__()
         self.num_experts, self.moe = num_experts, moe
-        self.register_buffer("statistics", torch.zeros(num_experts, *shape, dtype=torch.int32), persistent=False)
+        self.register_buffer("statistics", torch.zeros(parts, num_experts, *shape, dtype=torch.int32), persistent=False)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "Balancer":
         """Follow the model to another device, but not to another number format: a bias's steps are small."""
@@ -74,8 +78,8 @@ class Balancer(nn.Module):
         return None
 
     @property
-    def histogram_EB(self) -> torch.Tensor | None:
-        """``statistics`` where these are a histogram of :func:`shift_bins`; None where they are tokens per expert."""
+    def histogram_REB(self) -> torch.Tensor | None:
+        """``statistics`` where these are histograms of :func:`shift_bins`; None where they are tokens per expert."""
         return None
 
     def observe(self, scores_TE: torch.Tensor, expert_TK: torch.Tensor) -> None:
@@ -141,7 +145,7 @@ class QuantileBias(Balancer):
     expert_bias: torch.Tensor
 
     def __init__(self, num_experts: int, moe: MoEConfig) -> None:
-        super().__init__(num_experts, moe, BINS)
+        super().__init__(num_experts, moe, max(1, min(64, COPIES // num_experts)), (BINS,))
         self.register_buffer("expert_bias", torch.zeros(num_experts))
 
     @property
@@ -150,8 +154,8 @@ class QuantileBias(Balancer):
         return self.expert_bias
 
     @property
-    def histogram_EB(self) -> torch.Tensor:
-        """See :attr:`Balancer.histogram_EB`."""
+    def histogram_REB(self) -> torch.Tensor:
+        """See :attr:`Balancer.histogram_REB`."""
         return self.statistics
 
     def observe(self, scores_TE: torch.Tensor, expert_TK: torch.Tensor) -> None:
@@ -161,7 +165,7 @@ class QuantileBias(Balancer):
         threshold_T1 = scores_TE.topk(K + 1)[0][:, K:]
         bin_TE = shift_bins(threshold_T1 - scores_TE) + BINS * torch.arange(self.num_experts, device=scores_TE.device)
         at_N = bin_TE.flatten()
-        self.statistics.view(-1).scatter_add_(0, at_N, torch.ones_like(at_N, dtype=torch.int32))
+        self.statistics[0].view(-1).scatter_add_(0, at_N, torch.ones_like(at_N, dtype=torch.int32))
 
     def step(self, learned: list[torch.Tensor], statistics: torch.Tensor) -> list[torch.Tensor]:
         """See :meth:`Balancer.step`."""
@@ -224,7 +228,10 @@ def learned_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def update_balancers(
-    found: Iterable[Balancer], data_group: dist.ProcessGroup, tensor_group: TensorGroup, finite: torch.Tensor | bool
+    found: Iterable[Balancer],
+    data_group: dist.ProcessGroup | None,
+    tensor_group: TensorGroup,
+    finite: torch.Tensor | bool,
 ) -> None:
     """Let balancers learn from the update that has just been made, and forget its statistics.
 
@@ -232,24 +239,25 @@ def update_balancers(
 
     Args:
         found: of :func:`balancers`.
-        data_group: ranks with other tokens.
+        data_group: ranks with other tokens; None for a process alone.
         tensor_group: ranks with the same tokens, whose logits may differ in their last bits.
         finite: whether the gradient norm was; otherwise the update was skipped, and nothing is learned of it.
     """
     found = list(found)
     if not found:
         return
-    flat = torch.cat([each.statistics.flatten() for each in found])
-    if data_group.size() > 1:
+    sums = [each.statistics.sum(0, dtype=torch.int32) for each in found]
+    flat = torch.cat([each.flatten() for each in sums])
+    if data_group is not None and data_group.size() > 1:
         dist.all_reduce(flat, group=data_group)
     if tensor_group.size > 1:
         broadcast_first(flat, tensor_group)
-    pieces = flat.split([each.statistics.numel() for each in found])
+    pieces = flat.split([each.numel() for each in sums])
     for _, pairs in itertools.groupby(zip(found, pieces, strict=True), key=lambda pair: pair[0].num_experts):
         layers, statistics = zip(*pairs, strict=True)
         first = layers[0]
         old = [torch.stack([getattr(layer, name) for layer in layers]) for name in first.learned]
-        new = first.step(old, torch.stack(statistics).view(len(layers), *first.statistics.shape))
+        new = first.step(old, torch.stack(statistics).view(len(layers), *first.statistics.shape[1:]))
         for name, before, after in zip(first.learned, old, new, strict=True):
             kept = torch.where(torch.as_tensor(finite), after, before).unbind()
             torch._foreach_copy_([getattr(layer, name) for layer in layers], kept)

@@ -89,12 +89,12 @@ def _balance(router: Router) -> Balance:
     balancer = router.balancer
     if balancer is None:
         return NO_BALANCE
-    return Balance(balancer.bias_E, balancer.share_E, balancer.histogram_EB if router.training else None)
+    return Balance(balancer.bias_E, balancer.share_E, balancer.histogram_REB if router.training else None)
 
 
 def _routing(router: Router, gating: Gating, capacity: int | None) -> Routing:
     balancer = router.balancer
-    if balancer is not None and router.training and balancer.histogram_EB is None:
+    if balancer is not None and router.training and balancer.histogram_REB is None:
         balancer.statistics += gating.counts_E
     expert_TK, gate_TK, slot_TK = gating.expert_T.long()[:, None], gating.gate_T[:, None], gating.slot_T.long()[:, None]
     plan = RoutingPlan(expert_TK, gate_TK, slot_TK, gating.counts_E, capacity, gating.dropped)

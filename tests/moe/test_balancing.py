@@ -19,13 +19,6 @@ METHODS = {
 }
 
 
-class OneProcess:
-    """A process group of one."""
-
-    def size(self) -> int:
-        return 1
-
-
 def make_router(method: str, topk: int = 1, **moe) -> Router:
     torch.manual_seed(0)
     router = Router(H, E, MoEConfig(num_experts=(E,), topk=topk, **METHODS[method], **moe))
@@ -40,7 +33,7 @@ def tokens(count: int, seed: int, shared: float = 1.0) -> torch.Tensor:
 
 
 def update(router: Router, finite: bool = True) -> None:
-    update_balancers(balancers(router), OneProcess(), ALONE, finite)
+    update_balancers(balancers(router), None, ALONE, finite)
 
 
 def busiest(router: Router, x: torch.Tensor) -> float:
@@ -175,7 +168,7 @@ def test_steps_of_a_bias_grow_in_one_direction_and_shrink_when_it_turns():
     steps = []
     for counts in ([4, 0], [4, 0], [4, 0], [0, 4], [4, 0], [0, 4], [2, 2]):
         balancer.statistics[:] = 2
-        balancer.statistics[:2] = torch.tensor(counts)
+        balancer.statistics[0, :2] = torch.tensor(counts)
         update(router)
         steps.append(round(float(balancer.bias_step[1]), 6))
     assert steps == [0.01, 0.015, 0.0225, -0.01125, 0.01, -0.01, 0.0]

@@ -44,7 +44,7 @@ class Balance(NamedTuple):
 
     bias_E: torch.Tensor | None = None  # fp32, added to the logits for the choice
     share_E: torch.Tensor | None = None  # fp32, loads for the aux loss in place of the micro-batch's
-    histogram_EB: torch.Tensor | None = None  # int32, gets this micro-batch added
+    histogram_REB: torch.Tensor | None = None  # int32, of which each gets a part of this micro-batch added
 
 
 NO_BALANCE = Balance()
@@ -119,7 +119,8 @@ def _logits(x_ptr, w_ptr, row, T, H, E, BT: tl.constexpr, BE: tl.constexpr, BK: 
 
 @jit
 def _gate_forward(
-    x_ptr, w_ptr, bias_ptr, expert_ptr, gate_ptr, lse_ptr, p_sum_ptr, z_sum_ptr, histogram_ptr, T, H, E, finest, width,
+    x_ptr, w_ptr, bias_ptr, expert_ptr, gate_ptr, lse_ptr, p_sum_ptr, z_sum_ptr, histogram_ptr,
+    T, H, E, copies, finest, width,
     BT: tl.constexpr, BE: tl.constexpr, BK: tl.constexpr, IEEE: tl.constexpr, BIAS: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
     """With BIAS, experts are chosen by logit + bias. With BINS above 0, count what scores lack of thresholds."""
@@ -153,7 +154,8 @@ def _gate_forward(
         at = tl.where(shift < 0, -asinh, asinh) / width + BINS / 2
         at = tl.where(at == at, tl.minimum(tl.maximum(at, 0.0), BINS - 1.0), 0.0)
         inside = (row < T)[:, None] & (e < E)[None, :]
-        tl.atomic_add(histogram_ptr + e[None, :] * BINS + at.to(tl.int32), 1, mask=inside, sem="relaxed")
+        row_of_bins = block % copies * E + e
+        tl.atomic_add(histogram_ptr + row_of_bins[None, :] * BINS + at.to(tl.int32), 1, mask=inside, sem="relaxed")
 
 
 @jit
@@ -305,12 +307,13 @@ def launch_forward(
     def or_any(x: torch.Tensor | None) -> torch.Tensor:
         return lse_T if x is None else x  # any: it is not read
 
+    copies = 1 if balance.histogram_REB is None else balance.histogram_REB.size(0)
     if T:
         _gate_forward[(gate_blocks,)](
             x_TH, weight_EH, or_any(balance.bias_E), expert_T, gate_T, lse_T, p_sum, z_sum,
-            or_any(balance.histogram_EB), T, H, E, FINEST, BIN_WIDTH, BT, BE, BK, _ieee(x_TH, weight_EH),
+            or_any(balance.histogram_REB), T, H, E, copies, FINEST, BIN_WIDTH, BT, BE, BK, _ieee(x_TH, weight_EH),
             balance.bias_E is not None,
-            0 if balance.histogram_EB is None or E == 1 else BINS,
+            0 if balance.histogram_REB is None or E == 1 else BINS,
             num_warps=warps, num_stages=stages,
         )  # fmt: skip
         if agree is not None:

@@ -81,13 +81,16 @@ def test_the_histogram_is_that_of_plain_torch(T, H, E):
     x, weight = inputs(T, H, E, torch.float32)
     balancer = QuantileBias(E, MoEConfig(num_experts=(E,), moe_router_load_balancing_type="quantile_balancing"))
     balancer.to(DEVICE).expert_bias.copy_(torch.linspace(-1, 1, E))
-    histogram_EB = torch.zeros_like(balancer.statistics)
+    histogram_REB = torch.zeros_like(balancer.statistics)
     for _ in range(2):  # it is added to
-        module.gate(x, weight, None, random=False, balance=module.Balance(balancer.bias_E, None, histogram_EB))
+        module.gate(x, weight, None, random=False, balance=module.Balance(balancer.bias_E, None, histogram_REB))
         scores_TE = x.double() @ weight.double().T + balancer.bias_E
         balancer.observe(scores_TE, scores_TE.argmax(-1, keepdim=True))
+    histogram_EB = histogram_REB.sum(0)
     assert histogram_EB.sum() == balancer.statistics.sum() == (0 if E == 1 else 2 * T * E)
-    moved = (histogram_EB.cumsum(1) - balancer.statistics.cumsum(1)).abs()  # across the edge of a bin, by rounding
+    moved = (
+        histogram_EB.cumsum(1) - balancer.statistics.sum(0).cumsum(1)
+    ).abs()  # across the edge of a bin, by rounding
     assert moved.sum() <= 0.002 * 2 * T * E
 
 
