@@ -12,7 +12,7 @@ JSON-able ``meta``. It is written atomically, verified before loading, and conta
 The files: :mod:`megatron.checkpoint.folder`; how boxes get into them and out: :mod:`megatron.checkpoint.storage`.
 """
 
-from megatron.checkpoint.errors import CheckpointError, ContactLost
+from megatron.checkpoint.errors import CheckpointError, CommunicationError
 from megatron.checkpoint.folder import CheckpointStatus, latest
 from megatron.checkpoint.loading import load, read_meta
 from megatron.checkpoint.saving import AsyncSaver, save
@@ -23,7 +23,7 @@ __all__ = [
     "Box",
     "CheckpointError",
     "CheckpointStatus",
-    "ContactLost",
+    "CommunicationError",
     "Deferred",
     "ShardedTensor",
     "data_of",

@@ -1,4 +1,4 @@
-"""Steps that all ranks of a group take or fail together."""
+"""Steps that succeed or fail on all ranks of a group together."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -10,8 +10,8 @@ from megatron.checkpoint.errors import CheckpointError
 T = TypeVar("T")
 
 
-class Group:
-    """A process group, or the one process there is when torch.distributed is not initialised."""
+class Coordinator:
+    """Runs steps on the ranks of a process group, or in this process when torch.distributed is not initialized."""
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         self.distributed = dist.is_available() and dist.is_initialized()
@@ -22,7 +22,7 @@ class Group:
             raise ValueError("this process is not in the group given for the checkpoint; only its members may call")
 
     def gather(self, step: Callable[[], T]) -> list[T]:
-        """Take ``step`` on every rank. Returns every rank's result, in the order of ranks.
+        """Call ``step`` on every rank. Returns every rank's result, in the order of ranks.
 
         Raises:
             CheckpointError: it failed somewhere; on every rank, with the same message.
@@ -42,19 +42,19 @@ class Group:
         return [result for result, _ in everyone]
 
     def each(self, step: Callable[[], T]) -> T:
-        """Take ``step`` on every rank. Returns this rank's result, which does not travel; raises as :meth:`gather`."""
+        """Call ``step`` on every rank. Returns this rank's result, which is not sent; raises as :meth:`gather`."""
         results: list[T] = []
         self.gather(lambda: results.append(step()))
         return results[0]
 
     def first(self, step: Callable[[], T]) -> T:
-        """Take ``step`` on the first rank alone, and give its result to every rank; raises as :meth:`gather`."""
+        """Call ``step`` on the first rank only, and send its result to every rank; raises as :meth:`gather`."""
         of_first = self.gather(lambda: [step()] if self.rank == 0 else [])[0]
         return of_first[0]
 
 
 def raise_failures(failures: dict[int, str], world_size: int, doing: str = "") -> None:
-    """Raise one CheckpointError that tells what failed on which ranks; equal failures are told once.
+    """Raise one CheckpointError that says what failed on which ranks; equal failures are listed once.
 
     Args:
         failures: rank -> what went wrong there; nothing is raised when it is empty.
@@ -65,10 +65,10 @@ def raise_failures(failures: dict[int, str], world_size: int, doing: str = "") -
     ranks: dict[str, list[int]] = {}
     for rank, failure in sorted(failures.items()):
         ranks.setdefault(failure, []).append(rank)
-    told = []
+    messages = []
     for failure, where in ranks.items():
         named = ", ".join(map(str, where[:8])) + (", ..." if len(where) > 8 else "")
-        told.append(failure if world_size == 1 else f"rank {named}: {failure}")
-    if len(told) > 5:
-        told[5:] = [f"and {len(told) - 5} other failures"]
-    raise CheckpointError(doing + "; ".join(told))
+        messages.append(failure if world_size == 1 else f"rank {named}: {failure}")
+    if len(messages) > 5:
+        messages[5:] = [f"and {len(messages) - 5} other failures"]
+    raise CheckpointError(doing + "; ".join(messages))

@@ -7,8 +7,8 @@ class CheckpointError(RuntimeError):
     """A checkpoint cannot be written, found or trusted. Raised on every rank of the group, with the same message."""
 
 
-class ContactLost(CheckpointError):
-    """Another rank does not answer, so there is nothing that the ranks can still do together."""
+class CommunicationError(CheckpointError):
+    """Another rank does not answer, so no further collective is possible."""
 
 
 def some(items: Sequence[str], most: int = 5) -> str:

@@ -163,7 +163,7 @@ def latest(folder: str | os.PathLike) -> Path | None:
         try:
             read_manifest(folder)
         except CheckpointError as error:
-            raise CheckpointError(f"{error}. {remedy(folder)}") from None
+            raise CheckpointError(f"{error}. {load_instead(folder)}") from None
     marked = _marked(folder)
     if marked is not None and is_complete(folder / marked):
         return folder / marked
@@ -216,7 +216,7 @@ def damage(checkpoint: Path, name: str, record: FileRecord) -> str | None:
     return None
 
 
-def remedy(checkpoint: Path) -> str:
+def load_instead(checkpoint: Path) -> str:
     """What to load instead of a damaged checkpoint."""
     others = [path for path in _best_first(complete_checkpoints(checkpoint.parent)) if path.name != checkpoint.name]
     if others:

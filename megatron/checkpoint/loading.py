@@ -14,9 +14,9 @@ from torch.distributed.checkpoint import state_dict_loader
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
-from megatron.checkpoint.agree import Group, raise_failures
+from megatron.checkpoint.agree import Coordinator, raise_failures
 from megatron.checkpoint.errors import CheckpointError, some
-from megatron.checkpoint.folder import META, Manifest, damage, in_use, latest, read_manifest, remedy
+from megatron.checkpoint.folder import META, Manifest, damage, in_use, latest, load_instead, read_manifest
 from megatron.checkpoint.storage import BoxLoadPlanner, Reader, read_index, stored_tensor
 from megatron.checkpoint.tensors import ShardedTensor, by_name, dtype_name
 
@@ -49,7 +49,7 @@ def load(
             tensor is missing, unexpected or of another shape. No destination was changed, unless the message says that
             reading failed after verification: then they hold no usable values.
     """
-    ranks = Group(group)
+    ranks = Coordinator(group)
     checkpoint = ranks.first(lambda: _find(folder))
     with in_use(checkpoint) if ranks.rank == 0 else contextlib.nullcontext():
         _verify(checkpoint, ranks)
@@ -83,7 +83,7 @@ def read_meta(folder: str | os.PathLike) -> dict[str, Any]:
     record = read_manifest(checkpoint).files.get(META)
     problem = f"{META} is not in its manifest" if record is None else damage(checkpoint, META, record)
     if problem:
-        raise CheckpointError(f"checkpoint {checkpoint} is damaged: {problem}. {remedy(checkpoint)}")
+        raise CheckpointError(f"checkpoint {checkpoint} is damaged: {problem}. {load_instead(checkpoint)}")
     return _parse_meta(checkpoint)
 
 
@@ -98,7 +98,7 @@ def _parse_meta(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / META).read_bytes())
 
 
-def _verify(checkpoint: Path, ranks: Group) -> None:
+def _verify(checkpoint: Path, ranks: Coordinator) -> None:
     """Compare every file with the manifest; the ranks share the work."""
 
     def check() -> list[str]:
@@ -112,7 +112,7 @@ def _verify(checkpoint: Path, ranks: Group) -> None:
     if problems:
         raise CheckpointError(
             f"checkpoint {checkpoint} is damaged: {some(problems)}. Nothing was loaded. "
-            + ranks.first(lambda: remedy(checkpoint))
+            + ranks.first(lambda: load_instead(checkpoint))
         )
 
 
@@ -128,7 +128,9 @@ def _share(manifest: Manifest, rank: int, world_size: int) -> list[str]:
     return mine
 
 
-def _match(checkpoint: Path, wanted: Mapping[str, ShardedTensor], index: Metadata, ranks: Group, strict: bool) -> None:
+def _match(
+    checkpoint: Path, wanted: Mapping[str, ShardedTensor], index: Metadata, ranks: Coordinator, strict: bool
+) -> None:
     """Compare what the ranks want with what the checkpoint holds."""
     known = index.state_dict_metadata
 

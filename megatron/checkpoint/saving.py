@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch.distributed.checkpoint import state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron.checkpoint.agree import Group, raise_failures
-from megatron.checkpoint.errors import ContactLost
+from megatron.checkpoint.agree import Coordinator, raise_failures
+from megatron.checkpoint.errors import CommunicationError
 from megatron.checkpoint.folder import CheckpointStatus, abandon, delete_older, step_name
 from megatron.checkpoint.storage import BoxSavePlanner, Writer
 from megatron.checkpoint.tensors import Box, ShardedTensor, data_of
@@ -53,9 +53,9 @@ def save(
 
     Raises:
         CheckpointError: on every rank, with the same message, which names the ranks and what went wrong. The ranks may
-            go on and save again, but for ContactLost.
+            go on and save again, but for CommunicationError.
     """
-    return _write(Path(folder), step, lambda: entries, meta, Group(group), keep_last, status)
+    return _write(Path(folder), step, lambda: entries, meta, Coordinator(group), keep_last, status)
 
 
 class AsyncSaver:
@@ -72,12 +72,12 @@ class AsyncSaver:
     def __init__(self, group: dist.ProcessGroup | None = None, timeout: datetime.timedelta | None = None) -> None:
         self._made_for = group
         own = None
-        if Group(group).distributed:
+        if Coordinator(group).distributed:
             members = dist.get_process_group_ranks(group or dist.group.WORLD)
             own = dist.new_group(members, timeout=timeout, backend="gloo", use_local_synchronization=True)
             if not isinstance(own, dist.ProcessGroup):
                 raise ValueError("this rank is not in the group that saves; make the saver on its members only")
-        self._ranks = Group(own)
+        self._ranks = Coordinator(own)
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -111,7 +111,7 @@ class AsyncSaver:
         failure: Exception | None = None
         try:
             staged, meta = _copy_to_cpu(entries), copy.deepcopy(meta)
-        except Exception as error:  # told to all ranks by the save, so that none waits for this one
+        except Exception as error:  # the save reports it to all ranks, so that none waits for this one
             failure = error
 
         def copies() -> list[ShardedTensor]:
@@ -159,7 +159,7 @@ def _write(
     step: int,
     entries: Callable[[], Sequence[ShardedTensor]],
     meta: dict[str, Any],
-    ranks: Group,
+    ranks: Coordinator,
     keep_last: int,
     status: CheckpointStatus,
 ) -> Path:
@@ -177,7 +177,7 @@ def _write(
             abandon(folder, step)
         raise_failures({rank: str(failure) for rank, (failure, _) in error.failures.items()}, ranks.size, doing)
     except RuntimeError as error:
-        raise ContactLost(f"{doing}Rank {ranks.rank} lost contact with another one: {error}") from error
+        raise CommunicationError(f"{doing}Rank {ranks.rank} lost contact with another one: {error}") from error
     if ranks.rank == 0:
         delete_older(folder, keep_last)
     return folder / step_name(step)

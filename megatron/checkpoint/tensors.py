@@ -131,8 +131,8 @@ def by_name(entries: Iterable[ShardedTensor], *, exact_dtype: bool) -> dict[str,
     """This rank's entries by name: entries of one name joined, boxes without elements left out, everything checked.
 
     Raises:
-        CheckpointError: a box does not fit its tensor, has another data type (only with ``exact_dtype``), stands twice
-            at one place, or two entries of one name contradict each other.
+        CheckpointError: a box does not fit its tensor, has another data type (only with ``exact_dtype``) or starts
+            where another one does, or two entries of one name contradict each other.
     """
     joined: dict[str, ShardedTensor] = {}
     for entry in entries:

@@ -30,11 +30,12 @@ class ModelConfig:
         128, "The vocabulary is padded to a multiple of this that the tensor-parallel processes can share.", min=1,
         resumable=True,
     )  # fmt: skip
-    init_method_std: float = option(0.02, "Standard deviation of the initial weights.", above=0)
+    init_method_std: float = option(0.02, "Standard deviation of the initial weights.", above=0, finetunable=True)
     hidden_dropout: float = option(
-        0.1, "Dropout on embeddings and on the output of each attention and feed-forward.", min=0, below=1
-    )
-    attention_dropout: float = option(0.1, "Dropout on attention probabilities.", min=0, below=1)
+        0.1, "Dropout on embeddings and on the output of each attention and feed-forward.", min=0, below=1,
+        finetunable=True,
+    )  # fmt: skip
+    attention_dropout: float = option(0.1, "Dropout on attention probabilities.", min=0, below=1, finetunable=True)
     layernorm_epsilon: float = option(1e-5, "Epsilon of the layer norms.", above=0)
     qk_layernorm: bool = option(
         False, "Normalize queries and keys, each head by itself, before attention.", resumable=False

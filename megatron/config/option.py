@@ -3,7 +3,7 @@
 Every option is one field of a section's dataclass, made by :func:`option`. Its line holds the default, the help, the
 range or choices, how text is read, and whether it may change when a run is resumed. The command line, the YAML reader,
 ``--help``, validation and the check on a resume all read that line. What options require of each other is checked by
-functions marked with :func:`rule`, which stand below the section they belong to.
+functions marked with :func:`rule`, below the section they belong to.
 """
 
 import dataclasses
@@ -30,6 +30,7 @@ def option(
     below: float | None = None,
     choices: tuple[str, ...] | None = None,
     resumable: bool | None = None,
+    finetunable: bool = False,
     flag: str | None = None,
     parse: Callable[[str], Any] | None = None,
     nargs: str | None = None,
@@ -48,13 +49,16 @@ def option(
         resumable: True, the option may change when a run is resumed. None, it may change, with a warning: the run does
             not go on as it would have. False, the shapes of the checkpoint's tensors follow from it:
             :mod:`megatron.training.resume` refuses other shapes.
+        finetunable: True, no warning if ``--finetune`` starts with another value than the checkpoint's: trained weights
+            compute the same with any value. Only options of the model and its experts are compared then.
         flag: the flag's name; by default the field's name with dashes. A boolean field whose default is True takes the
             name of the flag that turns it off here (``--disable-…`` / ``--no-…``).
         parse: turns one word of the command line into a value; by default by the type of the field.
         nargs: argparse's ``nargs`` for list-valued options.
         metavar: what ``--help`` shows in place of the value.
     """
-    description = {"range": Range(min, max, above, below), "resumable": resumable, "help": help, "choices": choices}
+    description = {"range": Range(min, max, above, below), "help": help, "choices": choices}
+    description |= {"resumable": resumable, "finetunable": finetunable}
     description |= {"flag": flag, "parse": parse, "nargs": nargs, "metavar": metavar}
     return dataclasses.field(default=default, metadata=description)
 
@@ -98,6 +102,7 @@ class Option:
     range: Range
     choices: tuple[str, ...] | None
     resumable: bool | None
+    finetunable: bool
     flag: str  # for a boolean that is true by default, the flag that turns it off
     opposite: str | None  # for a boolean, the flag that undoes ``flag``
     parse: Callable[[str], Any] | None

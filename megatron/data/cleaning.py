@@ -85,7 +85,7 @@ class Cleaned:
 
 
 @dataclasses.dataclass
-class _Judged:
+class _FilteredDocument:
     """One record: the line to write, or why it has to go, and what duplicates are found by."""
 
     number: int
@@ -95,36 +95,36 @@ class _Judged:
     signature: Any = None
 
 
-class _Judge:
+class _DocumentFilter:
     """Looks at each document on its own; runs in worker processes."""
 
     def __init__(self, key: str, filters: Filters, near: float | None) -> None:
         self._key, self._filters, self._near = key, filters, near
         self._hashes: dict[str, int] = {}
 
-    def __call__(self, batch: Batch) -> list[_Judged]:
-        found: list[_Judged] = []
+    def __call__(self, batch: Batch) -> list[_FilteredDocument]:
+        found: list[_FilteredDocument] = []
         runs: list[list[bytes]] = []
         for number, record in enumerate(batch.records, start=batch.first):
             try:
                 texts = record_texts(record, batch.kind, (self._key,), number == 1 and batch.span.start == 0)
             except DataError as error:
-                found.append(_Judged(number, b"", f"broken: {error}".partition(";")[0]))
+                found.append(_FilteredDocument(number, b"", f"broken: {error}".partition(";")[0]))
                 continue
             if texts is None:
                 continue
             (text,) = texts
-            judged = _Judged(number, self._line(batch, record, text), self._filters.reason(text))
-            if judged.reason is None:
-                judged.digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
+            filtered = _FilteredDocument(number, self._line(batch, record, text), self._filters.reason(text))
+            if filtered.reason is None:
+                filtered.digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
                 if self._near is not None:
                     runs.append(self._runs(text))
-            found.append(judged)
+            found.append(filtered)
         if runs:
             signatures = iter(load_rensa().RMinHash.from_token_sets(runs, PERMUTATIONS, SEED))
-            for judged in found:
-                if judged.reason is None:
-                    judged.signature = next(signatures)
+            for filtered in found:
+                if filtered.reason is None:
+                    filtered.signature = next(signatures)
         return found
 
     def _line(self, batch: Batch, record: Any, text: str) -> bytes:
@@ -235,26 +235,28 @@ def clean(
                     writer.save({"position": dataclasses.asdict(position), "counts": _counts(done)} | duplicates.sync())
 
             with (
-                in_order(_Judge, (json_key, filters, near), workers) as judge,
+                in_order(_DocumentFilter, (json_key, filters, near), workers) as apply,
                 Duplicates(output_prefix, exact, near, point.get("seen")) as duplicates,
                 ProgressBar(sum(span.size for span in spans), log_interval) as bar,
             ):
                 if not point and others:
-                    for batch, judged_batch in judge(read_batches(spans_of(others), (json_key,))):
-                        for judged in judged_batch:
-                            if judged.reason is None:
-                                duplicates.reason(judged.digest, judged.signature, f"{batch.span.path}:{judged.number}")
+                    for batch, filtered_batch in apply(read_batches(spans_of(others), (json_key,))):
+                        for filtered in filtered_batch:
+                            if filtered.reason is None:
+                                duplicates.reason(
+                                    filtered.digest, filtered.signature, f"{batch.span.path}:{filtered.number}"
+                                )
                     save(Position())
                 batch_bytes = min(BATCH_BYTES, part_bytes)  # files end where batches do
                 start = Position(**point.get("position", {}))
                 batches = read_batches(spans, (json_key,), start=start, batch_bytes=batch_bytes)
-                for batch, judged_batch in judge(batches):
-                    _keep_or_remove(batch.span.path, judged_batch, duplicates, writer, done)
+                for batch, filtered_batch in apply(batches):
+                    _keep_or_remove(batch.span.path, filtered_batch, duplicates, writer, done)
                     if writer.full:
                         writer.close_part()
                         save(batch.end)
-                    size = sum(len(judged.line) for judged in judged_batch)
-                    bar.update(batch.consumed, len(judged_batch), size, sum(done.removed.values()))
+                    size = sum(len(filtered.line) for filtered in filtered_batch)
+                    bar.update(batch.consumed, len(filtered_batch), size, sum(done.removed.values()))
             if stamps != {"inputs": stamps_of(paths), "against": stamps_of(others)}:
                 raise DataError("--input: a file was changed while it was read; run again when nobody writes to it")
             if not done.kept:
@@ -264,19 +266,19 @@ def clean(
 
 
 def _keep_or_remove(
-    path: str, judged_batch: Sequence[_Judged], duplicates: Duplicates, writer: Parts, done: Cleaned
+    path: str, filtered_batch: Sequence[_FilteredDocument], duplicates: Duplicates, writer: Parts, done: Cleaned
 ) -> None:
-    for judged in judged_batch:
-        reason, first = judged.reason, None
+    for filtered in filtered_batch:
+        reason, first = filtered.reason, None
         if reason is None:
-            reason, first = duplicates.reason(judged.digest, judged.signature, f"{path}:{judged.number}")
+            reason, first = duplicates.reason(filtered.digest, filtered.signature, f"{path}:{filtered.number}")
         if reason is None:
-            writer.add(judged.line)
+            writer.add(filtered.line)
             done.kept += 1
         else:
-            writer.remove(path, judged.number, reason, first)
+            writer.remove(path, filtered.number, reason, first)
             done.removed[reason.partition(":")[0]] += 1
-    done.documents += len(judged_batch)
+    done.documents += len(filtered_batch)
 
 
 def _counts(done: Cleaned) -> dict[str, Any]:

@@ -61,7 +61,23 @@ class _FromLists:
         return [np.array(ids, dtype=np.int32) for ids in self.encode_batch(texts)]  # type: ignore[attr-defined]
 
 
-class GPT2BPETokenizer:
+class _TokenizersBackend(_FromLists):
+    """Encoding and decoding by Hugging Face's tokenizers."""
+
+    _backend: Any
+    vocab_size: int
+
+    def encode(self, text: str) -> list[int]:
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._backend.decode(_checked(ids, self.vocab_size), skip_special_tokens=False)
+
+
+class GPT2BPETokenizer(_TokenizersBackend):
     """GPT-2's byte-level BPE: every text round-trips exactly.
 
     Hugging Face's tokenizers make the tokens; where tiktoken is installed, it makes the same ones faster.
@@ -112,7 +128,7 @@ class GPT2BPETokenizer:
 
     def encode_arrays(self, texts: list[str]) -> list[np.ndarray]:
         if self._fast is None:
-            return [np.array(ids, dtype=np.int32) for ids in self.encode_batch(texts)]
+            return super().encode_arrays(texts)
         return [
             np.array(self.encode(text), dtype=np.int32)
             if _spaced_out(text)
@@ -120,17 +136,8 @@ class GPT2BPETokenizer:
             for text in texts
         ]
 
-    def encode(self, text: str) -> list[int]:
-        return self._backend.encode(text, add_special_tokens=False).ids
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return self._backend.decode(_checked(ids, self.vocab_size), skip_special_tokens=False)
-
-
-class HFTokenizer(_FromLists):
+class HFTokenizer(_TokenizersBackend):
     """A Hugging Face ``tokenizer.json``, without truncation, padding and the special tokens it may add around a text.
 
     Args:
@@ -159,15 +166,6 @@ class HFTokenizer(_FromLists):
         self.vocab_size = max(vocab.values()) + 1
         self.eod, other = _end_of_document(vocab, END_OF_DOCUMENT, f"--tokenizer-model {tokenizer_file}", eod_token)
         self.fingerprint = _fingerprint(self.kind, tokenizer_file, **other)
-
-    def encode(self, text: str) -> list[int]:
-        return self._backend.encode(text, add_special_tokens=False).ids
-
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return self._backend.decode(_checked(ids, self.vocab_size), skip_special_tokens=False)
 
 
 class SentencePieceTokenizer(_FromLists):

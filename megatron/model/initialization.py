@@ -1,16 +1,13 @@
 """Initial values of the model's parameters, the same on any device and in any parallel layout."""
 
-import math
-
 import torch
 from torch import nn
 
-from megatron.moe.initialization import fill_normal, named_generator
+from megatron.moe.initialization import fill_normal, named_generator, residual_output_std
 from megatron.moe.layer import MoELayer
 from megatron.parallel.sharding import collect_layouts
 
-# Weights that write into the residual stream. L layers add 2 L such outputs, so each is scaled by 1/sqrt(2 L) to keep
-# the stream's variance independent of depth (Radford et al. 2019, section 2.3).
+# Weights that write into the residual stream.
 RESIDUAL_OUTPUTS = ("attention.dense.weight", "mlp.fc2.weight")
 
 
@@ -32,5 +29,5 @@ def initialize(model: nn.Module, std: float, num_layers: int, seed: int) -> None
         elif parameter.dim() == 1:  # the scale of a norm
             parameter.fill_(1.0)
         else:
-            scale = std / math.sqrt(2 * num_layers) if name.endswith(RESIDUAL_OUTPUTS) else std
+            scale = residual_output_std(std, num_layers) if name.endswith(RESIDUAL_OUTPUTS) else std
             fill_normal(parameter, scale, named_generator(seed, name), layouts[name].shards)

@@ -4,7 +4,6 @@ Shapes: H hidden, E experts.
 """
 
 import functools
-import math
 from typing import NamedTuple
 
 import torch
@@ -14,7 +13,7 @@ from torch import nn
 from megatron.config import ModelConfig, MoEConfig
 from megatron.moe.dispatcher import CapacityDispatcher, Dispatcher, DroplessDispatcher
 from megatron.moe.experts import Experts
-from megatron.moe.initialization import fill_normal, named_generator
+from megatron.moe.initialization import fill_normal, named_generator, residual_output_std
 from megatron.moe.mlp import MLP
 from megatron.moe.operations import OperationChoice
 from megatron.moe.router import Router
@@ -128,7 +127,7 @@ class MoELayer(nn.Module):
         The router's are normal(0, std * moe_router_init_mult).
         """
         std = model.init_method_std
-        output_std = std / math.sqrt(2 * model.num_layers)
+        output_std = residual_output_std(std, model.num_layers)
         self.experts.initialize(std, output_std, seed, layer)
         fill_normal(self.router.weight, std * moe.moe_router_init_mult, named_generator(seed, f"layer {layer}/router"))
         if self.mlp is not None:

@@ -44,9 +44,9 @@ HOST_MS = {False: (2.15, 4.63), True: (3.86, 7.55)}
 # AdamW: bytes a second that its kernel moves, of the GPU's 4.8e12
 UPDATE_OF_BANDWIDTH = 4.1 / 4.8
 
-# Seconds a weight that an update takes beyond that: with 8-bit moments, and in CPU memory, by four threads of a host
-# with one process (docs/memory.md: 1.3B:8, 1.3B+8:8; 1.3B:8, 350M+8:16)
-UPDATE_IN_8_BITS = 17e-12
+# Seconds a weight that an update takes beyond that: by --optimizer, and in CPU memory, by four threads of a host with
+# one process (docs/memory.md: 1.3B:8, 1.3B+8:8; 1.3B:8, 350M+8:16)
+UPDATE_OF_OPTIMIZER = {"adamw8bit": 17e-12}
 UPDATE_ON_HOST = 0.89e-9
 
 # Share of a link's data-sheet bandwidth that collectives reach. Not measured between nodes: an assumption.

@@ -228,11 +228,11 @@ def _update(
     share = 1 if config.parallel.enable_expert_tensor_parallelism else config.parallel.tensor_model_parallel_size
     pieces = held.dense / replicas + sum(n / (replicas // degree * share) for degree, n in held.experts.items())
     sums = 0 if _no_sums(config, replicas, micro_batches) else held.total * SUM_BYTES * micro_batches
-    more = 0.0
     if config.optimizer.optimizer_cpu_offload:
         more = pieces * measured.UPDATE_ON_HOST
-    elif config.optimizer.optimizer_name == "adamw8bit":
-        more = pieces * measured.UPDATE_IN_8_BITS * find_device(measured.DEVICE).bandwidth / device.bandwidth
+    else:
+        more = pieces * measured.UPDATE_OF_OPTIMIZER.get(config.optimizer.optimizer_name, 0.0)
+        more *= find_device(measured.DEVICE).bandwidth / device.bandwidth
     return (pieces * UPDATE_BYTES + sums) / (device.bandwidth * measured.UPDATE_OF_BANDWIDTH) + more
 
 

@@ -48,7 +48,7 @@ from megatron.training.trainer import Trainer
 def pretrain(config: RunConfig, signals: StopSignals, hooks: Sequence[Hook] = ()) -> int:
     """Train as ``config`` says. Returns the exit status; what the user can mend is printed, not raised.
 
-    A signal stops the run wherever it stands: before the first update, or after a save.
+    A signal stops the run at any point: before the first update, or after a save.
 
     In a run of several processes an error is the end of this one: see :mod:`megatron.parallel.failure_monitor`.
 
@@ -67,7 +67,7 @@ def pretrain(config: RunConfig, signals: StopSignals, hooks: Sequence[Hook] = ()
         except (ValueError, OSError, CheckpointError) as error:
             if not runs_preflight:
                 raise
-            device, problem = torch.device("cpu"), str(error)  # told with those of the other ranks
+            device, problem = torch.device("cpu"), str(error)  # reported with those of the other ranks
         # expert parallelism means nothing to a dense model, so that --num-experts alone tells the two apart
         degrees = config.parallel.moe_expert_parallel_size if config.moe.enabled else (1,)
         parallel = dataclasses.replace(config.parallel, moe_expert_parallel_size=degrees)
@@ -82,14 +82,14 @@ def pretrain(config: RunConfig, signals: StopSignals, hooks: Sequence[Hook] = ()
         launch, store = rendezvous(launch, parallel.timeout)
         seconds = parallel.timeout.total_seconds()
         with monitor_failures(
-            launch, store, seconds, lambda: how_to_go_on(config), lambda: signals.ends_start
+            launch, store, seconds, lambda: how_to_go_on(config), lambda: signals.interrupted_rendezvous
         ) as monitor:
             if runs_preflight and (problems := gather_problems(launch, store, problem)):
                 if launch.rank == 0:
                     print("\n".join(f"error on {each}" for each in problems), file=sys.stderr, flush=True)
                 return 1 if config.guard.preflight_only else 2
             topology = initialize(parallel, launch, device, store)
-            signals.all_met()
+            signals.rendezvous_done()
             ready = not runs_preflight or _passes_preflight(config, topology, monitor)
             if ready and not config.guard.preflight_only:
                 with only_run_in(config.checkpoint.save, topology):

@@ -7,15 +7,12 @@ from typing import Any
 
 from megatron.checkpoint import CheckpointError, load
 from megatron.config import RunConfig
-from megatron.config.run import OPTIONS, SECTIONS, flatten, from_dict
+from megatron.config.run import OPTIONS, flatten, from_dict
 from megatron.data.tokenizer import Tokenizer
 from megatron.engine.base import Engine
 from megatron.parallel.initialize import Topology
 from megatron.training.clock import Clock
 from megatron.training.start import Checkpoint
-
-# Of model and experts, what may change when a new run starts from the weights and says nothing of what they compute.
-_FREE_TO_FINETUNE = {"hidden_dropout", "attention_dropout", "init_method_std"}
 
 
 def describe_base(config: RunConfig, base: Checkpoint) -> dict[str, Any]:
@@ -77,7 +74,8 @@ def check_base(meta: dict[str, Any], config: RunConfig, vocab_size: int, tokeniz
             f"--finetune-load-optim: the checkpoint in --load {config.checkpoint.load} holds no optimizer state; leave "
             "the flag out to start the optimizer anew"
         )
-    return _describe(changed | _changed_options(meta, config, ("model", "moe"), _FREE_TO_FINETUNE))
+    compared = {name for name, o in OPTIONS.items() if o.section in ("model", "moe") and not o.finetunable}
+    return _describe(changed | _changed_options(meta, config, compared))
 
 
 def _check_model(
@@ -118,18 +116,18 @@ def _check_model(
 
 
 def _changed_options(
-    meta: dict[str, Any], config: RunConfig, sections: Collection[str] = tuple(SECTIONS), but: Collection[str] = ()
+    meta: dict[str, Any], config: RunConfig, compared: Collection[str] = OPTIONS.keys()
 ) -> dict[str, tuple[Any, Any]]:
-    """Options whose change is worth a warning and that are not as in the checkpoint, by flag; without those in ``but``.
+    """Of the options ``compared``, those whose change is worth a warning and that differ from the checkpoint, by flag.
 
-    What is not resumable, :func:`_check_model` compares.
+    :func:`_check_model` compares those that are not resumable.
     """
     before, now = (
         flatten(each) | {"moe_loss_coeff": each.moe.aux_loss_coeff} for each in (from_dict(meta["config"]), config)
     )
     changed = {}
     for name, option in OPTIONS.items():
-        if option.section in sections and option.resumable is None and name not in but and before[name] != now[name]:
+        if name in compared and option.resumable is None and before[name] != now[name]:
             flag = f"--{name.replace('_', '-')}" if option.opposite else option.flag
             changed[flag] = (before[name], now[name])
     return changed

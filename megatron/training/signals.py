@@ -31,8 +31,8 @@ class StopSignals:
         with StopSignals() as signals:  # before anything slow
             ...
 
-    Until :meth:`all_met`, a rank may be waiting for one that has died. It is by SIGTERM that a launcher then ends those
-    who wait, so SIGTERM ends the process at once, with status 0: nothing has been trained, and nothing is lost.
+    Until :meth:`rendezvous_done`, a rank may be waiting for one that has died. The launcher ends waiting ranks with
+    SIGTERM, so SIGTERM then ends the process at once, with status 0: nothing has been trained, and nothing is lost.
     """
 
     def __init__(self) -> None:
@@ -55,13 +55,13 @@ class StopSignals:
         for number in HANDLED:
             signal.signal(number, signal.SIG_IGN)  # unlike a handler it lasts until the interpreter is gone
 
-    def all_met(self) -> None:
-        """All ranks have come: from here on a signal is only remembered."""
+    def rendezvous_done(self) -> None:
+        """Say that all ranks have joined: from here on a signal is only remembered."""
         self._met = True
 
     @property
-    def ends_start(self) -> bool:
-        """Whether this process is about to end because SIGTERM came before all ranks had met."""
+    def interrupted_rendezvous(self) -> bool:
+        """Whether this process is about to end because SIGTERM came before all ranks had joined."""
         return self.received == signal.SIGTERM and not self._met
 
     def _remember(self, number: int, frame: FrameType | None = None) -> None:
@@ -72,9 +72,9 @@ class StopSignals:
             for number in os.read(reader, 64):
                 if number in HANDLED:
                     self._remember(number)
-            if self.ends_start:
+            if self.interrupted_rendezvous:
                 time.sleep(DELIVERY)  # an earlier end would look like a death to ranks that the signal has yet to reach
-                if self.ends_start:
+                if self.interrupted_rendezvous:
                     if _is_first():
                         os.write(2, b"SIGTERM before training began: nothing is lost; ending\n")
                     os._exit(0)

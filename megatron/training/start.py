@@ -15,6 +15,7 @@ from megatron.config import RunConfig
 from megatron.config.checkpoint import saves_where_it_loads
 from megatron.config.errors import ConfigError
 from megatron.data.files import try_lock
+from megatron.engine.optim import OPTIMIZERS
 from megatron.parallel.initialize import Topology
 
 _T = TypeVar("_T")
@@ -72,9 +73,11 @@ def check_precision(config: RunConfig, device: torch.device) -> None:
 
 def check_optimizer(config: RunConfig) -> None:
     """Raises ConfigError where the library of the optimizer asked for is missing."""
-    if config.optimizer.optimizer_name == "adamw8bit" and importlib.util.find_spec("torchao") is None:
+    name = config.optimizer.optimizer_name
+    library = OPTIMIZERS[name].library
+    if library is not None and importlib.util.find_spec(library[0]) is None:
         raise ConfigError(
-            "--optimizer adamw8bit needs torchao; run: pip install -c constraints.txt -e '.[8bit]', or use"
+            f"--optimizer {name} needs {library[0]}; run: pip install -c constraints.txt -e '.[{library[1]}]', or use"
             " --optimizer adamw"
         )
 

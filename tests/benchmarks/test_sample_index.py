@@ -8,9 +8,10 @@ from benchmarks import sample_index
 
 
 @pytest.mark.distributed
-def test_it_measures_three_launches(tmp_path, capsys):
+@pytest.mark.parametrize("processes", ["1", pytest.param("2", marks=pytest.mark.exhaustive)])
+def test_it_measures_three_launches(tmp_path, capsys, processes):
     out = tmp_path / "out.json"
-    sample_index.main(["--documents", "2K", "--processes", "2", "--folder", str(tmp_path), "--json", str(out)])
+    sample_index.main(["--documents", "2K", "--processes", processes, "--folder", str(tmp_path), "--json", str(out)])
     rows = json.loads(out.read_text())["rows"]
     assert [(row["cache"], row["built"]) for row in rows] == [("none", 1), ("whole", 0), ("damaged", 1)]
     assert len({row["index_bytes"] for row in rows}) == 1

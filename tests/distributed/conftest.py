@@ -16,8 +16,8 @@ def corpus(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def server():
-    """Starts trainers in a moment."""
+    """Starts trainers in a moment, from a process that has imported all that they need."""
     with trainers.server() as running:
         yield running

@@ -23,8 +23,18 @@ from distributed.tiny_training import (
 from megatron.config import RunConfig
 
 
-def not_finite(run: RunConfig) -> tuple:
-    engine = build(run)
+def not_finite(*runs: RunConfig) -> list[tuple]:
+    """Of each run: one good update, one with a loss that is not finite on one process, and another good one."""
+    from megatron.parallel.initialize import forget_groups
+
+    results = []
+    for run in runs:
+        results.append(_with_a_bad_update(build(run)))
+        forget_groups()
+    return results
+
+
+def _with_a_bad_update(engine) -> tuple:
     update(engine, 0)
     before = whole(engine) | whole(engine, "exp_avg.")
     bad = update(engine, 1, poison=COUNT)
@@ -36,10 +46,10 @@ def not_finite(run: RunConfig) -> tuple:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.exhaustive)])
-@pytest.mark.parametrize("layout", [{EP: (2,)}, {PP: 2}, {TP: 2, SP: True}], ids=str)
-def test_a_gradient_that_is_not_finite_on_one_process_skips_the_update_on_all(precision: str, layout: dict):
-    for result in run_distributed(not_finite, 2, run_config(TOP1, precision, **layout)):
-        assert result == (True, [], False, True, 2)
+def test_a_gradient_that_is_not_finite_on_one_process_skips_the_update_on_all(precision: str):
+    layouts = ({EP: (2,)}, {PP: 2}, {TP: 2, SP: True})
+    for results in run_distributed(not_finite, 2, *(run_config(TOP1, precision, **layout) for layout in layouts)):
+        assert results == [(True, [], False, True, 2)] * len(layouts)
 
 
 RAMP = (8, 24, 16, 4)  # micro-batches of the run in each update
@@ -83,15 +93,20 @@ def test_a_batch_ramp_up_and_evaluations_are_those_of_one_process(size: int, lay
     assert max(float((found[0][2][key] - value).abs().max()) for key, value in weights.items()) <= 1e-5
 
 
-def train_with_dropout(run: RunConfig) -> tuple:
-    """What two updates did; this process's place among equals, and the weights that those must agree on."""
+def train_with_dropout(*runs: RunConfig) -> list[tuple]:
+    """Of each run: two updates, this process's pipeline stage, and the weights that tensor-parallel ranks agree on."""
+    from megatron.parallel.initialize import forget_groups
     from megatron.parallel.sharding import collect_layouts
 
-    engine = build(with_dropout(run))
-    trained = updates(engine, 0, 2)
-    layouts = collect_layouts(engine.model)
-    weights = {name: p.detach().clone() for name, p in engine.model.named_parameters() if not layouts[name].shards}
-    return trained, engine._topology.pipeline_parallel_rank, weights
+    results = []
+    for run in runs:
+        engine = build(with_dropout(run))
+        trained = updates(engine, 0, 2)
+        layouts = collect_layouts(engine.model)
+        weights = {name: p.detach().clone() for name, p in engine.model.named_parameters() if not layouts[name].shards}
+        results.append((trained, engine._topology.pipeline_parallel_rank, weights))
+        forget_groups()
+    return results
 
 
 @pytest.mark.distributed
@@ -106,8 +121,9 @@ def train_with_dropout(run: RunConfig) -> tuple:
     ids=str,
 )
 def test_with_dropout_tensor_parallel_replicas_stay_equal_and_recomputing_repeats_the_draws(size: int, layout: dict):
-    stored = run_distributed(train_with_dropout, size, run_config(TOP1, **layout))
-    (recomputed, _, _), *_ = run_distributed(train_with_dropout, size, run_config(TOP1, recompute=True, **layout))
+    runs = [run_config(TOP1, recompute=recompute, **layout) for recompute in (False, True)]
+    results = run_distributed(train_with_dropout, size, *runs)
+    stored, recomputed = [first for first, _ in results], results[0][1][0]
     for trained, stage, weights in stored:
         _, _, others = next(result for result in stored if result[1] == stage)
         assert trained[:2] == stored[0][0][:2]

@@ -100,7 +100,7 @@ def assert_near(name: str, a: torch.Tensor, b: torch.Tensor) -> None:
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, msg=lambda message: f"{name}: {message}")
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [pytest.param(2, marks=pytest.mark.exhaustive), 4])
 def test_spread_experts_equal_one_process(world_size):
     ranks = run_distributed(on_one_rank, world_size)
     for name, case in CASES.items():
@@ -132,6 +132,8 @@ def by_node_and_directly(ranks_per_node: int) -> None:
                 assert torch.equal(value, other[key]), f"{name}: {key}"
 
 
-@pytest.mark.parametrize(("world_size", "ranks_per_node"), [(4, 2), (8, 4), (8, 2)])
+@pytest.mark.parametrize(
+    ("world_size", "ranks_per_node"), [(4, 2), pytest.param(8, 4, marks=pytest.mark.exhaustive), (8, 2)]
+)
 def test_by_way_of_nodes_every_bit_is_as_directly(world_size, ranks_per_node):
     run_distributed(by_node_and_directly, world_size, ranks_per_node)

@@ -47,8 +47,7 @@ PAIRS: dict[str, tuple[MoEConfig, list[tuple[str, str]]]] = {
         [
             ("1 process", "TP2 SP x EP2"),
             ("TP2 SP x EP2", "PP2 x EP2"),
-            ("PP2 x EP2", "EP4"),
-            ("EP4", "1 process"),
+            ("PP2 x EP2", "1 process"),
         ],
     ),
     "top-1, up to 8 processes": (

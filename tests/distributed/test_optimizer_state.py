@@ -8,7 +8,7 @@ import torch
 from distributed.spawn import run_distributed
 from distributed.test_engine import not_finite
 from distributed.test_layout_resume import compare_ended, resume, save_then_go_on
-from distributed.test_layouts import EP, PP, SP, TP
+from distributed.test_layouts import EP, PP, SP, TP, marked
 from distributed.tiny_training import (
     DENSE,
     FP16_ON_CPU,
@@ -72,7 +72,7 @@ def test_offloaded_updates_are_those_of_one_process_in_plain_torch(size: int, la
 @pytest.mark.parametrize(
     ("precision", "size", "layout"),
     [
-        ("bf16", 1, {}),
+        pytest.param("bf16", 1, {}, marks=pytest.mark.exhaustive),
         pytest.param("bf16", 2, {}, marks=pytest.mark.exhaustive),
         pytest.param("bf16", 2, {TP: 2, SP: True}, marks=pytest.mark.exhaustive),
         ("bf16", 2, {PP: 2}),
@@ -100,10 +100,10 @@ def test_experts_offloaded_in_bf16_stay_as_close_to_fp32_as_they_are_on_the_devi
 
 
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.exhaustive)])
-@pytest.mark.parametrize("change", [offloaded, eight_bit])
-def test_a_gradient_that_is_not_finite_on_one_process_skips_the_update_on_all(precision: str, change):
-    for result in run_distributed(not_finite, 2, change(run_config(TOP1, precision, **{EP: (2,)}))):
-        assert result == (True, [], False, True, 2)
+def test_a_gradient_that_is_not_finite_on_one_process_skips_the_update_on_all(precision: str):
+    run = run_config(TOP1, precision, **{EP: (2,)})
+    for results in run_distributed(not_finite, 2, offloaded(run), eight_bit(run)):
+        assert results == [(True, [], False, True, 2)] * 2
 
 
 @pytest.mark.parametrize(
@@ -126,6 +126,7 @@ def test_with_8_bit_moments_a_training_stays_close_to_the_exact_one(size: int, l
     assert 1e-4 < strayed(found, TOP1) < 0.02, "moments are rounded, and little is lost by it"
 
 
+@pytest.mark.exhaustive
 def test_8_bit_moments_in_bf16_stray_no_further_than_bf16_does():
     run = run_config(TOP1, "bf16", **{EP: (2,)})
     found, expected = (run_distributed(train, 2, r)[0][0] for r in (eight_bit(run), run))
@@ -204,27 +205,33 @@ def saving(folder: str, run: RunConfig) -> tuple[dict, dict, dict]:
     return saved
 
 
+# What saves on 2 processes, and what loads that on how many: a change of the run, and its layout.
+MOVES = {
+    "8 bits to plain": (eight_bit, {EP: (2,)}, copy.deepcopy, {}, 1),
+    "8 bits, tensor-parallel, to a pipeline": (eight_bit, {TP: 2}, eight_bit, {PP: 2}, 2),
+    "offload to 8 bits": (offloaded, {EP: (2,)}, eight_bit, {EP: (4,)}, 4),
+    "8 bits to offload, tensor-parallel": (eight_bit, {EP: (2,)}, offloaded, {TP: 2}, 2),
+}
+CORE_MOVES = ("8 bits to plain", "8 bits, tensor-parallel, to a pipeline")
+
+
 @pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.exhaustive), "bf16"])
-def test_8_bit_moments_are_saved_as_fp32_and_loaded_from_it(tmp_path: Path, precision: str):
-    plain = run_config(TOP1, precision, **{EP: (2,)})
-    for name, saves, size, resumes in (
-        ("offload to 8 bits", offloaded(plain), 4, eight_bit(run_config(TOP1, precision, **{EP: (4,)}))),
-        ("8 bits to plain", eight_bit(plain), 1, run_config(TOP1, precision)),
-        ("8 bits to offload, tensor-parallel", eight_bit(plain), 2, offloaded(run_config(TOP1, precision, **{TP: 2}))),
-        ("8 bits, tensor-parallel, to a pipeline", eight_bit(run_config(TOP1, precision, **{TP: 2})), 2,
-         eight_bit(run_config(TOP1, precision, **{PP: 2}))),
-    ):  # fmt: skip
-        weights, *moments = run_distributed(saving, 2, str(tmp_path / name), saves)[0]
-        loaded, *found, step = run_distributed(load, size, str(tmp_path / name), resumes)[0]
-        assert step == STEPS, name
-        assert loaded.keys() == weights.keys()
-        assert all(torch.equal(loaded[key], value) for key, value in weights.items()), name
-        for mine, theirs in zip(found, moments, strict=True):
-            assert mine.keys() == theirs.keys()
-            encoded = resumes.optimizer.optimizer_name == "adamw8bit"
-            largest = max(float(value.abs().max()) for value in theirs.values())
-            errors = {key: float((mine[key] - value).abs().max()) for key, value in theirs.items()}
-            assert all(error <= (largest / 64 if encoded else 0.0) for error in errors.values()), (name, errors)
-            vectors = [key for key, value in theirs.items() if key.endswith("norm.bias") and value.any()]
-            assert vectors
-            assert all(errors[key] == 0 for key in vectors), "moments of norms are fp32 always"
+@pytest.mark.parametrize("name", [marked(name, CORE_MOVES) for name in MOVES])
+def test_8_bit_moments_are_saved_as_fp32_and_loaded_from_it(tmp_path: Path, name: str, precision: str):
+    saver, saved_layout, loader, loaded_layout, size = MOVES[name]
+    resumes = loader(run_config(TOP1, precision, **loaded_layout))
+    saves = saver(run_config(TOP1, precision, **saved_layout))
+    weights, *moments = run_distributed(saving, 2, str(tmp_path), saves)[0]
+    loaded, *found, step = run_distributed(load, size, str(tmp_path), resumes)[0]
+    assert step == STEPS
+    assert loaded.keys() == weights.keys()
+    assert all(torch.equal(loaded[key], value) for key, value in weights.items())
+    for mine, theirs in zip(found, moments, strict=True):
+        assert mine.keys() == theirs.keys()
+        encoded = resumes.optimizer.optimizer_name == "adamw8bit"
+        largest = max(float(value.abs().max()) for value in theirs.values())
+        errors = {key: float((mine[key] - value).abs().max()) for key, value in theirs.items()}
+        assert all(error <= (largest / 64 if encoded else 0.0) for error in errors.values()), errors
+        vectors = [key for key, value in theirs.items() if key.endswith("norm.bias") and value.any()]
+        assert vectors
+        assert all(errors[key] == 0 for key in vectors), "moments of norms are fp32 always"

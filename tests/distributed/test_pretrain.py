@@ -6,13 +6,13 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import tiny_run
 import torch
-from distributed.started import children, output_until_the_end, start, wait_for
+from distributed.started import output_until_the_end, wait_for
+from distributed.trainers import Death
 
 pytestmark = pytest.mark.distributed
 MOE = {"num_experts": 4, "moe_expert_parallel_size": 2}
@@ -68,30 +68,25 @@ def test_names_in_what_a_run_writes_stay(uninterrupted):
     assert [f"{name}: {' '.join(sorted(found))}" for name, found in keys.items()] == expected
 
 
-def test_killed_without_warning_and_resumed_ends_bit_for_bit_the_same(corpus, uninterrupted, tmp_path):
+def test_killed_without_warning_and_resumed_ends_bit_for_bit_the_same(server, corpus, uninterrupted, tmp_path):
     arguments = tiny_run.flags(corpus, save=tmp_path, load=tmp_path, **MOE)
-    process = start(2, arguments)
-    wait_for("step      5", process)
-    for pid in [*children(process.pid), process.pid]:  # torchrun gives each rank a session of its own
-        os.kill(pid, signal.SIGKILL)
-    process.wait(timeout=30)
-    again = tiny_run.train(2, arguments)
-    assert again.returncode == 0, again.stdout + again.stderr
+    job = server.start(2, arguments, Death(rank=1, phase="step", call=6))
+    assert 0 not in job.wait()
+    server.train(2, arguments)
     assert tiny_run.records(tmp_path, "run")[-1]["resumed_at_tokens"] in (3 * 16 * 32, 6 * 16 * 32)
     assert tiny_run.curve(tmp_path) == tiny_run.curve(uninterrupted)
     assert tiny_run.records(tmp_path, "valid")[-1]["loss"] == tiny_run.records(uninterrupted, "valid")[-1]["loss"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_saves_and_ends_the_run(corpus, uninterrupted, tmp_path, number):
+def test_a_signal_saves_and_ends_the_run(server, corpus, tmp_path, number):
     arguments = tiny_run.flags(corpus, save=tmp_path, load=tmp_path, save_interval=0, train_tokens="1M", **MOE)
-    process = start(2, arguments)
-    wait_for("step      2", process)
-    for pid in children(process.pid):
+    job = server.start(2, arguments)
+    server.listen_until(lambda: "step      2" in job.output(0))
+    for pid in job.pids:
         os.kill(pid, number)
-    output = output_until_the_end(process, 60)
-    assert process.returncode == 0, output
-    assert f"stopped: {number.name}" in output
+    assert job.wait() == [0, 0], job.output()
+    assert f"stopped: {number.name}" in job.output()
     assert len(list(tmp_path.glob("step_*"))) == 1
 
 
@@ -109,13 +104,12 @@ def test_an_interrupt_ends_the_run_without_a_traceback(corpus):
 
 
 @pytest.mark.parametrize(("processes", "expert_parallel"), [(1, 1), (4, 4), (4, 1)])
-def test_other_layouts_resume_the_same_run(corpus, uninterrupted, tmp_path, processes, expert_parallel):
+def test_other_layouts_resume_the_same_run(server, corpus, uninterrupted, tmp_path, processes, expert_parallel):
     arguments = tiny_run.flags(
         corpus, save=tmp_path, load=uninterrupted / "step_00000003", num_experts=4,
         moe_expert_parallel_size=expert_parallel,
     )  # fmt: skip
-    done = tiny_run.train(processes, arguments)
-    assert done.returncode == 0, done.stdout + done.stderr
+    server.train(processes, arguments)
     expected = {tokens: value for tokens, value in tiny_run.curve(uninterrupted).items() if tokens > 3 * 16 * 32}
     found = tiny_run.curve(tmp_path)
     assert found.keys() == expected.keys()
@@ -123,6 +117,7 @@ def test_other_layouts_resume_the_same_run(corpus, uninterrupted, tmp_path, proc
         torch.testing.assert_close(torch.tensor(found[tokens]), torch.tensor(value), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.exhaustive  # tests/engine/optim/test_groups.py checks the order of groups
 def test_each_moe_layer_may_have_its_own_degree(corpus, tmp_path):
     """Each process has its own order of sets of names here, unlike forked ones: optimizer groups must not follow it."""
     degrees = ["--num-layers", "4", "--num-experts", "4", "8", "--moe-expert-parallel-size", "2", "4"]
@@ -152,23 +147,20 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def test_asynchronous_saving_ramp_up_and_exit_tokens(corpus, tmp_path):
+def test_asynchronous_saving_ramp_up_and_exit_tokens(server, corpus, tmp_path):
     arguments = tiny_run.flags(
         corpus, save=tmp_path, load=tmp_path, async_save=True, keep_last=2, rampup_batch_size=(4, 4, 48),
         save_interval=1, **MOE,
     )  # fmt: skip
-    first = tiny_run.train(2, [*arguments, "--exit-tokens", "2000"])
-    assert first.returncode == 0, first.stdout + first.stderr
-    assert "stopped: --exit-tokens" in first.stdout
-    second = tiny_run.train(2, arguments)
-    assert second.returncode == 0, second.stdout + second.stderr
+    assert "stopped: --exit-tokens" in server.train(2, [*arguments, "--exit-tokens", "2000"]).output()
+    server.train(2, arguments)
     tokens = sorted(tiny_run.curve(tmp_path))
     assert tokens[:4] == [128, 256, 384, 512]
     assert tokens[-1] - tokens[-2] == 16 * 32
     assert len(list(tmp_path.glob("step_*"))) == 2
 
 
-def test_mistakes_are_told_before_training(corpus, uninterrupted, tmp_path):
+def test_mistakes_are_told_before_training(server, corpus, uninterrupted, tmp_path):
     cases = {
         "5 experts": ({"num_experts": 5, "moe_expert_parallel_size": 2}, "5"),
         "save into another run": ({"save": uninterrupted}, "add --load"),
@@ -179,21 +171,19 @@ def test_mistakes_are_told_before_training(corpus, uninterrupted, tmp_path):
     for name, (changes, message) in cases.items():
         arguments = tiny_run.flags(corpus, **({"save": tmp_path / "save"} | changes))
         arguments = [word.replace("--deepspeed-config", "--deepspeed_config") for word in arguments]
-        done = tiny_run.train(1, arguments)
-        assert done.returncode != 0, name
-        assert message in done.stderr, done.stderr
-        assert 'Traceback (most recent call last):\n  File "' + str(tiny_run.ROOT) not in done.stderr, name
+        job = server.start(1, arguments)
+        assert job.wait() != [0], name
+        assert message in job.output(), job.output()
+        assert "Traceback" not in job.output(), name
 
 
-def test_a_loss_that_stays_not_finite_ends_the_run_and_names_the_last_checkpoint(corpus, tmp_path):
+def test_a_loss_that_stays_not_finite_ends_the_run_and_names_the_last_checkpoint(server, corpus, tmp_path):
     arguments = tiny_run.flags(
         corpus, save=tmp_path, lr=1e30, lr_warmup_tokens=0, clip_grad=0, max_skipped_updates=2, train_tokens="1M"
     )
-    began = time.monotonic()
-    done = tiny_run.train(1, arguments)
-    assert done.returncode != 0
-    assert "3 updates in a row" in done.stderr
-    assert time.monotonic() - began < 120
+    job = server.start(1, arguments)
+    assert job.wait() == [1], job.output()
+    assert "3 updates in a row" in job.output()
 
 
 def lonely_rank_1(arguments: list[str]) -> subprocess.CompletedProcess:

@@ -1,4 +1,4 @@
-"""A pipeline as users start it: trains, logs, validates, saves, and is resumed by one process."""
+"""A pipeline trains, logs, validates, saves, and is resumed by one process."""
 
 import pytest
 import tiny_run
@@ -8,16 +8,12 @@ pytestmark = pytest.mark.distributed
 MOE = {"num_experts": 4, "num_layers": 4, "moe_z_loss_coeff": 0.01}
 
 
-def test_a_pipeline_and_one_process_train_the_same_and_take_over_from_each_other(corpus, tmp_path):
+def test_a_pipeline_and_one_process_train_the_same_and_take_over_from_each_other(server, corpus, tmp_path):
     pipeline, one, resumed = tmp_path / "pipeline", tmp_path / "one", tmp_path / "resumed"
     arguments = tiny_run.flags(corpus, save=pipeline, pipeline_model_parallel_size=2, **MOE)
-    done = tiny_run.train(2, arguments)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("pipeline stages: layers 0-") == 1
-    done = tiny_run.train(1, tiny_run.flags(corpus, save=one, **MOE))
-    assert done.returncode == 0, done.stdout + done.stderr
-    done = tiny_run.train(1, tiny_run.flags(corpus, save=resumed, load=pipeline / "step_00000003", **MOE))
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert server.train(2, arguments).output().count("pipeline stages: layers 0-") == 1
+    server.train(1, tiny_run.flags(corpus, save=one, **MOE))
+    server.train(1, tiny_run.flags(corpus, save=resumed, load=pipeline / "step_00000003", **MOE))
 
     expected = tiny_run.curve(one)
     assert len(expected) == 8

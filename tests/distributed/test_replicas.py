@@ -40,13 +40,13 @@ TABLE, NORM, QKV, EXPERT = (
 @pytest.mark.parametrize(
     ("layout", "parameter", "place", "ranks"),
     [
-        ("DP4", QKV, 2, [0, 1, 2, 3]),
+        pytest.param("DP4", QKV, 2, [0, 1, 2, 3], marks=pytest.mark.exhaustive),
         ("EP2 x DP2 (expert-DP 2)", EXPERT, 3, [1, 3]),
         ("TP2 SP x EP2", NORM, 1, [0, 1, 2, 3]),
-        ("TP2 SP x EP2", EXPERT, 1, [0, 1]),
+        pytest.param("TP2 SP x EP2", EXPERT, 1, [0, 1], marks=pytest.mark.exhaustive),
         ("PP2 x TP2 SP", TABLE, 3, [1, 3]),
         ("ETP2 SP x EP2", EXPERT, 0, None),
-        ("EP4", EXPERT, 0, None),
+        pytest.param("EP4", EXPERT, 0, None, marks=pytest.mark.exhaustive),
     ],
 )
 def test_the_first_parameter_that_differs_is_named_with_its_ranks(layout, parameter, place, ranks):

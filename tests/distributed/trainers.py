@@ -121,6 +121,12 @@ class Server:
             os.kill(job.pids[dies.rank], signal.SIGKILL)
         return job
 
+    def train(self, ranks: int, arguments: list[str]) -> Job:
+        """Start ``ranks`` processes and wait until all have ended well."""
+        job = self.start(ranks, arguments)
+        assert job.wait() == [0] * ranks, job.output()
+        return job
+
     def listen_until(self, condition: Callable[[], bool], timeout: float = 60) -> None:
         """Take in what the server and its children tell until ``condition()`` holds."""
         end = time.monotonic() + timeout

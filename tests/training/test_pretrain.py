@@ -50,7 +50,7 @@ def exit_status(monkeypatch):
         config = RunConfig()
         for name, value in guard.items():
             setattr(config.guard, name, value)
-        signals: Any = SimpleNamespace(ends_start=False, all_met=lambda: None)
+        signals: Any = SimpleNamespace(interrupted_rendezvous=False, rendezvous_done=lambda: None)
         return module.pretrain(config, signals)
 
     return run

@@ -37,7 +37,7 @@ WAIT = "print('ready', flush=True)\nwhile not signals.received: time.sleep(0.01)
 
 
 def test_usr1_is_remembered_from_the_start():
-    with process(WAIT + "print(signals.received, signals.ends_start)") as started:
+    with process(WAIT + "print(signals.received, signals.interrupted_rendezvous)") as started:
         started.send_signal(signal.SIGUSR1)
         assert started.communicate(timeout=20)[0] == f"{signal.SIGUSR1.value} False\n"
     assert started.returncode == 0
@@ -53,7 +53,7 @@ def test_term_ends_a_process_that_waits_in_foreign_code_for_others():
 
 
 def test_once_all_have_met_term_is_remembered_too():
-    with process("signals.all_met()\n" + WAIT + "time.sleep(1.5)\nprint(signals.received)") as started:
+    with process("signals.rendezvous_done()\n" + WAIT + "time.sleep(1.5)\nprint(signals.received)") as started:
         started.send_signal(signal.SIGTERM)
         assert started.communicate(timeout=20)[0] == f"{signal.SIGTERM.value}\n"
     assert started.returncode == 0
@@ -72,7 +72,8 @@ def test_the_end_of_a_process_is_not_disturbed():
 
 
 def test_a_forked_child_keeps_its_signals_to_itself():
-    body = "import os, signal\nsignals.all_met()\nif os.fork() == 0:\n    os.kill(os.getpid(), signal.SIGUSR1)\n"
+    body = "import os, signal\nsignals.rendezvous_done()\n"
+    body += "if os.fork() == 0:\n    os.kill(os.getpid(), signal.SIGUSR1)\n"
     body += "    os._exit(0)\nos.wait()\ntime.sleep(0.2)\n"
     body += "print('ready', flush=True)\nprint(signals.received, file=sys.stderr)"
     with process(body) as started:

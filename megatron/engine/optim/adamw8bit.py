@@ -186,6 +186,7 @@ class AdamW8bit(ShardedOptimizer, torch.optim.AdamW):
     """
 
     states: ClassVar[Mapping[str, int]] = {"exp_avg": 1, "exp_avg_sq": 2}
+    library = ("torchao", "8bit")
 
     def __init__(self, groups: Sequence[dict[str, Any]], *, compiled: bool, **options: Any) -> None:
         super().__init__(groups, **options)

@@ -57,10 +57,12 @@ class ShardedOptimizer(torch.optim.Optimizer):
         states: what it keeps for each weight, by name, with the power of the gradient that it is an average of (1 for a
             first moment, 2 for a second one). A checkpoint names the tensors ``{state}.{parameter}``.
         updates_slices: whether bf16 models are updated by :meth:`update_slices`, and not by ``step()``.
+        library: a package that it needs beside torch, and the extra that installs it.
     """
 
     states: ClassVar[Mapping[str, int]]
     updates_slices: ClassVar[bool] = False
+    library: ClassVar[tuple[str, str] | None] = None
 
     @classmethod
     def from_config(

@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron.checkpoint import AsyncSaver, CheckpointError, CheckpointStatus, ContactLost, save
+from megatron.checkpoint import AsyncSaver, CheckpointError, CheckpointStatus, CommunicationError, save
 from megatron.checkpoint.folder import step_name
 from megatron.config import CheckpointConfig
 from megatron.parallel.initialize import Topology
@@ -137,7 +137,7 @@ class Checkpointer(Hook):
     def _failure_logged(self, path: Path) -> Iterator[None]:
         try:
             yield
-        except ContactLost:
+        except CommunicationError:
             raise
         except CheckpointError as error:  # the same on all ranks, which go on together
             self._tracker.remove(path)
