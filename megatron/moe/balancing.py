@@ -284,7 +284,8 @@ def learn(
     found = list(found)
     _update_means([each for each in found if isinstance(each, InputMean)], data_group, tensor_group, finite)
     _update_balancers([each for each in found if isinstance(each, Balancer)], data_group, tensor_group, finite)
-    torch._foreach_zero_([each.statistics for each in found])
+    for each in found:
+        each.statistics.zero_()
 
 
 def _update_means(
