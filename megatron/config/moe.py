@@ -52,6 +52,12 @@ class MoEConfig:
         None, "Coefficient of the load-balancing loss (default: 0.01 with one, otherwise 0).", min=0
     )
     moe_z_loss_coeff: float = option(0.0, "Coefficient of the router z-loss.", min=0)
+    moe_router_center_input: bool = option(
+        False,
+        "Subtract from the router's input its mean over the tokens of the update before, which would otherwise decide "
+        "the choice of experts in the first updates.",
+        resumable=False,
+    )
     moe_router_lr_mult: float = option(1.0, "The router's learning rate, as a multiple of that of the model.", above=0)
     moe_router_init_mult: float = option(
         1.0, "Standard deviation of the router's initial weights, as a multiple of --init-method-std.", above=0

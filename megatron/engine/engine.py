@@ -24,7 +24,7 @@ from megatron.engine.state import ShardedState
 from megatron.model.gpt import GPTModel
 from megatron.model.loss import LossSums
 from megatron.model.randomness import seed_generators
-from megatron.moe.balancing import balancers, update_balancers
+from megatron.moe.balancing import learn, learners
 from megatron.parallel.initialize import Topology
 from megatron.parallel.replicas import check_replicas
 from megatron.parallel.sharding import collect_layouts
@@ -107,7 +107,7 @@ class DeepSpeedEngine(ShardedState):
             deepspeed_internals.call_before_step(self._optimizer, self._measure)
         scaler = self._optimizer.loss_scaler if config.optimizer.precision == "fp16" else None
         super().__init__(model, optimizer, scaler)
-        self._balancers = balancers(model)
+        self._learners = learners(model)
         self._graphs = None
         if config.training.cuda_graphs:
             self._graphs = GraphedMicroBatches(module, model, topology.device, self._monitors.samples)
@@ -187,7 +187,7 @@ class DeepSpeedEngine(ShardedState):
         result = self._result(sums, lr, before)
         finite = not result.skipped if self._update is None else self._update.norm.isfinite()
         groups = self._topology.data_parallel_group, self._topology.tensor_group
-        update_balancers(self._balancers, *groups, finite)
+        learn(self._learners, *groups, finite)
         return result
 
     def _result(self, sums: LossSums, lr: float, before: tuple[float, int] | None) -> StepResult:

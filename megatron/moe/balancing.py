@@ -1,8 +1,8 @@
 """What a router learns outside of gradient descent, so that its experts are evenly loaded.
 
-A balancer watches all tokens of one update (a global batch: all micro-batches of all data-parallel ranks) and changes
-the router after it, for the next one. So what it does depends on no layout, no token changes the expert of one before
-it, and a model is evaluated just as it was trained.
+It is learned from all tokens of one update (a global batch: all micro-batches of all data-parallel ranks), for the next
+one. So it depends on no layout, no token changes the expert of one before it, and a model is evaluated just as it was
+trained.
 
 * :class:`ExpertBias`: an expert that got too few tokens is preferred a little more (Wang et al. 2024, arXiv
   2408.15664).
@@ -13,7 +13,11 @@ it, and a model is evaluated just as it was trained.
 
 Biases are added to the logits for the choice of experts only: gates and losses are those of the logits alone.
 
-Shapes: T tokens, E experts, K experts of each token, B bins, L layers with equally many experts.
+Beside these, :class:`InputMean` is what the router subtracts from its input. All tokens have a part in common, to which
+the first updates give large logits, the same for all tokens: then a few experts are everybody's choice, and others
+change in every update.
+
+Shapes: T tokens, H hidden, E experts, K experts of each token, B bins, L layers with equally many experts.
 """
 
 import itertools
@@ -43,22 +47,18 @@ BIN_WIDTH = 2 * math.asinh(COARSEST / FINEST) / BINS
 COPIES = 4096
 
 
-class Balancer(nn.Module):
-    """What one router's balancer knows.
+class Learner(nn.Module):
+    """Something that a router learns from each update.
 
     Attributes:
-        statistics: int32 [R, E, ...], of this rank's tokens since the last update; the sum of R parts.
+        learned: names of the buffers that it learns, fp32; checkpoints have them.
+        statistics: of this rank's tokens since the last update.
     """
 
-    learned: ClassVar[tuple[str, ...]]  # the buffers [E] that it learns; checkpoints have them
+    learned: ClassVar[tuple[str, ...]]
     statistics: torch.Tensor
 
-    def __init__(self, num_experts: int, moe: MoEConfig, parts: int = 1, shape: tuple[int, ...] = ()) -> None:
-        super().__init__()
-        self.num_experts, self.moe = num_experts, moe
-        self.register_buffer("statistics", torch.zeros(parts, num_experts, *shape, dtype=torch.int32), persistent=False)
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "Balancer":
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "Learner":
         """Follow the model to another device, but not to another number format: a bias's steps are small."""
         before = {name: getattr(self, name) for name in self.learned}
         super()._apply(fn, recurse)
@@ -66,6 +66,44 @@ class Balancer(nn.Module):
             if (new := getattr(self, name)).dtype != old.dtype:
                 setattr(self, name, old.to(new.device))
         return self
+
+
+class InputMean(Learner):
+    """The mean of the router's input over the tokens of the update before; 0 until there is one.
+
+    ``statistics`` are the sum of this rank's tokens and their number, float64 [H + 1].
+    """
+
+    learned = ("input_mean",)
+    input_mean: torch.Tensor
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.register_buffer("input_mean", torch.zeros(hidden_size))
+        self.register_buffer("statistics", torch.zeros(hidden_size + 1, dtype=torch.float64), persistent=False)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "InputMean":
+        super()._apply(fn, recurse)
+        self.statistics = self.statistics.double()
+        return self
+
+    @torch.no_grad()
+    def observe(self, x: torch.Tensor) -> None:
+        """Take in the tokens of a micro-batch in training, [..., H]."""
+        self.statistics[:-1] += x.flatten(0, -2).sum(0, dtype=torch.promote_types(x.dtype, torch.float32))
+        self.statistics[-1] += x.numel() // x.size(-1)
+
+
+class Balancer(Learner):
+    """What keeps one router's experts evenly loaded.
+
+    ``statistics`` are int32 [R, E, ...], the sum of R parts.
+    """
+
+    def __init__(self, num_experts: int, moe: MoEConfig, parts: int = 1, shape: tuple[int, ...] = ()) -> None:
+        super().__init__()
+        self.num_experts, self.moe = num_experts, moe
+        self.register_buffer("statistics", torch.zeros(parts, num_experts, *shape, dtype=torch.int32), persistent=False)
 
     @property
     def bias_E(self) -> torch.Tensor | None:
@@ -211,57 +249,97 @@ def build_balancer(num_experts: int, moe: MoEConfig) -> Balancer | None:
     return None if kind is None else kind(num_experts, moe)
 
 
-def balancers(model: nn.Module) -> list[Balancer]:
-    """All balancers of a model, or of this rank's part of it, in the order of its layers."""
-    return [module for module in model.modules() if isinstance(module, Balancer)]
+def learners(model: nn.Module) -> list[Learner]:
+    """All learners of a model, or of this rank's part of it, in the order of its layers."""
+    return [module for module in model.modules() if isinstance(module, Learner)]
 
 
 def learned_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
-    """What the balancers of a model learn, fp32 [E] each, by name within the model."""
+    """What the routers of a model learn outside of gradient descent, by name within the model."""
     return {
         f"{prefix}.{name}" if prefix else name: getattr(module, name)
         for prefix, module in model.named_modules()
-        if isinstance(module, Balancer)
+        if isinstance(module, Learner)
         for name in module.learned
     }
 
 
 @torch.no_grad()
-def update_balancers(
-    found: Iterable[Balancer],
+def learn(
+    found: Iterable[Learner],
     data_group: dist.ProcessGroup | None,
     tensor_group: TensorGroup,
     finite: torch.Tensor | bool,
 ) -> None:
-    """Let balancers learn from the update that has just been made, and forget its statistics.
+    """Let routers learn from the update that has just been made, and forget its statistics.
 
-    All ranks of both groups call this together; afterwards all have the same biases. The host does not wait.
+    All ranks of both groups call this together; afterwards all know the same. The host does not wait.
 
     Args:
-        found: of :func:`balancers`.
+        found: of :func:`learners`.
         data_group: ranks with other tokens; None for a process alone.
-        tensor_group: ranks with the same tokens, whose logits may differ in their last bits.
+        tensor_group: ranks that route the same tokens; their logits may differ in the last bits.
         finite: whether the gradient norm was; otherwise the update was skipped, and nothing is learned of it.
     """
     found = list(found)
-    if not found:
+    _update_means([each for each in found if isinstance(each, InputMean)], data_group, tensor_group, finite)
+    _update_balancers([each for each in found if isinstance(each, Balancer)], data_group, tensor_group, finite)
+    torch._foreach_zero_([each.statistics for each in found])
+
+
+def _update_means(
+    means: list[InputMean],
+    data_group: dist.ProcessGroup | None,
+    tensor_group: TensorGroup,
+    finite: torch.Tensor | bool,
+) -> None:
+    if not means:
         return
-    sums = [each.statistics.sum(0, dtype=torch.int32) for each in found]
+    sums_LH = torch.stack([each.statistics for each in means])
+    _add_up(sums_LH, data_group)
+    if tensor_group.sequence_parallel:  # each rank has some of the tokens
+        dist.all_reduce(sums_LH, group=tensor_group.group)
+    else:
+        broadcast_first(sums_LH, tensor_group)
+    tokens_L1 = sums_LH[:, -1:]
+    old_LH = torch.stack([each.input_mean for each in means])
+    new_LH = torch.where(tokens_L1 > 0, sums_LH[:, :-1] / tokens_L1.clamp(min=1), old_LH).float()
+    _set([[each.input_mean for each in means]], [old_LH], [new_LH], finite)
+
+
+def _update_balancers(
+    balancers: list[Balancer],
+    data_group: dist.ProcessGroup | None,
+    tensor_group: TensorGroup,
+    finite: torch.Tensor | bool,
+) -> None:
+    if not balancers:
+        return
+    sums = [each.statistics.sum(0, dtype=torch.int32) for each in balancers]
     flat = torch.cat([each.flatten() for each in sums])
-    if data_group is not None and data_group.size() > 1:
-        dist.all_reduce(flat, group=data_group)
-    if tensor_group.size > 1:
-        broadcast_first(flat, tensor_group)
+    _add_up(flat, data_group)
+    broadcast_first(flat, tensor_group)
     pieces = flat.split([each.numel() for each in sums])
-    for _, pairs in itertools.groupby(zip(found, pieces, strict=True), key=lambda pair: pair[0].num_experts):
+    for _, pairs in itertools.groupby(zip(balancers, pieces, strict=True), key=lambda pair: pair[0].num_experts):
         layers, statistics = zip(*pairs, strict=True)
         first = layers[0]
-        old = [torch.stack([getattr(layer, name) for layer in layers]) for name in first.learned]
+        buffers = [[getattr(layer, name) for layer in layers] for name in first.learned]
+        old = [torch.stack(each) for each in buffers]
         new = first.step(old, torch.stack(statistics).view(len(layers), *first.statistics.shape[1:]))
-        for name, before, after in zip(first.learned, old, new, strict=True):
-            kept = torch.where(torch.as_tensor(finite), after, before).unbind()
-            torch._foreach_copy_([getattr(layer, name) for layer in layers], kept)
-    torch._foreach_zero_([each.statistics for each in found])
+        _set(buffers, old, new, finite)
+
+
+def _add_up(x: torch.Tensor, group: dist.ProcessGroup | None) -> None:
+    if group is not None and group.size() > 1:
+        dist.all_reduce(x, group=group)
+
+
+def _set(
+    buffers: list[list[torch.Tensor]], old: list[torch.Tensor], new: list[torch.Tensor], finite: torch.Tensor | bool
+) -> None:
+    """Write new values, [L, ...] for each list of L buffers, if ``finite``."""
+    for each, before, after in zip(buffers, old, new, strict=True):
+        torch._foreach_copy_(each, torch.where(torch.as_tensor(finite), after, before).unbind())
 
 
 def centered(bias_LE: torch.Tensor) -> torch.Tensor:

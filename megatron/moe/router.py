@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from megatron.config import MoEConfig
-from megatron.moe.balancing import build_balancer
+from megatron.moe.balancing import InputMean, build_balancer
 from megatron.moe.operations import PLAIN_TORCH, OperationChoice
 from megatron.moe.order import random_order
 from megatron.moe.plan import Routing, expert_capacity, slots
@@ -24,7 +24,8 @@ JITTER = 1e-2
 class Router(nn.Module):
     """Top-k gating as in Switch (top-1), GShard (top-2) and DeepSpeed (top-k).
 
-    Logits are x @ weight^T and gates their softmax, in fp32 (float64 for float64 input) whatever the weight's format.
+    Logits are x @ weight^T, and gates their softmax, in fp32 (float64 for float64 input) whatever the weight's format.
+    With ``moe_router_center_input``, logits are (x - mean) @ weight^T; see :class:`megatron.moe.balancing.InputMean`.
     A token goes to its K highest logits. Its gate is the softmax probability itself for top-1; for K > 1 the
     probabilities of the choices that were kept, divided by their sum.
 
@@ -74,6 +75,7 @@ class Router(nn.Module):
         self.operations = operations  # in training, and in evaluation
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
         self.balancer = build_balancer(num_experts, moe)
+        self.centering = InputMean(hidden_size) if moe.moe_router_center_input else None
 
     @property
     def own_logits(self) -> bool:
@@ -87,7 +89,9 @@ class Router(nn.Module):
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """[..., E] in fp32 or wider, for [..., H]."""
         precise = torch.promote_types(x.dtype, torch.float32)
-        x = x.to(precise)
+        if self.centering is not None and self.training:
+            self.centering.observe(x)
+        x = x.to(precise) if self.centering is None else x.to(precise) - self.centering.input_mean
         own, weight = ALONE, self.weight
         if self.tensor_group.sequence_parallel:
             own, weight = self.tensor_group, sum_gradients(self.tensor_group, weight)[0]

@@ -29,7 +29,9 @@ def route(router: Router, x: torch.Tensor) -> Routing:
     agree = functools.partial(broadcast_first, group=router.tensor_group) if router.own_logits else None
     random = router.training and router.random_selection
     x_TH = x.flatten(0, -2).contiguous()
-    _, gating = gate(x_TH, router.weight, capacity, random=random, agree=agree, balance=_balance(router))
+    _, gating = gate(
+        x_TH, router.weight, capacity, random=random, agree=agree, balance=_balance(router), offset_E=_offset(router, x)
+    )
     return _routing(router, gating, capacity)
 
 
@@ -81,8 +83,19 @@ def top1_layer(router: Router, experts: Experts, x: torch.Tensor) -> tuple[torch
     weights = (experts.w1, experts.b1, experts.w2, experts.b2)
     random = router.training and router.random_selection
     x_TH = x.flatten(0, -2).contiguous()
-    y_TH, gating = top1_layer_kernels(x_TH, router.weight, weights, capacity, random=random, balance=_balance(router))
+    y_TH, gating = top1_layer_kernels(
+        x_TH, router.weight, weights, capacity, random=random, balance=_balance(router), offset_E=_offset(router, x)
+    )
     return y_TH.view(x.shape), _routing(router, gating, capacity)
+
+
+def _offset(router: Router, x: torch.Tensor) -> torch.Tensor | None:
+    """What a centered input adds to the logits: (x - mean) @ weight^T is x @ weight^T - weight @ mean."""
+    if router.centering is None:
+        return None
+    if router.training:
+        router.centering.observe(x)
+    return -(router.weight.float() @ router.centering.input_mean)
 
 
 def _balance(router: Router) -> Balance:

@@ -25,7 +25,7 @@ from megatron.config import (
 )
 from megatron.data.documents import uses_documents, with_documents
 from megatron.model.gpt import GPTModel
-from megatron.moe.balancing import balancers, learned_buffers, update_balancers
+from megatron.moe.balancing import learn, learned_buffers, learners
 from megatron.parallel.groups import ALONE
 
 VOCAB, SEQ, MICRO, STEPS, BATCH = 64, 8, 2, 3, 48
@@ -54,7 +54,10 @@ DROPLESS = MoEConfig(num_experts=(8,), moe_token_dropping=False, mlp_type="resid
 BALANCED = {
     "global aux loss": dataclasses.replace(DROPLESS, moe_router_load_balancing_type="global_aux_loss"),
     "quantile balancing": MoEConfig(
-        num_experts=(8,), moe_min_capacity=1, moe_router_load_balancing_type="quantile_balancing"
+        num_experts=(8,),
+        moe_min_capacity=1,
+        moe_router_load_balancing_type="quantile_balancing",
+        moe_router_center_input=True,
     ),
     "expert bias": MoEConfig(
         num_experts=(4, 8),
@@ -155,7 +158,7 @@ def _train_plainly(moe: MoEConfig, data: DataConfig, shape: ModelConfig) -> Trai
             group["lr"] = learning_rate(run.optimizer, (step + 1) * BATCH * SEQ, STEPS * BATCH * SEQ)
         adam.step()
         adam.zero_grad()
-        update_balancers(balancers(model), None, ALONE, finite=True)
+        learn(learners(model), None, ALONE, finite=True)
         figures.append(
             (
                 sum(out.losses[1].item() for out in outs) / COUNT,

@@ -7,7 +7,7 @@ import torch
 
 from megatron.config import MoEConfig
 from megatron.moe import balancing
-from megatron.moe.balancing import balancers, learned_buffers, update_balancers
+from megatron.moe.balancing import learn, learned_buffers, learners
 from megatron.moe.router import Router
 from megatron.parallel.groups import ALONE
 
@@ -33,7 +33,7 @@ def tokens(count: int, seed: int, shared: float = 1.0) -> torch.Tensor:
 
 
 def update(router: Router, finite: bool = True) -> None:
-    update_balancers(balancers(router), None, ALONE, finite)
+    learn(learners(router), None, ALONE, finite)
 
 
 def busiest(router: Router, x: torch.Tensor) -> float:
@@ -183,3 +183,32 @@ def test_biases_keep_their_number_format():
     with torch.device("meta"):
         empty = make_router("quantile_balancing")
     assert empty.half().to_empty(device="cpu").balancer.expert_bias.dtype == torch.float32
+
+
+def test_a_centered_router_subtracts_the_mean_of_the_update_before():
+    router = make_router("quantile_balancing", moe_router_center_input=True, moe_token_dropping=False)
+    x = tokens(500, 1, shared=3.0)
+    plain = make_router("quantile_balancing", moe_token_dropping=False)
+    assert torch.equal(router(x).plan.gate_TK, plain(x).plan.gate_TK)  # nothing is known yet
+    update(router)
+    torch.testing.assert_close(router.centering.input_mean, x.mean(0))
+    router.balancer.expert_bias.zero_()
+    new = tokens(200, 2, shared=3.0)
+    torch.testing.assert_close(router(new).plan.gate_TK, plain(new - x.mean(0)).plan.gate_TK)
+
+
+def test_the_mean_does_not_depend_on_micro_batches_and_keeps_its_number_format():
+    whole, parts = (make_router("quantile_balancing", moe_router_center_input=True) for _ in range(2))
+    x = tokens(300, 1)
+    whole(x)
+    for piece in x.split([10, 200, 0, 90]):
+        parts(piece)
+    for router in (whole, parts):
+        update(router)
+    torch.testing.assert_close(whole.centering.input_mean, parts.centering.input_mean)
+    before = whole.centering.input_mean.clone()
+    update(whole)  # without tokens
+    assert torch.equal(whole.centering.input_mean, before)
+    router = whole.bfloat16()
+    assert (router.centering.input_mean.dtype, router.centering.statistics.dtype) == (torch.float32, torch.float64)
+    assert torch.equal(router.centering.input_mean, before)

@@ -99,7 +99,10 @@ def reference(
 
 
 @jit
-def _logits(x_ptr, w_ptr, row, T, H, E, BT: tl.constexpr, BE: tl.constexpr, BK: tl.constexpr, IEEE: tl.constexpr):
+def _logits(
+    x_ptr, w_ptr, offset_ptr, row, T, H, E,
+    BT: tl.constexpr, BE: tl.constexpr, BK: tl.constexpr, IEEE: tl.constexpr, OFFSET: tl.constexpr,
+):  # fmt: skip
     """fp32 [BT, BE] of the tokens ``row``; -inf beyond E. Products of half-precision numbers are exact in fp32."""
     e = tl.arange(0, BE)
     k = tl.arange(0, BK)
@@ -114,20 +117,23 @@ def _logits(x_ptr, w_ptr, row, T, H, E, BT: tl.constexpr, BE: tl.constexpr, BK: 
             acc = tl.dot(x.to(tl.float32), w.to(tl.float32), acc, input_precision="ieee")
         else:
             acc = tl.dot(x, w, acc)
+    if OFFSET:
+        acc += tl.load(offset_ptr + e, mask=e < E, other=0.0)[None, :]
     return tl.where((e < E)[None, :], acc, float("-inf"))
 
 
 @jit
 def _gate_forward(
-    x_ptr, w_ptr, bias_ptr, expert_ptr, gate_ptr, lse_ptr, p_sum_ptr, z_sum_ptr, histogram_ptr,
+    x_ptr, w_ptr, offset_ptr, bias_ptr, expert_ptr, gate_ptr, lse_ptr, p_sum_ptr, z_sum_ptr, histogram_ptr,
     T, H, E, copies, finest, width,
-    BT: tl.constexpr, BE: tl.constexpr, BK: tl.constexpr, IEEE: tl.constexpr, BIAS: tl.constexpr, BINS: tl.constexpr,
+    BT: tl.constexpr, BE: tl.constexpr, BK: tl.constexpr, IEEE: tl.constexpr, OFFSET: tl.constexpr,
+    BIAS: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
     """With BIAS, experts are chosen by logit + bias. With BINS above 0, count what scores lack of thresholds."""
     block = tl.program_id(0)
     row = block * BT + tl.arange(0, BT)
     e = tl.arange(0, BE)
-    logits = _logits(x_ptr, w_ptr, row, T, H, E, BT, BE, BK, IEEE)
+    logits = _logits(x_ptr, w_ptr, offset_ptr, row, T, H, E, BT, BE, BK, IEEE, OFFSET)
     most = tl.max(logits, axis=1)
     p = tl.exp(logits - most[:, None])
     total = tl.sum(p, axis=1)
@@ -160,10 +166,10 @@ def _gate_forward(
 
 @jit
 def _gate_backward(
-    x_ptr, w_ptr, expert_ptr, lse_ptr, row_ptr, load_ptr, d_gate_ptr, d_losses_ptr, d_logits_ptr, from_ptr, dx_ptr,
-    T, H, E, parts,
+    x_ptr, w_ptr, offset_ptr, expert_ptr, lse_ptr, row_ptr, load_ptr, d_gate_ptr, d_losses_ptr, d_logits_ptr,
+    from_ptr, dx_ptr, T, H, E, parts,
     BT: tl.constexpr, BE: tl.constexpr, BK: tl.constexpr, BP: tl.constexpr, IEEE: tl.constexpr, ADD: tl.constexpr,
-    ROWS: tl.constexpr, SHARES: tl.constexpr,
+    ROWS: tl.constexpr, SHARES: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
     """dx = d_logits @ w, plus what ``from`` has of the token if ADD.
 
@@ -172,7 +178,7 @@ def _gate_backward(
     """
     row = tl.program_id(0) * BT + tl.arange(0, BT)
     e = tl.arange(0, BE)
-    logits = _logits(x_ptr, w_ptr, row, T, H, E, BT, BE, BK, IEEE)
+    logits = _logits(x_ptr, w_ptr, offset_ptr, row, T, H, E, BT, BE, BK, IEEE, OFFSET)
     lse = tl.load(lse_ptr + row, mask=row < T, other=0.0)
     p = tl.exp(logits - lse[:, None])
     tokens = tl.maximum(T, 1).to(tl.float32)
@@ -286,6 +292,7 @@ def launch_forward(
     random: bool,
     agree: Agree | None = None,
     balance: Balance = NO_BALANCE,
+    offset_E: torch.Tensor | None = None,
 ) -> Decided:
     """The forward kernels; see :func:`gate`."""
     T, H = x_TH.shape
@@ -310,9 +317,9 @@ def launch_forward(
     copies = 1 if balance.histogram_REB is None else balance.histogram_REB.size(0)
     if T:
         _gate_forward[(gate_blocks,)](
-            x_TH, weight_EH, or_any(balance.bias_E), expert_T, gate_T, lse_T, p_sum, z_sum,
+            x_TH, weight_EH, or_any(offset_E), or_any(balance.bias_E), expert_T, gate_T, lse_T, p_sum, z_sum,
             or_any(balance.histogram_REB), T, H, E, copies, FINEST, BIN_WIDTH, BT, BE, BK, _ieee(x_TH, weight_EH),
-            balance.bias_E is not None,
+            offset_E is not None, balance.bias_E is not None,
             0 if balance.histogram_REB is None or E == 1 else BINS,
             num_warps=warps, num_stages=stages,
         )  # fmt: skip
@@ -342,14 +349,16 @@ def launch_backward(
     d_losses: tuple[torch.Tensor | None, torch.Tensor | None],
     dx: torch.Tensor | None,
     by_row: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradients of tokens and router weights.
+    offset_E: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The gradients of tokens, router weights and offsets of the logits.
 
     Args:
         decided: expert_T, lse_T, row_T of the forward pass; and counts_E, or shares for the aux loss in its place.
         d_gate: of each token [T], or ``by_row`` several parts of it for each row of the experts' buffers, [R, parts].
         d_losses: of aux loss and z-loss.
         dx: what else each token's gradient has, [T, H], or ``by_row`` [R, H]; None for nothing.
+        offset_E: of the forward pass.
     """
     expert_T, lse_T, row_T, load_E = decided
     T, H = x_TH.shape
@@ -363,13 +372,15 @@ def launch_backward(
     d_logits_TE = x_TH.new_empty((T, E), dtype=torch.float32 if ieee else x_TH.dtype)
     if T:
         _gate_backward[(cdiv(T, BT),)](
-            x_TH, weight_EH, expert_T, lse_T, row_T, load_E, d_gate, losses, d_logits_TE,
-            dx_TH if dx is None else dx, dx_TH, T, H, E, parts,
+            x_TH, weight_EH, lse_T if offset_E is None else offset_E, expert_T, lse_T, row_T, load_E, d_gate, losses,
+            d_logits_TE, dx_TH if dx is None else dx, dx_TH, T, H, E, parts,
             BT, BE, BK, next_power_of_2(parts), ieee, dx is not None, by_row, load_E.is_floating_point(),
+            offset_E is not None,
             num_warps=warps, num_stages=stages,
         )  # fmt: skip
     d_weight_EH = d_logits_TE.T @ x_TH.to(d_logits_TE.dtype)
-    return dx_TH, d_weight_EH.to(weight_EH.dtype)
+    d_offset_E = None if offset_E is None else d_logits_TE.sum(0, dtype=torch.float32)
+    return dx_TH, d_weight_EH.to(weight_EH.dtype), d_offset_E
 
 
 def _ieee(x_TH: torch.Tensor, weight_EH: torch.Tensor) -> bool:
@@ -379,10 +390,12 @@ def _ieee(x_TH: torch.Tensor, weight_EH: torch.Tensor) -> bool:
 
 class _Gate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_TH, weight_EH, capacity, random, agree, balance):
-        (gate_T, aux_loss, z_loss, *rest), lse_T = launch_forward(x_TH, weight_EH, capacity, random, agree, balance)
+    def forward(ctx, x_TH, weight_EH, offset_E, capacity, random, agree, balance):
+        (gate_T, aux_loss, z_loss, *rest), lse_T = launch_forward(
+            x_TH, weight_EH, capacity, random, agree, balance, offset_E
+        )
         expert_T, _, row_T, counts_E, *_ = rest
-        ctx.save_for_backward(x_TH, weight_EH, expert_T, lse_T, row_T, load_of(balance, counts_E))
+        ctx.save_for_backward(x_TH, weight_EH, offset_E, expert_T, lse_T, row_T, load_of(balance, counts_E))
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*rest)
         return x_TH.view_as(x_TH), gate_T, aux_loss.clone(), z_loss.clone(), *rest
@@ -390,11 +403,13 @@ class _Gate(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dx_TH, d_gate_T, d_aux, d_z, *_):
-        x_TH, weight_EH, *decided = ctx.saved_tensors
+        x_TH, weight_EH, offset_E, *decided = ctx.saved_tensors
         d_gate_T = torch.zeros_like(decided[1]) if d_gate_T is None else d_gate_T.contiguous()
         dx_TH = None if dx_TH is None else dx_TH.clone(memory_format=torch.contiguous_format)
-        dx_TH, d_weight_EH = launch_backward(x_TH, weight_EH, decided, d_gate_T, (d_aux, d_z), dx_TH, by_row=False)
-        return dx_TH, d_weight_EH, None, None, None, None
+        dx_TH, d_weight_EH, d_offset_E = launch_backward(
+            x_TH, weight_EH, decided, d_gate_T, (d_aux, d_z), dx_TH, by_row=False, offset_E=offset_E
+        )
+        return dx_TH, d_weight_EH, d_offset_E, None, None, None, None
 
 
 def load_of(balance: Balance, counts_E: torch.Tensor) -> torch.Tensor:
@@ -410,6 +425,7 @@ def gate(
     random: bool,
     agree: Agree | None = None,
     balance: Balance = NO_BALANCE,
+    offset_E: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, Gating]:
     """Route each token to its best expert.
 
@@ -422,9 +438,10 @@ def gate(
         agree: is given each token's expert, int32 [T], before slots follow from them, and may overwrite
             them. Gates stay those of the highest logits, so it is for choices that rounding alone can tell apart.
         balance: see :class:`Balance`.
+        offset_E: fp32, added to the logits.
 
     Returns:
         ``x_TH`` to go on with (its gradient is then added to the router's where that is computed), and the decisions.
     """
-    x_TH, *gating = _Gate.apply(x_TH, weight_EH.contiguous(), capacity, random, agree, balance)
+    x_TH, *gating = _Gate.apply(x_TH, weight_EH.contiguous(), offset_E, capacity, random, agree, balance)
     return x_TH, Gating(*gating)

@@ -44,7 +44,7 @@ _ELSEWHERE: Options = dict.fromkeys(
 _ANY_ROUTING: Options = dict.fromkeys(
     (
         "moe.topk", "moe.moe_token_dropping", "moe.moe_noise_policy", "moe.moe_rts", "num_experts",
-        "moe.moe_router_load_balancing_type", "moe.moe_router_enable_expert_bias",
+        "moe.moe_router_load_balancing_type", "moe.moe_router_enable_expert_bias", "moe.moe_router_center_input",
     ),
     ANY,
 )  # fmt: skip
@@ -75,6 +75,7 @@ def _route(spec: LayerSpec) -> Options:
         "moe.moe_rts": ANY,
         "moe.moe_router_load_balancing_type": ("aux_loss", "global_aux_loss", "quantile_balancing", "none"),
         "moe.moe_router_enable_expert_bias": (False, True),
+        "moe.moe_router_center_input": (False, True),
         "tensor_group.sequence_parallel": (False,),
     }
 

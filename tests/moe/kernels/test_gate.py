@@ -76,6 +76,28 @@ def test_a_bias_decides_the_choice_alone_and_shares_are_those_of_the_aux_loss(T,
         assert (mine.double() - exact).norm() <= tolerance * exact.norm()  # NaN fails too
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("capacity", [None, 10])
+def test_offsets_of_logits_are_those_of_a_centered_input(dtype, capacity):
+    x, weight = inputs(100, 64, 8, dtype)
+    mean_H = x.float().mean(0) + 0.5
+    exact_x, exact_weight = (t.double().requires_grad_() for t in (x, weight))
+    x.requires_grad_()
+    weight.requires_grad_()
+    _, found = module.gate(x, weight, capacity, random=False, offset_E=-(weight.float() @ mean_H))
+    expected = module.reference(exact_x - mean_H, exact_weight, capacity)
+    assert torch.equal(found.expert_T, expected.expert_T)
+    for name in ("gate_T", "aux_loss", "z_loss"):
+        torch.testing.assert_close(getattr(found, name).double(), getattr(expected, name), rtol=1e-5, atol=1e-5)
+    for gating in (found, expected):
+        (
+            (gating.gate_T * torch.linspace(-1, 1, 100, device=DEVICE)).sum() + 3 * gating.aux_loss + gating.z_loss
+        ).backward()
+    tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
+    for mine, exact in ((x.grad, exact_x.grad), (weight.grad, exact_weight.grad)):
+        assert (mine.double() - exact).norm() <= tolerance * exact.norm()  # NaN fails too
+
+
 @pytest.mark.parametrize(("T", "H", "E"), [(100, 64, 8), (257, 80, 40), (5, 32, 1)])
 def test_the_histogram_is_that_of_plain_torch(T, H, E):
     x, weight = inputs(T, H, E, torch.float32)
