@@ -20,7 +20,7 @@ _SHAPE = (
 )  # fmt: skip
 
 
-def apply_recipe(preset: str | None, given: Mapping[str, Any]) -> RunConfig:
+def apply_recipe(preset: str | None, given: dict[str, Any]) -> RunConfig:
     """The configuration of a preset, if any, under a recipe and values that were given by field name.
 
     The recipe is ``given["recipe"]``; the configuration has the name of the one that was applied, never ``auto``.
