@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 pytest.importorskip("triton")
 from megatron.config import ModelConfig, MoEConfig
 from megatron.moe import kernels, torch_ops, triton_ops
+from megatron.moe.balancing import learn, learned_buffers, learners
 from megatron.moe.layer import MoELayer, MoEStats
 from megatron.moe.plan import RoutingPlan
 from megatron.parallel.groups import ALONE
