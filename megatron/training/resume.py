@@ -107,6 +107,9 @@ def _check_model(
             f"balancing of experts: checkpoint {balancing!r}, this run {config.moe.balancing!r}; the weights depend on "
             "the biases that were learned"
         )
+    recipes = [each.training.recipe for each in (from_dict(meta["config"]), config)]
+    if problems and recipes[0] != recipes[1]:
+        problems.append(f"--recipe (launch scripts: RECIPE): checkpoint {recipes[0]!r}, this run {recipes[1]!r}")
     if problems:
         raise CheckpointError(
             "the checkpoint belongs to another model; start with the flags it was trained with, "
