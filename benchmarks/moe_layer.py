@@ -81,6 +81,13 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--mode", choices=("capacity", "dropless"), default="capacity", help="Of our layer (default: capacity)."
     )
+    parser.add_argument(
+        "--balancing",
+        nargs="+",
+        choices=("global_aux_loss", "quantile_balancing"),
+        default=[],
+        help="Time our layer with these balancing methods too.",
+    )
     parser.add_argument("--topk", type=int, default=1, metavar="K", help="Experts of a token; peers have 1 only.")
     parser.add_argument("--skip-peers", action="store_true", help="Leave other projects' layers out.")
     parser.add_argument(
@@ -121,6 +128,13 @@ def measure_size(args: argparse.Namespace, hidden: int, tokens: int) -> list[Row
             topk=args.topk, dropless=args.mode == "dropless",
         )  # fmt: skip
         rows.append(ours)
+        for method in args.balancing:
+            layer = make_layer(hidden, experts, args, method)
+            weight, name = layer.router.weight, f"ours, {method}"
+            dropless = args.mode == "dropless"
+            rows.append(
+                measure(args, name, layer, weight, hidden, tokens, experts, base, topk=args.topk, dropless=dropless)
+            )
         if args.profile:
             profile(layer, fresh(hidden, tokens, args))
         del layer
@@ -157,14 +171,21 @@ def measure_peer(
             torch.cuda.empty_cache()
 
 
-def make_layer(hidden: int, experts: int, args: argparse.Namespace) -> MoELayer:
+def make_layer(hidden: int, experts: int, args: argparse.Namespace, balancing: str = "aux_loss") -> MoELayer:
     """A layer of ours in training mode."""
     model = ModelConfig(num_layers=2, hidden_size=hidden, num_attention_heads=1)
-    moe = MoEConfig(num_experts=(experts,), topk=args.topk, moe_token_dropping=args.mode == "capacity")
+    moe = MoEConfig(
+        num_experts=(experts,),
+        topk=args.topk,
+        moe_token_dropping=args.mode == "capacity",
+        moe_router_load_balancing_type=balancing,
+    )
     with torch.device("meta"):
         layer = MoELayer(model, moe, experts)
     layer = layer.to(DTYPES[args.dtype]).to_empty(device=args.device)
     initialize(layer)
+    for buffer in layer.buffers():
+        buffer.zero_()
     return layer
 
 

@@ -22,6 +22,8 @@ import torch
 
 from benchmarks.output import DTYPES, device_name, make_parser, markdown, number, one_line, write_json
 from benchmarks.timing import median_ms
+from megatron.config import MoEConfig
+from megatron.moe.balancing import QuantileBias
 from megatron.moe.kernels import gate as kernels
 from megatron.moe.plan import expert_capacity
 from megatron.training.hooks.profiling import profiled
@@ -75,11 +77,21 @@ def measure(args: argparse.Namespace, experts: int) -> list[Row]:
     def ours(x_TH: torch.Tensor) -> tuple[torch.Tensor | None, kernels.Gating]:
         return kernels.gate(x_TH, weight_EH, capacity, random=True)
 
+    balancer = QuantileBias(experts, MoEConfig(num_experts=(experts,))).to(args.device)
+    balance = kernels.Balance(balancer.bias_E, None, balancer.histogram_REB)
+
+    def quantile_balancing(x_TH: torch.Tensor) -> tuple[torch.Tensor | None, kernels.Gating]:
+        return kernels.gate(x_TH, weight_EH, capacity, random=True, balance=balance)
+
     def plain(x_TH: torch.Tensor) -> tuple[torch.Tensor | None, kernels.Gating]:
         return None, kernels.reference(x_TH.float(), weight_EH.float(), capacity, torch.randperm(T, device=args.device))
 
     rows = []
-    for name, route in (("ours", ours), ("plain torch, [T, E] masks", plain)):
+    for name, route in (
+        ("ours", ours),
+        ("ours, quantile balancing", quantile_balancing),
+        ("plain torch, [T, E] masks", plain),
+    ):
         rows.append(Row(name, T, H, experts, *time(args, route, inputs, weight_EH)))
     if args.profile:
         with profiled(None, f"our router, {experts} experts, forward", torch.device(args.device)), torch.no_grad():

@@ -37,6 +37,8 @@ Everything can be changed from the environment:
                                                                                   fewer processes
   MICRO_BATCH      sequences of one forward pass                                  as published
   GLOBAL_BATCH     sequences of an update                                         as published
+  RECIPE           published, recommended (balanced experts, stable training)     auto: as recommended for experts in a model
+                   or auto; the plan and the log say what the other would set     that was not published
   EXTRA_ARGS       more flags of pretrain_gpt_moe.py, after all others            none
   LAUNCHER         srun (one task a GPU), torchrun or deepspeed (one a node)      srun in a SLURM job, else torchrun
   SRUN_ARGS        more flags of srun, such as --output=%x-%j-%N.log              none
@@ -290,7 +292,8 @@ run() { # PRESET TP PP EP FLAGS...
     find_layout "${published[@]}"
     read -r -a extra <<<"${EXTRA_ARGS:-}"
 
-    flags=(--model "$preset" --tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP" "$@")
+    flags=(--model "$preset" --recipe "${RECIPE:-auto}" --tensor-model-parallel-size "$TP"
+        --pipeline-model-parallel-size "$PP" "$@")
     if [[ "${published[2]}" -gt 1 ]]; then flags+=(--moe-expert-parallel-size "$EP"); fi
     if [[ "${published[0]}" -gt 1 && "$TP" == 1 ]]; then # what goes with tensor parallelism goes without it
         flags+=(--no-sequence-parallel --no-enable-expert-tensor-parallelism)

@@ -17,6 +17,8 @@ Usage: bash examples_moe/quickstart.sh [--corpus FILE] [--tokens N] [--out DIR]
                   (default: the documentation of the Python installation on this machine)
   --tokens N      tokens to train each model on, such as 2M (the default) or 20M
   --out DIR       folder for everything that is made (default: quickstart_out in this checkout)
+
+RECIPE=recommended trains both models by the recommended recipe in place of the published one (docs/planning.md).
 END
 }
 
@@ -107,6 +109,7 @@ training=(
     --train-tokens "$total" --global-batch-size "$batch" --micro-batch-size "$micro_batch"
     --lr 2e-3 --min-lr 2e-4 --lr-warmup-tokens $((total / 24)) --lr-decay-style cosine "$precision"
     --eval-interval 75 --eval-iters 10 --log-interval 20 --save-interval 100 --keep-last 2
+    ${RECIPE:+--recipe "$RECIPE"}
 )
 data=(
     --data-path "$out/corpus_text_document" --split "95,5,0"

@@ -24,6 +24,7 @@ from pathlib import Path
 from megatron.config import RunConfig, flags
 from megatron.config.errors import ConfigError
 from megatron.config.flags import COUNT, number
+from megatron.config.recipes import recipe_in_words
 from megatron.config.validation import validate_numbers
 from megatron.data.data_table import planned_data_table
 from megatron.data.tokenizer import planned_vocab_size
@@ -128,8 +129,9 @@ def plan_of(run: RunConfig, machine: Machine, vocab_size: int) -> Plan:
 
 def scripts() -> list[tuple[str, RunConfig, int, int]]:
     """The launch scripts' names, the runs they start, the GPUs they ask SLURM for, and the GPUs of a node."""
-    sizes = ("NNODES", "GPUS_PER_NODE", "TP", "PP", "EP", "MICRO_BATCH", "GLOBAL_BATCH", "EXTRA_ARGS", "RUN_NAME")
-    clean = {name: text for name, text in os.environ.items() if name not in sizes and not name.startswith("SLURM_")}
+    changing = ("NNODES", "GPUS_PER_NODE", "TP", "PP", "EP", "MICRO_BATCH", "GLOBAL_BATCH", "RECIPE", "EXTRA_ARGS")
+    unset = {*changing, "RUN_NAME"}
+    clean = {name: text for name, text in os.environ.items() if name not in unset and not name.startswith("SLURM_")}
     found = []
     for script in sorted(SCRIPTS.glob("pretrain_gpt_*.sh"), key=_by_size):
         done = subprocess.run(
@@ -177,7 +179,7 @@ def _show(plan: Plan, run: RunConfig) -> int:
     device, machine = plan.machine.device, plan.machine
     assert device is not None  # of machine_of
     print(f"{plan.config.logging.run_name or 'run'} on {machine.world} x {device.name}, {machine.node} a node")
-    print(aligned(experiment(plan.config, machine.world)))
+    print(aligned([*experiment(plan.config, machine.world), ("recipe", recipe_in_words(plan.config))]))
     print(aligned(needs(plan)))
     if run.data.data_path or run.data.train_data_path:
         print(planned_data_table(run, total_samples(run.training, run.model.seq_length)))

@@ -5,7 +5,7 @@
    ``checkpoint``, ``logging``, ``guard``;
 3. ``run.py``: all sections in one ``RunConfig``, and its values as YAML and JSON;
 4. ``validation.py``: everything that is wrong with a run, at once;
-5. ``flags.py``: the command line; ``presets.py``: the published runs.
+5. ``flags.py``: the command line; ``presets.py``: the published runs and recipes; ``recipes.py``: how a recipe applies.
 """
 
 from megatron.config.checkpoint import CheckpointConfig

@@ -1,7 +1,8 @@
 """The command line of a run, generated from the dataclass fields.
 
-``parse_args`` fills a :class:`RunConfig` from, in rising precedence: defaults, ``--model`` preset, ``--config`` YAML
-file, flags. Tools take some options of a run by :func:`add_options`, and share the flags at the end of this file.
+``parse_args`` fills a :class:`RunConfig` from, in rising precedence: defaults, ``--model`` preset, ``--recipe``,
+``--config`` YAML file, flags. Tools take some options of a run by :func:`add_options`, and share the flags at the end
+of this file.
 """
 
 import argparse
@@ -14,12 +15,13 @@ import yaml
 from megatron.config.errors import ConfigError, nearest
 from megatron.config.option import KIND_NAMES, Option, Range, in_words
 from megatron.config.presets import PRESETS
+from megatron.config.recipes import apply_recipe
 from megatron.config.run import OPTIONS, PRECISIONS, SECTIONS, RunConfig, build, read_mapping
 
 _EPILOG = """\
 values:
   Token counts accept suffixes: 300B, 375M, 1.5K. The word none unsets an optional value. Every switch has its opposite
-  (--checkpoint-activations, --no-checkpoint-activations). Precedence: defaults < --model < --config < flags.
+  (--checkpoint-activations, --no-checkpoint-activations). Precedence: defaults < --model < --recipe < --config < flags.
 
 examples:
   A dense GPT of 350M parameters on 8 GPUs:
@@ -76,11 +78,10 @@ def parse_args(argv: Sequence[str] | None = None) -> RunConfig:
     try:
         preset, from_file = _read_yaml(args.config) if args.config else (None, {})
         preset = args.model or preset
-        base = {"run_name": preset, **PRESETS[preset]} if preset else {}
     except ConfigError as error:
         parser.error(f"--config {args.config}: {error}")
     given = {name: value for name, value in vars(args).items() if name in OPTIONS and value is not _NOT_GIVEN}
-    return build(base | from_file | given)
+    return apply_recipe(preset, from_file | given)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -14,6 +14,9 @@ ramp-up from 32 sequences fits that many, and needs changing (``--rampup-batch-s
 
 6.7B+MoE-128 was not published. It has the batches and learning rates of 6.7B and the experts of 1.3B+MoE-128, whose
 matrices are cut over the tensor-parallel processes because they are large. It is meant for 128 GPUs of 80 GB.
+
+A recipe (``--recipe NAME``) is what goes beyond the publication to keep experts balanced and training stable, for any
+preset or model. ``recipes.py`` applies it.
 """
 
 from typing import Any
@@ -58,7 +61,6 @@ def _experts(count: int) -> dict[str, Any]:
         "expert_interval": 2,
         "topk": 1,
         "mlp_type": "standard",
-        "moe_loss_coeff": 0.01,
         "moe_train_capacity_factor": 1.0,
         "moe_eval_capacity_factor": None,
         "moe_min_capacity": 4,
@@ -101,3 +103,17 @@ PRESETS: dict[str, dict[str, Any]] = {
     | {"moe_expert_parallel_size": (16,), "enable_expert_tensor_parallelism": True, "sequence_parallel": True},
 }
 """Preset name -> field name -> value."""
+
+UNPUBLISHED = ("6.7B+MoE-128",)
+"""Presets of models that were not published."""
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "published": {},
+    "recommended": {
+        "moe_router_load_balancing_type": "quantile_balancing",
+        "qk_layernorm": True,
+        "moe_z_loss_coeff": 0.001,
+        "moe_train_capacity_factor": 1.25,
+    },
+}
+"""Recipe name -> field name -> value. Options of experts are left out for dense models."""

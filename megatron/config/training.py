@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from megatron.config.errors import around, divisors, multiples, remainder
 from megatron.config.option import option, parse_count, rule
+from megatron.config.presets import RECIPES
 
 if TYPE_CHECKING:
     from megatron.config.run import RunConfig
@@ -15,6 +16,11 @@ if TYPE_CHECKING:
 class TrainingConfig:
     """The clock of a run is consumed tokens; a step is one optimizer update."""
 
+    recipe: str = option(
+        "published", "Values of options that balance experts and keep training stable: as published, as recommended "
+        "here, or auto: as recommended for experts in a model that was not published.", choices=(*RECIPES, "auto"),
+        resumable=True,
+    )  # fmt: skip
     train_tokens: int | None = option(None, "Tokens to train on, such as 300B.", min=1, parse=parse_count)
     micro_batch_size: int = option(4, "Sequences of one forward pass on one process.", min=1)
     global_batch_size: int = option(256, "Sequences of one optimizer update over all processes.", min=1)

@@ -10,20 +10,24 @@ from megatron.checkpoint.errors import CheckpointError, some
 from megatron.config import ModelConfig, MoEConfig, ParallelConfig, RunConfig, TrainingConfig
 from megatron.config.run import to_dict
 from megatron.config.validation import validate_numbers
-from megatron.conversion.contents import MODEL, Contents, Lazy, without_optimizer
+from megatron.conversion.contents import MODEL, Contents, Lazy, is_learned, without_optimizer
 
 
 def cast(contents: Contents, dtype: torch.dtype) -> Contents:
-    """The weights in another number format; an optimizer's state stays as it is."""
+    """The weights in another number format; an optimizer's state, and what balancers have learned, stay as they are."""
     tensors = {
-        name: lazy.map(lambda tensor: tensor.to(dtype), dtype) if name.startswith(MODEL) else lazy
+        name: lazy.map(lambda tensor: tensor.to(dtype), dtype)
+        if name.startswith(MODEL) and not is_learned(name)
+        else lazy
         for name, lazy in contents.tensors.items()
     }
     return dataclasses.replace(contents, tensors=tensors)
 
 
 def average(checkpoints: Sequence[Contents]) -> Contents:
-    """The mean of the weights, computed in float64, without optimizer state.
+    """The mean of the weights and of what balancers have learned, computed in float64, without optimizer state.
+
+    Logits are linear in the router's weights, so a mean of biases fits a mean of weights.
 
     What else a checkpoint holds (clock, configuration, number format) is that of the one that has seen most tokens.
 

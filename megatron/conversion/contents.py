@@ -10,12 +10,15 @@ from typing import Any
 import torch
 
 from megatron.checkpoint.errors import CheckpointError, some
+from megatron.checkpoint.tensors import dtype_name
 from megatron.config import ModelConfig, MoEConfig, RunConfig
 from megatron.config.run import from_dict
 from megatron.engine.optim import OPTIMIZERS
 from megatron.model.gpt import GPTModel
+from megatron.moe.balancing import build_balancer, learned_buffers
 
 MODEL = "model."
+EXPERT_BIAS = ".router.balancer.expert_bias"  # ends the names of what the choice of experts depends on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +45,8 @@ class Lazy:
 @dataclasses.dataclass(frozen=True)
 class Contents:
     """A checkpoint. ``tensors`` are named ``model.…`` and, with an optimizer's state, ``{state}.…``, as ``exp_avg.…``.
+
+    What balancers have learned is among the tensors of the model, fp32 whatever the weights' format.
 
     ``meta`` is what our checkpoints keep in meta.json; its ``optimizer`` is None where there is no optimizer state.
     ``tokenizer_files`` tells where the tokenizer's files are, if elsewhere than the configuration says. ``notes`` tell
@@ -70,15 +75,32 @@ class Contents:
         """The states of the run's optimizer, with the power of the gradient that each is an average of."""
         return dict(OPTIMIZERS[self.config.optimizer.optimizer_name].states)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The number format of all weights.
+
+        Raises:
+            CheckpointError: there are several.
+        """
+        found = {lazy.dtype for name, lazy in self.tensors.items() if name.startswith(MODEL) and not is_learned(name)}
+        if len(found) > 1:
+            raise CheckpointError(
+                f"{self.where} has tensors in {sorted(map(dtype_name, found))}; choose one: --dtype fp32"
+            )
+        return found.pop()
+
     def check(self) -> "Contents":
-        """Itself, if it holds each parameter of its model once, with the right shape, and nothing unknown.
+        """Itself, if it holds each parameter and learned buffer of its model once, with the right shape, and nothing
+        unknown.
 
         Raises:
             CheckpointError: it does not; names are given.
         """
-        expected = parameter_shapes(self.config.model, self.config.moe, self.meta["vocab_size"])
+        described = self.config.model, self.config.moe, self.meta["vocab_size"]
+        expected = parameter_shapes(*described)
         prefixes = (MODEL, *(f"{state}." for state in self.states)) if self.has_optimizer else (MODEL,)
         wanted = {prefix + name: shape for prefix in prefixes for name, shape in expected.items()}
+        wanted |= {MODEL + name: shape for name, shape in buffer_shapes(*described).items()}
         problems = [f"{name} is missing" for name in wanted if name not in self.tensors]
         problems += [f"{name} is no tensor of this model" for name in self.tensors if name not in wanted]
         problems += [
@@ -98,6 +120,23 @@ def parameter_shapes(model: ModelConfig, moe: MoEConfig, vocab_size: int) -> dic
     """The global shape of each parameter by name, in the model's order; no memory is taken."""
     with torch.device("meta"):
         return {name: tuple(p.shape) for name, p in GPTModel(model, moe, vocab_size).named_parameters()}
+
+
+def buffer_shapes(model: ModelConfig, moe: MoEConfig, vocab_size: int) -> dict[str, tuple[int, ...]]:
+    """The shape of each buffer that a balancer learns by name, in the model's order; no memory is taken."""
+    with torch.device("meta"):
+        return {name: tuple(buffer.shape) for name, buffer in learned_buffers(GPTModel(model, moe, vocab_size)).items()}
+
+
+def is_learned(name: str) -> bool:
+    """Whether a tensor is a buffer that a balancer learns."""
+    return ".router.balancer." in name
+
+
+def initial_buffer(name: str, shape: tuple[int, ...], moe: MoEConfig) -> Lazy:
+    """The buffer of this name as it is at the start of a run."""
+    value = getattr(build_balancer(shape[0], moe), name.rsplit(".", 1)[1])
+    return Lazy(shape, value.dtype, lambda row: value if row is None else value[row])
 
 
 def optimizer_tensors(tensors: Iterable[str]) -> list[str]:

@@ -22,7 +22,16 @@ from megatron.config import DataConfig, ParallelConfig, RunConfig
 from megatron.config.errors import ConfigError
 from megatron.config.run import from_dict, to_dict
 from megatron.conversion.changes import check_model
-from megatron.conversion.contents import MODEL, Contents, Lazy, is_stacked, parameter_shapes
+from megatron.conversion.contents import (
+    MODEL,
+    Contents,
+    Lazy,
+    buffer_shapes,
+    initial_buffer,
+    is_learned,
+    is_stacked,
+    parameter_shapes,
+)
 from megatron.conversion.hf_config import from_hf, is_gpt2, to_hf
 from megatron.conversion.hf_extras import KEY, read_extras, replace_unknown_ids, write_json
 from megatron.conversion.hf_names import HFTensor, hf_tensors
@@ -66,19 +75,13 @@ def write_hf(
     if contents.has_optimizer:
         raise CheckpointError(f"{contents.where}: Hugging Face's format has no optimizer state; add --drop-optimizer")
     config, vocab_size = contents.config, contents.meta["vocab_size"]
-    dtypes = {lazy.dtype for lazy in contents.tensors.values()}
-    if len(dtypes) > 1:
-        raise CheckpointError(
-            f"{contents.where} has tensors in {sorted(map(dtype_name, dtypes))}; choose one: --dtype fp32"
-        )
-    (dtype,) = dtypes
     tensors = [
         (part.theirs, _deferred(contents.tensors[MODEL + part.ours], part))
         for part in hf_tensors(config.model, config.moe, vocab_size)
     ]
     extras = contents.meta.get(KEY) or {}
     ids = extras.get("config") or {"bos_token_id": tokenizer.eod, "eos_token_id": tokenizer.eod}
-    about = to_hf(config.model, config.moe, vocab_size, ids, dtype_name(dtype))
+    about = to_hf(config.model, config.moe, vocab_size, ids, dtype_name(contents.dtype))
     with staged(folder, sum(tensor.numel() * tensor.element_size() for _, tensor in tensors)) as temporary:
         copies = write_tokenizer(tokenizer, files, temporary, config.model.position_rows, extras)
         write_json(temporary / "config.json", about)
@@ -258,8 +261,14 @@ def _ours(theirs: dict[str, Lazy], config: RunConfig, vocab_size: int, folder: P
     problems += [f"{name} is no tensor of this model" for name in sorted(left)]
     if problems:
         raise CheckpointError(f"{folder} cannot be converted: {some(problems)}. Nothing was written")
-    shapes = parameter_shapes(config.model, config.moe, vocab_size)
-    return {MODEL + name: _joined(name, shapes[name], parts[name], theirs) for name in shapes}
+    described = config.model, config.moe, vocab_size
+    shapes = parameter_shapes(*described) | buffer_shapes(*described)
+    return {
+        MODEL + name: _joined(name, shape, parts[name], theirs)
+        if name in parts
+        else initial_buffer(name, shape, config.moe)  # of training alone, so they have none
+        for name, shape in shapes.items()
+    }
 
 
 def _joined(name: str, shape: tuple[int, ...], parts: list[HFTensor], theirs: dict[str, Lazy]) -> Lazy:
@@ -274,4 +283,5 @@ def _joined(name: str, shape: tuple[int, ...], parts: list[HFTensor], theirs: di
             return theirs[parts[0].theirs].read(row)
         return one(parts[row]) if row is not None else torch.stack([one(part) for part in parts])
 
-    return Lazy(shape, theirs[parts[0].theirs].dtype, read)
+    lazy = Lazy(shape, theirs[parts[0].theirs].dtype, read)
+    return lazy.map(lambda tensor: tensor.float(), torch.float32) if is_learned(name) else lazy

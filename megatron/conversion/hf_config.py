@@ -75,7 +75,8 @@ def to_hf(model: ModelConfig, moe: MoEConfig, vocab_size: int, ids: Mapping[str,
         "num_experts_per_tok": moe.topk,
         "residual_moe": moe.mlp_type == "residual",
         "qk_layernorm": model.qk_layernorm,
-        "router_aux_loss_coef": moe.moe_loss_coeff,
+        "router_expert_bias": moe.enabled and moe.has_expert_bias,
+        "router_aux_loss_coef": moe.aux_loss_coeff,
         "router_z_loss_coef": moe.moe_z_loss_coeff,
         **shared,
     }
@@ -119,9 +120,7 @@ def from_hf(content: dict[str, Any], where: str) -> tuple[ModelConfig, MoEConfig
         if isinstance(value, bool) or not isinstance(value, int | float)
     ]:
         raise CheckpointError(f"{where}: {', '.join(wrong)}; expected numbers. Restore the file")
-    qk_layernorm = kind == "gpt_moe" and content.get("qk_layernorm", False)
-    if not isinstance(qk_layernorm, bool):
-        raise CheckpointError(f"{where}: qk_layernorm is {qk_layernorm!r}; expected true or false. Restore the file")
+    qk_layernorm = kind == "gpt_moe" and _switch(content, "qk_layernorm", where)
     model = ModelConfig(
         num_layers=sizes["layers"],
         hidden_size=sizes["hidden"],
@@ -136,6 +135,13 @@ def from_hf(content: dict[str, Any], where: str) -> tuple[ModelConfig, MoEConfig
     if kind == "gpt_moe":
         moe = _experts(content, sizes["layers"], where, dense=qk_layernorm)
     return model, moe, sizes["vocabulary"]
+
+
+def _switch(content: dict[str, Any], key: str, where: str) -> bool:
+    value = content.get(key, False)
+    if not isinstance(value, bool):
+        raise CheckpointError(f"{where}: {key} is {value!r}; expected true or false. Restore the file")
+    return value
 
 
 def _sizes(content: dict[str, Any], where: str, *, with_experts: bool) -> dict[str, Any]:
@@ -174,7 +180,10 @@ def _experts(content: dict[str, Any], layers: int, where: str, *, dense: bool) -
         raise CheckpointError(
             f"{where}: experts_per_layer is {experts!r}; expected a number for each layer, one above 1"
         )
+    biased = _switch(content, "router_expert_bias", where)
     if set(experts) == {1}:
+        if biased:
+            raise CheckpointError(f"{where}: router_expert_bias is true, but no layer has experts. Restore the file")
         return MoEConfig()
     interval = next(layer for layer, count in enumerate(experts) if count > 1) + 1
     in_turn = tuple(experts[interval - 1 :: interval])
@@ -183,6 +192,7 @@ def _experts(content: dict[str, Any], layers: int, where: str, *, dense: bool) -
         expert_interval=interval,
         topk=content.get("num_experts_per_tok", 1),
         mlp_type="residual" if content.get("residual_moe") else "standard",
+        moe_router_load_balancing_type="quantile_balancing" if biased else "aux_loss",
         moe_loss_coeff=content.get("router_aux_loss_coef", 0.01),
         moe_z_loss_coeff=content.get("router_z_loss_coef", 0.0),
     )

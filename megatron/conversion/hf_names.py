@@ -1,4 +1,4 @@
-"""Names of our parameters and of Hugging Face's: one table, read in both directions.
+"""Names of our parameters and expert biases, and of Hugging Face's: one table, read in both directions.
 
 The matrices of stock GPT-2 are stored input-first (Conv1D), the transpose of ours. Other models are
 :mod:`megatron.conversion.hf_moe`, whose matrices are output-first (Linear) except for the experts', which are stacked
@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Iterator
 
 from megatron.config import ModelConfig, MoEConfig
-from megatron.conversion.contents import parameter_shapes
+from megatron.conversion.contents import EXPERT_BIAS, buffer_shapes, parameter_shapes
 from megatron.conversion.hf_config import is_gpt2
 
 _OUTSIDE = {
@@ -30,6 +30,7 @@ _IN_LAYER = {
     "mlp.fc1": "mlp.c_fc",
     "mlp.fc2": "mlp.c_proj",
     "mlp.router": "mlp.router",
+    "mlp.router.balancer": "mlp.balancer",
     "mlp.mlp.fc1": "mlp.dense.c_fc",
     "mlp.mlp.fc2": "mlp.dense.c_proj",
     "mlp.coefficient": "mlp.coefficient",
@@ -50,7 +51,8 @@ class HFTensor:
 
 
 def hf_tensors(model: ModelConfig, moe: MoEConfig, vocab_size: int, stacked: bool = True) -> Iterator[HFTensor]:
-    """Every parameter of a model, in the model's order: each of ours, or each row of a stacked one, exactly once.
+    """Every parameter of a model, in the model's order: each of ours, or each row of a stacked one, exactly once; then
+    its expert biases.
 
     Args:
         model: its shape.
@@ -58,7 +60,9 @@ def hf_tensors(model: ModelConfig, moe: MoEConfig, vocab_size: int, stacked: boo
         vocab_size: rows of the token table.
         stacked: whether a layer's experts are stacked there, too.
     """
-    for name, shape in parameter_shapes(model, moe, vocab_size).items():
+    buffers = buffer_shapes(model, moe, vocab_size)
+    biases = {name: shape for name, shape in buffers.items() if name.endswith(EXPERT_BIAS)}
+    for name, shape in (parameter_shapes(model, moe, vocab_size) | biases).items():
         if name in _OUTSIDE:
             yield HFTensor(_OUTSIDE[name], name, None, False, shape)
             continue

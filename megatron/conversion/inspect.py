@@ -4,7 +4,7 @@ from typing import Any
 
 from megatron.checkpoint.tensors import dtype_name
 from megatron.conversion.changes import tokens_seen
-from megatron.conversion.contents import MODEL, Contents
+from megatron.conversion.contents import MODEL, Contents, is_learned
 from megatron.conversion.formats import format_of
 
 
@@ -31,7 +31,7 @@ def inspect(folder: str, verify: bool) -> dict[str, Any]:
         "standing": found.status,
         "step": contents.step,
         "tokens": tokens_seen(contents),
-        "parameters": _elements(contents, MODEL),
+        "parameters": _parameters(contents),
         "bytes": sum(lazy.bytes for lazy in contents.tensors.values()),
         "optimizer": contents.has_optimizer,
         "written_by": {
@@ -81,6 +81,6 @@ def in_words(about: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _elements(contents: Contents, prefix: str) -> int:
-    sizes = (lazy.bytes // lazy.dtype.itemsize for name, lazy in contents.tensors.items() if name.startswith(prefix))
-    return sum(sizes)
+def _parameters(contents: Contents) -> int:
+    weights = (lazy for name, lazy in contents.tensors.items() if name.startswith(MODEL) and not is_learned(name))
+    return sum(lazy.bytes // lazy.dtype.itemsize for lazy in weights)

@@ -14,7 +14,7 @@ computes is then d(x) again, if the gates are undone:
 The optimizer's state is carried over by the chain rule. Where a weight w is replaced by a w, and its output is
 multiplied by c, the gradient is that of the dense weight times c, for W2 and b2 of experts c_0 / E; so exp_avg is
 multiplied by that and exp_avg_sq by its square. (That an expert sees a part of the tokens only is not in it.) New
-parameters have states of 0.
+parameters have states of 0, and balancers start as in a new run.
 
 Shapes: E experts, H hidden, F FFN hidden.
 """
@@ -28,7 +28,7 @@ from megatron.checkpoint.errors import CheckpointError
 from megatron.config import MoEConfig, ParallelConfig
 from megatron.config.run import to_dict
 from megatron.conversion.changes import check_model
-from megatron.conversion.contents import MODEL, Contents, Lazy, parameter_shapes
+from megatron.conversion.contents import MODEL, Contents, Lazy, buffer_shapes, initial_buffer, parameter_shapes
 from megatron.moe.initialization import named_generator
 
 LOGIT_SIZE = 1e-7
@@ -63,6 +63,8 @@ def upcycle(contents: Contents, moe: MoEConfig, noise: float = 0.0, seed: int = 
     for prefix, power in ({MODEL: 0} | powers).items():
         for name, shape in parameter_shapes(config.model, moe, contents.meta["vocab_size"]).items():
             tensors[prefix + name] = _tensor(contents, moe, prefix, power, name, shape, noise, seed)
+    for name, shape in buffer_shapes(config.model, moe, contents.meta["vocab_size"]).items():
+        tensors[MODEL + name] = initial_buffer(name, shape, moe)
     origin = {"format": "upcycled", "folder": contents.where, "noise": noise, "seed": seed}
     return dataclasses.replace(
         contents, tensors=tensors, meta=contents.meta | {"config": described, "origin": origin}

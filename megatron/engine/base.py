@@ -7,7 +7,7 @@ same order. :func:`megatron.engine.pipeline.build_engine` makes the engine of a 
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -27,8 +27,8 @@ sequence in the run. Where the run keeps documents apart there are also ``positi
 """
 
 
-class AsyncScalar:
-    """A number that the device has yet to compute. Reading it waits for that number only, not for later work."""
+class AsyncTensor:
+    """A tensor that the device has yet to compute. Reading it waits for that tensor only, not for later work."""
 
     def __init__(self, value: torch.Tensor) -> None:
         self._value, self._copied = value, None
@@ -38,10 +38,18 @@ class AsyncScalar:
             self._copied = torch.cuda.Event()
             self._copied.record()
 
-    def __float__(self) -> float:
+    def wait(self) -> torch.Tensor:
+        """The tensor, on the CPU."""
         if self._copied is not None:
             self._copied.synchronize()
-        return float(self._value)
+        return self._value
+
+
+class AsyncScalar(AsyncTensor):
+    """A number that the device has yet to compute."""
+
+    def __float__(self) -> float:
+        return float(self.wait())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,12 +60,19 @@ class StepResult:
     lr: float
     norm: float | AsyncScalar  # gradient norm; not finite where the update was skipped
     scale_fell: bool = False  # skipped because of fp16's loss scale, which falls now or soon: nothing is wrong
+    read_monitors: Callable[[], dict[str, Any]] | None = None  # gives ``monitors``, once they are known
 
     @functools.cached_property
     def grad_norm(self) -> float:
         """L2 norm of the gradient of the global batch's mean loss, before clipping; inf when the update was skipped."""
         norm = float(self.norm)
         return norm if math.isfinite(norm) else math.inf
+
+    @functools.cached_property
+    def monitors(self) -> dict[str, Any] | None:
+        """Figures by which to see that training becomes unstable, JSON-able and equal on all ranks, such as
+        :func:`megatron.engine.monitors.figures` describes; None if the step was not to measure them."""
+        return None if self.read_monitors is None else self.read_monitors()
 
     @property
     def skipped(self) -> bool:
@@ -68,12 +83,13 @@ class StepResult:
 class Engine(Protocol):
     """A model, its optimizer, and what a training step is."""
 
-    def train_step(self, micro_batches: Sequence[MicroBatch], tokens_after: int) -> StepResult:
+    def train_step(self, micro_batches: Sequence[MicroBatch], tokens_after: int, monitored: bool = False) -> StepResult:
         """One optimizer update.
 
         Args:
             micro_batches: this rank's share of the global batch; every rank passes the same number, at least one.
             tokens_after: tokens that the run has consumed once this batch is done; decides the learning rate.
+            monitored: whether to measure :attr:`StepResult.monitors`. It changes no other number.
         """
         ...
 

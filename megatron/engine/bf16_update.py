@@ -13,7 +13,7 @@ over all weights is felt, so this takes its place:
 5. The new weights are all-gathered.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -100,14 +100,18 @@ class ParameterGroup:
             if dtype != self.sums.dtype:
                 self.sums[self.shard].copy_(mine)
 
-    def counted(self) -> Iterator[torch.Tensor]:
-        """The gradients of this process's shard that count in the norm; over all processes each counts once."""
+    def counted(self, among: Collection[nn.Parameter] | None = None) -> Iterator[torch.Tensor]:
+        """The gradients of this process's shard, of some parameters or all, that count in the norm; over all processes
+        each counts once."""
+        counts_of = self.counts
+        if among is not None:
+            counts_of = [counts and p in among for p, counts in zip(self.parameters, self.counts, strict=True)]
         if self.direct:
-            known = zip(self.parameters, self.counts, strict=True)
+            known = zip(self.parameters, counts_of, strict=True)
             yield from (p.grad.contiguous() for p, counts in known if counts and p.grad is not None)
             return
         begin = end = self.shard.start  # of consecutive parameters that count
-        for parameter, start, counts in zip(self.parameters, self.begins, self.counts, strict=True):
+        for parameter, start, counts in zip(self.parameters, self.begins, counts_of, strict=True):
             first = min(max(start, self.shard.start), self.shard.stop)
             last = min(max(start + parameter.numel(), self.shard.start), self.shard.stop)
             if not counts:
@@ -139,6 +143,10 @@ class BF16Update:
         layouts: of all parameters that it updates.
         config: clipping, and in what format gradients are added up over processes.
         topology: of this process.
+
+    Attributes:
+        norm: of the last update's gradient, before clipping.
+        on_reduced: called in each update when gradients are reduced, and weights are as before.
     """
 
     def __init__(
@@ -155,6 +163,7 @@ class BF16Update:
         self._shares = topology.data_parallel_size  # gradients are means over these, sums until the update
         self._one_stage = topology.pipeline_parallel_size == 1
         self.norm = torch.zeros((), device=topology.device)
+        self.on_reduced: Callable[[], None] = lambda: None
         self._optimizer: ShardedOptimizer = optimizer.optimizer
         self._square_sum = square_sum
         if usable(self._groups[0].master):
@@ -180,8 +189,8 @@ class BF16Update:
         """The update. ``norm`` is the gradients' afterwards, before clipping; not finite: nothing has changed."""
         for group in self._groups:
             group.reduce(self._reduced)
-        counted = [gradient for group in self._groups for gradient in group.counted()]
-        squares = self._square_sum(counted) if counted else self.norm.new_zeros((), dtype=torch.float64)
+        self.on_reduced()
+        squares = self._squares(None)
         dist.all_reduce(squares)
         self.norm = squares.sqrt() / self._shares
         finite = self.norm.isfinite()
@@ -197,6 +206,15 @@ class BF16Update:
                 dist.all_gather_into_tensor(group.weights, group.weights[group.shard], group=group.peers)
             for parameter in group.parameters:
                 parameter.grad = None
+
+    def squares_of(self, parameters: Collection[nn.Parameter]) -> torch.Tensor:
+        """This process's part of the squared gradient norm of ``parameters``; to be called by ``on_reduced``."""
+        return self._squares(parameters) / self._shares**2
+
+    def _squares(self, parameters: Collection[nn.Parameter] | None) -> torch.Tensor:
+        """The sum of squares of this process's shards of gradients, of some parameters or all, a float64 scalar."""
+        counted = [gradient for group in self._groups for gradient in group.counted(parameters)]
+        return self._square_sum(counted) if counted else self.norm.new_zeros((), dtype=torch.float64)
 
     def _step(self, factor: torch.Tensor) -> None:
         """The optimizer's ``step()``, for one that does not update slices; waits for the device."""

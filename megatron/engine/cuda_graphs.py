@@ -3,7 +3,7 @@
 A graph repeats what was recorded once, on the same memory. So a micro-batch is copied into fixed buffers before, and
 its losses and gradients are found in fixed memory after:
 
-    tokens, labels, mask, gradient of the loss -> [ graph ] -> losses, counts, each parameter's gradient
+    tokens, labels, mask, gradient of the loss -> [ graph ] -> losses, counts, parameters' gradients, samples of layers
 
 What happens to a gradient next (it is added to fp32 sums, reduced over processes, used by the update) is not part of it
 and happens as without graphs, on the same tensors.
@@ -30,6 +30,7 @@ from torch import nn
 
 from megatron.model.gpt import GPTModel
 from megatron.model.loss import LossSums
+from megatron.model.monitors import LayerSamples, Sample
 from megatron.model.randomness import layer_seed
 
 WARM_UP = 3  # micro-batches
@@ -109,10 +110,11 @@ class GraphedMicroBatches:
             fp32 scalar, and its :class:`megatron.model.loss.LossSums`.
         model: the part of it that seeds layers. It is in training mode whenever :meth:`run` is called.
         device: of both.
+        samples: of what goes into the layers, which every micro-batch fills.
     """
 
-    def __init__(self, module: nn.Module, model: GPTModel, device: torch.device) -> None:
-        self._module, self._model, self._device = module, model, device
+    def __init__(self, module: nn.Module, model: GPTModel, device: torch.device, samples: LayerSamples) -> None:
+        self._module, self._model, self._device, self._samples = module, model, device, samples
         self._parameters = [p for p in module.parameters() if p.requires_grad]
         self._times = 2 if model.checkpoint_activations else 1  # that a layer runs
         self._begun: set[int] = set()  # layers that have run in this micro-batch
@@ -124,6 +126,7 @@ class GraphedMicroBatches:
         self._gradients: list[torch.Tensor | None] = []
         self._losses = self._counts = torch.empty(0)
         self._lengths: list[int] = []  # of the pieces of _counts
+        self._sampled: dict[nn.Module, Sample] = {}
 
     def accepts(self, batch: Mapping[str, Any]) -> bool:
         """Whether a micro-batch is of the shape and kind of the first one. Others are for the caller, and so are all
@@ -162,6 +165,7 @@ class GraphedMicroBatches:
                 self._recorder.record(self._step)
             self._recorder.replay()
         self._runs += 1
+        self._samples.kept.update(self._sampled)
         self._hand_over()
         *counts, dropped = self._counts.clone().split(self._lengths)
         return LossSums(self._losses.clone(), counts, dropped)
@@ -173,12 +177,14 @@ class GraphedMicroBatches:
         self._begun.clear()
         try:
             self._recorder.draw_from(0)
-            # not the module itself: DeepSpeed has hung its timers on it
-            total, sums = self._module.forward(self._inputs)
-            with _hooks_aside(self._parameters):
-                total.backward(self._loss_gradient)
+            with self._samples.copied():
+                # not the module itself: DeepSpeed has hung its timers on it
+                total, sums = self._module.forward(self._inputs)
+                with _hooks_aside(self._parameters):
+                    total.backward(self._loss_gradient)
         finally:
             self._model.seed_layer = seed_layer
+        self._sampled = dict(self._samples.kept)
         self._gradients.extend(parameter.grad for parameter in self._parameters)
         pieces = [*sums.counts, sums.dropped]
         self._losses, self._counts, self._lengths = sums.losses, torch.cat(pieces), [x.numel() for x in pieces]

@@ -12,7 +12,7 @@ import dataclasses
 import logging
 import types
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import deepspeed.ops
@@ -247,6 +247,36 @@ def accumulated(parameter: nn.Parameter) -> object:
 def end_backward(engine: Any) -> None:
     """What ``engine`` does after a backward pass of its own: add up gradients, and after the last one reduce them."""
     engine._backward_epilogue()
+
+
+def call_before_step(optimizer: Any, function: Callable[[], None]) -> None:
+    """Call ``function`` in each update of ``optimizer``, when gradients are reduced and still unclipped."""
+    step = optimizer.step
+
+    def step_after_function(*args: Any, **kwargs: Any) -> Any:
+        function()
+        return step(*args, **kwargs)
+
+    optimizer.step = step_after_function
+
+
+def reduced_gradient_norms(optimizer: Any, tensor_rank: int) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
+    """Each parameter with the norm of the part of its gradient that this rank keeps, as a scalar on the device.
+
+    For DeepSpeed's ZeRO-1 optimizer, in what :func:`call_before_step` calls. With fp16 the loss scale has multiplied
+    norms. Over all ranks each element counts once, as in the norm of all: what another rank counts is left out.
+    """
+    for number, parameters in enumerate(optimizer.params_in_partition):
+        if optimizer.cpu_offload:  # which has computed them already
+            known = optimizer.norm_for_param_grads
+            parts = [(p, known.get(optimizer.get_param_id(p))) for p in parameters]
+        else:
+            gradients = [x for x in optimizer.averaged_gradients[number] if not getattr(x, "_zero_padding", False)]
+            parts = list(zip(parameters, gradients, strict=False))  # the last gradient may be padding
+        for parameter, part in parts:
+            counts = tensor_rank == 0 or getattr(parameter, "model_parallel", False)
+            if part is not None and counts and not is_tied_replica(parameter):
+                yield parameter, torch.linalg.vector_norm(part, dtype=torch.float32)
 
 
 def offload_from_where_gradients_are_reduced(optimizer: Any) -> None:

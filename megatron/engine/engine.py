@@ -15,6 +15,7 @@ from megatron.data.loader import SAMPLE_FIELDS
 from megatron.engine.base import AsyncScalar, StepResult
 from megatron.engine.cuda_graphs import GraphedMicroBatches
 from megatron.engine.loss_scale import headroom
+from megatron.engine.monitors import Monitors
 from megatron.engine.offload import use_cores
 from megatron.engine.optim import OPTIMIZERS
 from megatron.engine.optim.groups import parameter_groups
@@ -23,6 +24,7 @@ from megatron.engine.state import ShardedState
 from megatron.model.gpt import GPTModel
 from megatron.model.loss import LossSums
 from megatron.model.randomness import seed_generators
+from megatron.moe.balancing import learn, learners
 from megatron.parallel.initialize import Topology
 from megatron.parallel.replicas import check_replicas
 from megatron.parallel.sharding import collect_layouts
@@ -79,7 +81,7 @@ class DeepSpeedEngine(ShardedState):
             use_cores(topology.launch.world_size)
         layouts = collect_layouts(module)
         deepspeed_internals.mark_parameters(module, layouts)
-        groups = parameter_groups(module, layouts, config.optimizer)
+        groups = parameter_groups(module, layouts, config.optimizer, config.moe)
         deepspeed_internals.mark_groups(groups)
         optimizer_class = OPTIMIZERS[config.optimizer.optimizer_name]
         optimizer = optimizer_class.from_config(groups, config.optimizer, config.training.compile)
@@ -98,15 +100,25 @@ class DeepSpeedEngine(ShardedState):
         optimizer.init_state()  # after BF16Update has freed the gradients' fp32 sums, which may never be needed
         deepspeed_internals.let_loss_scale_rest(self._optimizer)
         deepspeed_internals.offload_from_where_gradients_are_reduced(self._optimizer)
+        self._monitors = Monitors(model, topology)
+        if self._update is not None:
+            self._update.on_reduced = self._measure
+        else:
+            deepspeed_internals.call_before_step(self._optimizer, self._measure)
         scaler = self._optimizer.loss_scaler if config.optimizer.precision == "fp16" else None
         super().__init__(model, optimizer, scaler)
-        self._graphs = GraphedMicroBatches(module, model, topology.device) if config.training.cuda_graphs else None
+        self._learners = learners(model)
+        self._graphs = None
+        if config.training.cuda_graphs:
+            self._graphs = GraphedMicroBatches(module, model, topology.device, self._monitors.samples)
 
     def _trained_module(self, model: GPTModel, marker: nn.Module | None) -> nn.Module:
         """What DeepSpeed trains: ``model`` with its losses, and the marker of experts."""
         return _TrainedModule(model, marker)
 
-    def train_step(self, micro_batches: Sequence[Mapping[str, Any]], tokens_after: int) -> StepResult:
+    def train_step(
+        self, micro_batches: Sequence[Mapping[str, Any]], tokens_after: int, monitored: bool = False
+    ) -> StepResult:
         """One optimizer update.
 
         Args:
@@ -114,11 +126,12 @@ class DeepSpeedEngine(ShardedState):
                 ``tokens``, ``labels`` and ``loss_mask`` of shape [B, S] and ``sample_index``, the number of its first
                 sample in the run; and ``position_ids`` and ``cu_seqlens`` where the run is to keep documents apart.
             tokens_after: consumed tokens of the run once this batch is done; decides the learning rate.
+            monitored: whether to measure what :func:`megatron.engine.monitors.figures` describes.
         """
         self._check_step(micro_batches)
         lr = self._set_learning_rate(tokens_after)
         self._engine.train()
-        self._begin(len(micro_batches))
+        self._begin(len(micro_batches), monitored)
         sums = None
         for number, batch in enumerate(micro_batches, start=1):
             self._engine.set_gradient_accumulation_boundary(number == len(micro_batches))
@@ -127,7 +140,7 @@ class DeepSpeedEngine(ShardedState):
         assert sums is not None  # there is a micro-batch
         before = self._headroom()
         self._engine.step()
-        return self._result(sums, lr, before)
+        return self._end_step(sums, lr, before)
 
     def _forward_backward(self, batch: Mapping[str, Any], count: int) -> LossSums:
         """One of ``count`` micro-batches of an update: its losses; its gradients are added to the update's."""
@@ -144,22 +157,47 @@ class DeepSpeedEngine(ShardedState):
     def _set_learning_rate(self, tokens_after: int) -> float:
         lr = learning_rate(self._config.optimizer, tokens_after, self._decay_tokens)
         for group in self._sharded_optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_mult"]
         return lr
 
-    def _begin(self, micro_batches: int) -> None:
+    def _begin(self, micro_batches: int, monitored: bool) -> None:
+        self._monitors.begin(monitored)
         if self._update is not None:
             self._update.begin(micro_batches)
 
+    def _measure(self) -> None:
+        """Measure the step, if it is monitored; called when its gradients are reduced."""
+        if not self._monitors.wanted:
+            return
+        kinds, update = self._monitors.kinds, self._update
+        if update is not None:
+            self._monitors.measure({kind: update.squares_of(parameters) for kind, parameters in kinds.items()})
+            return
+        norms = dict(self._internals.reduced_gradient_norms(self._optimizer, self._topology.tensor_parallel_rank))
+        zero, scale = torch.zeros((), device=self._topology.device), self._loss_scale()
+        of_kinds = {k: torch.stack([zero, *(norms[p] for p in norms if p in kinds[k])]).double() for k in kinds}
+        self._monitors.measure({kind: (x / scale).square().sum() for kind, x in of_kinds.items()})
+
+    def _end_step(self, sums: LossSums, lr: float, before: tuple[float, int] | None) -> StepResult:
+        """Let routers learn from the update just done, and say what it was.
+
+        Args:
+            before: what :meth:`_headroom` gave before it.
+        """
+        result = self._result(sums, lr, before)
+        finite = not result.skipped if self._update is None else self._update.norm.isfinite()
+        groups = self._topology.data_parallel_group, self._topology.tensor_group
+        learn(self._learners, *groups, finite)
+        return result
+
     def _result(self, sums: LossSums, lr: float, before: tuple[float, int] | None) -> StepResult:
-        """What the update just done was; ``before``: what :meth:`_headroom` gave before it."""
         if self._update is not None:
-            return StepResult(sums, lr, AsyncScalar(self._update.norm))
+            return StepResult(sums, lr, AsyncScalar(self._update.norm), read_monitors=self._monitors.reader())
         skipped = bool(self._optimizer.overflow)
         norm = math.inf if skipped else float(self._optimizer._global_grad_norm)
         after = self._headroom()
         fell = before is not None and after is not None and after < before
-        return StepResult(sums, lr, norm, scale_fell=skipped and fell)
+        return StepResult(sums, lr, norm, skipped and fell, self._monitors.reader())
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Iterable[Mapping[str, Any]]) -> LossSums:

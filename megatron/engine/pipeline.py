@@ -41,7 +41,9 @@ class PipelineEngine(DeepSpeedEngine):
         self._module = GPTPipeline(model, self._topology, marker)
         return self._module
 
-    def train_step(self, micro_batches: Sequence[Mapping[str, Any]], tokens_after: int) -> StepResult:
+    def train_step(
+        self, micro_batches: Sequence[Mapping[str, Any]], tokens_after: int, monitored: bool = False
+    ) -> StepResult:
         """One optimizer update; see :meth:`Engine.train_step <megatron.engine.base.Engine.train_step>`."""
         self._check_step(micro_batches)
         lr = self._set_learning_rate(tokens_after)
@@ -49,9 +51,9 @@ class PipelineEngine(DeepSpeedEngine):
         count, engine = len(micro_batches), self._engine
         engine.set_train_batch_size(count * engine.train_micro_batch_size_per_gpu() * engine.dp_world_size)
         self._module.begin(self._seeds(micro_batches), scale / count, self._documents(micro_batches))
-        self._begin(count)
+        self._begin(count, monitored)
         engine.train_batch(self._inputs(micro_batches))
-        return self._result(self._module.sums, lr, before)
+        return self._end_step(self._module.sums, lr, before)
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Iterable[Mapping[str, Any]]) -> LossSums:

@@ -14,6 +14,7 @@ from torch import nn
 from megatron.checkpoint import Box, ShardedTensor, flat_boxes
 from megatron.engine.loss_scale import load_scaler_state, scaler_state
 from megatron.engine.optim import ShardedOptimizer
+from megatron.moe.balancing import learned_buffers
 from megatron.parallel.sharding import collect_layouts, global_boxes, global_shape
 
 if TYPE_CHECKING:
@@ -73,7 +74,14 @@ class ShardedState:
             for prefix, slice_ in slices.items():
                 boxes = cut(slice_) if isinstance(slice_, torch.Tensor) else slice_.boxes(cut)
                 entries.append(ShardedTensor(prefix + name, self._global_shape(name), slice_.dtype, boxes))
-        return entries
+        return entries + self._balancer_state()
+
+    def _balancer_state(self) -> list[ShardedTensor]:
+        """What balancers have learned, which every rank that has the layer holds whole."""
+        return [
+            ShardedTensor(MODEL + name, tuple(buffer.shape), buffer.dtype, [Box((0,), buffer)])
+            for name, buffer in learned_buffers(self.model).items()
+        ]
 
     @contextlib.contextmanager
     def loading(self, moments: bool = True) -> Iterator[list[ShardedTensor]]:
@@ -82,7 +90,7 @@ class ShardedState:
         Weights are read in full (each rank computes with all of its parameters), optimizer states only as far as this
         rank keeps them; without ``moments`` they are set to 0, as at the start of a run.
         """
-        entries, weights = [], {}
+        entries, weights = self._balancer_state(), {}
         for name, parameter, fragment in self._fragments():
             weights[name] = torch.empty(parameter.shape, dtype=torch.float32)
             whole = self._boxes(name, 0, weights[name].view(-1))

@@ -14,6 +14,7 @@ from megatron.config.run import from_dict
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.inference.special_tokens import splits_special_tokens
 from megatron.model.gpt import GPTModel
+from megatron.moe.balancing import learned_buffers
 from megatron.parallel.groups import ExpertGroup
 from megatron.parallel.sharding import collect_layouts, global_boxes, global_shape
 
@@ -119,5 +120,7 @@ def load_model(
         shards = layouts[name].shards
         boxes = [Box(*placed) for placed in global_boxes((0,) * p.dim(), p.data, p.shape, shards)]
         tensors.append(ShardedTensor("model." + name, global_shape(p.shape, shards), torch.float32, boxes))
+    for name, buffer in learned_buffers(model).items():
+        tensors.append(ShardedTensor("model." + name, tuple(buffer.shape), torch.float32, [Box((0,), buffer)]))
     load(source.path, tensors, group, strict=False)  # the optimizer's state stays where it is
     return model.eval()

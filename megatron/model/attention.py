@@ -77,14 +77,8 @@ class SelfAttention(nn.Module):
 
         With ``cu_seqlens``, int32 [documents + 1], only to those of its own document; see :func:`document_attention`.
         """
-        qkv = self.qkv(x_BSH)  # with sequence parallelism x has a piece of the sequence, and this has all of it
-        B, S, _ = qkv.shape
-        qkv = qkv.view(B, S, 3, self.num_heads, self.head_size)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, N, S, D)
-        if self.q_layernorm is not None and self.k_layernorm is not None:
-            # in the order of memory (B, S, N, D), in which attention then answers too
-            q = self.q_layernorm(q.transpose(1, 2)).transpose(1, 2)
-            k = self.k_layernorm(k.transpose(1, 2)).transpose(1, 2)
+        q, k, v = self.queries_keys_values(x_BSH)
+        B, _, S, _ = q.shape
         mask = None
         if cache is not None:
             k, v, mask = cache.append(self.layer, k, v)  # (B, N, M, D)
@@ -97,3 +91,15 @@ class SelfAttention(nn.Module):
             else:
                 y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None)
         return self.dense(y.transpose(1, 2).reshape(B, S, -1))  # (B, N, S, D) -> (B, S, N * D) -> (B, S, H)
+
+    def queries_keys_values(self, x_BSH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Each [B, N, S, D], queries and keys normalized if the model does that."""
+        qkv = self.qkv(x_BSH)  # with sequence parallelism x has a piece of the sequence, and this has all of it
+        B, S, _ = qkv.shape
+        qkv = qkv.view(B, S, 3, self.num_heads, self.head_size)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        if self.q_layernorm is not None and self.k_layernorm is not None:
+            # in the order of memory (B, S, N, D), in which attention then answers too
+            q = self.q_layernorm(q.transpose(1, 2)).transpose(1, 2)
+            k = self.k_layernorm(k.transpose(1, 2)).transpose(1, 2)
+        return q, k, v

@@ -45,9 +45,14 @@ def document_attention(
 
 def document_mask(cu_seqlens: torch.Tensor, B: int, S: int) -> torch.Tensor:
     """True where a token (row) may attend to another one (column): bool [B, 1, S, S]."""
-    place = torch.arange(B * S, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
-    document_BS = torch.bucketize(place, cu_seqlens[1:], right=True).view(B, S)
+    document_BS = document_numbers(cu_seqlens, B * S).view(B, S)
     return (document_BS[:, None, :, None] == document_BS[:, None, None, :]).tril()
+
+
+def document_numbers(cu_seqlens: torch.Tensor, count: int) -> torch.Tensor:
+    """The document, counted from 0, of each of the first ``count`` tokens of a micro-batch: int64 [count]."""
+    place = torch.arange(count, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
+    return torch.bucketize(place, cu_seqlens[1:], right=True)
 
 
 def _flash_supports(q_BNSD: torch.Tensor) -> bool:

@@ -177,4 +177,4 @@ class GPTModel(nn.Module):
 
     def moe_loss(self, aux_loss: torch.Tensor, z_loss: torch.Tensor) -> torch.Tensor:
         """What MoE layers add to the LM loss: the sums of their losses, scaled by the coefficients."""
-        return self.moe.moe_loss_coeff * aux_loss + self.moe.moe_z_loss_coeff * z_loss
+        return self.moe.aux_loss_coeff * aux_loss + self.moe.moe_z_loss_coeff * z_loss

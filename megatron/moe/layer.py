@@ -88,7 +88,7 @@ class MoELayer(nn.Module):
             self.mlp = MLP(model, tensor_group)
             self.coefficient = nn.Linear(model.hidden_size, 2)
         if not self.router.weight.is_meta:
-            self._initialize(model, seed, layer)
+            self._initialize(model, moe, seed, layer)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, MoEStats]:
         """Map [..., H] to [..., H]. Experts add nothing to a token whose assignments were all dropped.
@@ -121,12 +121,15 @@ class MoELayer(nn.Module):
         return y * c[..., :1] + dense * c[..., 1:]
 
     @torch.no_grad()
-    def _initialize(self, model: ModelConfig, seed: int, layer: int) -> None:
-        """Weights are normal(0, std), into the residual stream normal(0, std / sqrt(2 layers)); biases are 0."""
+    def _initialize(self, model: ModelConfig, moe: MoEConfig, seed: int, layer: int) -> None:
+        """Weights are normal(0, std), into the residual stream normal(0, std / sqrt(2 layers)); biases are 0.
+
+        The router's are normal(0, std * moe_router_init_mult).
+        """
         std = model.init_method_std
         output_std = residual_output_std(std, model.num_layers)
         self.experts.initialize(std, output_std, seed, layer)
-        fill_normal(self.router.weight, std, named_generator(seed, f"layer {layer}/router"))
+        fill_normal(self.router.weight, std * moe.moe_router_init_mult, named_generator(seed, f"layer {layer}/router"))
         if self.mlp is not None:
             for name, linear, scale in (
                 ("mlp.fc1", self.mlp.fc1, std),

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from megatron.config import MoEConfig
+from megatron.moe.balancing import InputMean, build_balancer
 from megatron.moe.operations import PLAIN_TORCH, OperationChoice
 from megatron.moe.order import random_order
 from megatron.moe.plan import Routing, expert_capacity, slots
@@ -23,7 +24,8 @@ JITTER = 1e-2
 class Router(nn.Module):
     """Top-k gating as in Switch (top-1), GShard (top-2) and DeepSpeed (top-k).
 
-    Logits are x @ weight^T and gates their softmax, in fp32 (float64 for float64 input) whatever the weight's format.
+    Logits are x @ weight^T, and gates their softmax, in fp32 (float64 for float64 input) whatever the weight's format.
+    With ``moe_router_center_input``, logits are (x - mean) @ weight^T; see :class:`megatron.moe.balancing.InputMean`.
     A token goes to its K highest logits. Its gate is the softmax probability itself for top-1; for K > 1 the
     probabilities of the choices that were kept, divided by their sum.
 
@@ -37,7 +39,9 @@ class Router(nn.Module):
     Gumbel noise to the logits for the choice, which draws K experts from the softmax without replacement; gates, aux
     loss and z-loss use the logits without it.
 
-    The load-balancing loss counts all choices, except that for top-2 it counts the first ones only (GShard).
+    The load-balancing loss counts all choices, except that for top-2 it counts the first ones only (GShard). Other ways
+    to balance the experts are in :mod:`megatron.moe.balancing`; where there are biases, a token goes to the K highest
+    sums of logit and bias.
 
     Capacity, random selection and both losses are defined over the tokens of one micro-batch, which are those that this
     rank passes in. They do not depend on how many ranks share the experts or the batch: for a given micro-batch size
@@ -70,6 +74,8 @@ class Router(nn.Module):
         self.eval_factor = moe.moe_eval_capacity_factor
         self.operations = operations  # in training, and in evaluation
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+        self.balancer = build_balancer(num_experts, moe)
+        self.centering = InputMean(hidden_size) if moe.moe_router_center_input else None
 
     @property
     def own_logits(self) -> bool:
@@ -83,7 +89,9 @@ class Router(nn.Module):
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """[..., E] in fp32 or wider, for [..., H]."""
         precise = torch.promote_types(x.dtype, torch.float32)
-        x = x.to(precise)
+        if self.centering is not None and self.training:
+            self.centering.observe(x)
+        x = x.to(precise) if self.centering is None else x.to(precise) - self.centering.input_mean
         own, weight = ALONE, self.weight
         if self.tensor_group.sequence_parallel:
             own, weight = self.tensor_group, sum_gradients(self.tensor_group, weight)[0]
@@ -93,14 +101,22 @@ class Router(nn.Module):
         return F.linear(x, weight.to(precise))
 
     def choose(self, logits_TE: torch.Tensor) -> torch.Tensor:
-        """The experts of each token, int64 [T, K], best first; among equal logits the lowest expert number."""
+        """The experts of each token, int64 [T, K], best first; among equal scores the lowest expert number.
+
+        Scores are logits with biases and noise. In training the balancer, if there is one, takes them in.
+        """
+        if self.balancer is not None and self.balancer.bias_E is not None:
+            logits_TE = logits_TE + self.balancer.bias_E
         if self.training and self.noise_policy == "RSample":
             logits_TE = logits_TE - torch.empty_like(logits_TE).exponential_().log()  # -log(Exp(1)) is Gumbel(0, 1)
-        choices = []
+        choices, scores_TE = [], logits_TE
         for _ in range(self.topk):  # unlike torch.topk, argmax says which of equals it takes
             choices.append(logits_TE.argmax(-1, keepdim=True))
             logits_TE = logits_TE.scatter(1, choices[-1], -torch.inf)
-        return torch.cat(choices, dim=1)
+        expert_TK = torch.cat(choices, dim=1)
+        if self.balancer is not None and self.training:
+            self.balancer.observe(scores_TE, expert_TK)
+        return expert_TK
 
     def capacity(self, num_tokens: int) -> int | None:
         """Rows of each expert's buffer for ``num_tokens`` tokens on this rank; None where nothing is dropped."""

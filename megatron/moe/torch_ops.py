@@ -40,9 +40,10 @@ def route(router: Router, x: torch.Tensor) -> Routing:
         gate_TK = gate_TK.masked_fill(slot_TK >= capacity, 0.0)
     if router.topk > 1:
         gate_TK = gate_TK / gate_TK.sum(-1, keepdim=True).clamp(min=torch.finfo(gate_TK.dtype).eps)
+    share_E = None if router.balancer is None else router.balancer.share_E
     return Routing(
         plan=RoutingPlan(expert_TK, gate_TK, slot_TK, counts_E, capacity),
-        aux_loss=load_balancing_loss(gate_TE, expert_TK[:, :1] if router.topk == 2 else expert_TK),
+        aux_loss=load_balancing_loss(gate_TE, expert_TK[:, :1] if router.topk == 2 else expert_TK, share_E),
         z_loss=z_loss(logits_TE),
     )
 

@@ -13,7 +13,7 @@ import torch
 
 from megatron.moe.kernels import experts as expert_kernels
 from megatron.moe.kernels import permute as permute_kernels
-from megatron.moe.kernels.gate import Gating, gate
+from megatron.moe.kernels.gate import NO_BALANCE, Balance, Gating, gate
 from megatron.moe.kernels.top1_layer import top1_layer as top1_layer_kernels
 from megatron.moe.plan import Routing, RoutingPlan
 from megatron.parallel.tensor_collectives import broadcast_first
@@ -28,8 +28,11 @@ def route(router: Router, x: torch.Tensor) -> Routing:
     capacity = router.capacity(x.numel() // x.size(-1))
     agree = functools.partial(broadcast_first, group=router.tensor_group) if router.own_logits else None
     random = router.training and router.random_selection
-    _, gating = gate(x.flatten(0, -2).contiguous(), router.weight, capacity, random=random, agree=agree)
-    return _routing(gating, capacity)
+    x_TH = x.flatten(0, -2).contiguous()
+    _, gating = gate(
+        x_TH, router.weight, capacity, random=random, agree=agree, balance=_balance(router), offset_E=_offset(router, x)
+    )
+    return _routing(router, gating, capacity)
 
 
 class KernelPermutation:
@@ -79,11 +82,33 @@ def top1_layer(router: Router, experts: Experts, x: torch.Tensor) -> tuple[torch
         raise ValueError("the kernels of a whole top-1 layer need a capacity; use the separate steps without one")
     weights = (experts.w1, experts.b1, experts.w2, experts.b2)
     random = router.training and router.random_selection
-    y_TH, gating = top1_layer_kernels(x.flatten(0, -2).contiguous(), router.weight, weights, capacity, random=random)
-    return y_TH.view(x.shape), _routing(gating, capacity)
+    x_TH = x.flatten(0, -2).contiguous()
+    y_TH, gating = top1_layer_kernels(
+        x_TH, router.weight, weights, capacity, random=random, balance=_balance(router), offset_E=_offset(router, x)
+    )
+    return y_TH.view(x.shape), _routing(router, gating, capacity)
 
 
-def _routing(gating: Gating, capacity: int | None) -> Routing:
+def _offset(router: Router, x: torch.Tensor) -> torch.Tensor | None:
+    """What a centered input adds to the logits: (x - mean) @ weight^T is x @ weight^T - weight @ mean."""
+    if router.centering is None:
+        return None
+    if router.training:
+        router.centering.observe(x)
+    return -(router.weight.float() @ router.centering.input_mean)
+
+
+def _balance(router: Router) -> Balance:
+    balancer = router.balancer
+    if balancer is None:
+        return NO_BALANCE
+    return Balance(balancer.bias_E, balancer.share_E, balancer.histogram_REB if router.training else None)
+
+
+def _routing(router: Router, gating: Gating, capacity: int | None) -> Routing:
+    balancer = router.balancer
+    if balancer is not None and router.training and balancer.histogram_REB is None:
+        balancer.statistics += gating.counts_E
     expert_TK, gate_TK, slot_TK = gating.expert_T.long()[:, None], gating.gate_T[:, None], gating.slot_T.long()[:, None]
     plan = RoutingPlan(expert_TK, gate_TK, slot_TK, gating.counts_E, capacity, gating.dropped)
     return Routing(plan, gating.aux_loss, gating.z_loss)

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from megatron.config import RunConfig
+from megatron.config import MoEConfig, RunConfig
 from megatron.config.training import cuda_graphs
 from megatron.engine.optim import OPTIMIZERS
 from megatron.planning.devices import USABLE, Device
@@ -109,6 +109,12 @@ def micro_batches(config: RunConfig, world: int) -> str:
     return f"{number} of {training.micro_batch_size}"
 
 
+def _balancing(moe: MoEConfig) -> str:
+    if not moe.has_aux_loss:
+        return f"balancing: {moe.balancing}"
+    return f"{'global ' * (moe.balancing == 'global_aux_loss')}balance loss x {moe.aux_loss_coeff:g}"
+
+
 def experiment(config: RunConfig, world: int) -> list[tuple[str, str]]:
     """What is trained: model, experts, schedule and layout, each in one line of words."""
     model, moe, optimizer, training = config.model, config.moe, config.optimizer, config.training
@@ -125,7 +131,7 @@ def experiment(config: RunConfig, world: int) -> list[tuple[str, str]]:
             (
                 "experts",
                 f"{' '.join(map(str, moe.num_experts))} in one layer of {moe.expert_interval}, top-{moe.topk}, "
-                f"{room}, balance loss x {moe.moe_loss_coeff:g}{', residual' * (moe.mlp_type == 'residual')}",
+                f"{room}, {_balancing(moe)}{', residual' * (moe.mlp_type == 'residual')}",
             )
         )
     batch = f"{training.global_batch_size} sequences an update"

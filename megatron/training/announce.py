@@ -2,6 +2,7 @@
 
 from megatron.checkpoint import CheckpointStatus
 from megatron.checkpoint.folder import checkpoint_status
+from megatron.config.recipes import recipe_in_words
 from megatron.config.run import to_dict
 from megatron.data.data_table import data_table
 from megatron.engine.offload import threads_in_words
@@ -14,11 +15,12 @@ from megatron.training.run import Run
 
 
 def announce(run: Run, name: str) -> None:
-    """Write the ``run`` record of a run called ``name``, and print its data, what it needs, and warnings."""
+    """Write the ``run`` record of a run called ``name``, and print recipe, data, needs and warnings."""
     _write_record(run, name)
     if not run.topology.is_first:
         return
     config = run.config
+    print(f"recipe: {recipe_in_words(config)}", flush=True)
     print(data_table(config, run.total_samples, run.data.state), flush=True)
     print(estimate(config, run.topology, run.vocab_size), flush=True)
     if run.topology.pipeline_parallel_size > 1:

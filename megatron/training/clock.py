@@ -52,9 +52,13 @@ class Clock:
         """Consumed tokens."""
         return self.samples * self.seq_length
 
+    def next_step(self, batch_size: int) -> Step:
+        """The update that comes next, over ``batch_size`` sequences."""
+        return Step(self.steps + 1, self.samples, self.samples + batch_size)
+
     def advance(self, batch_size: int) -> Step:
         """Count an update over ``batch_size`` sequences."""
-        step = Step(self.steps + 1, self.samples, self.samples + batch_size)
+        step = self.next_step(batch_size)
         self.steps, self.samples = step.number, step.end
         return step
 

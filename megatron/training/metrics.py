@@ -127,6 +127,8 @@ class StepWindow:
             record.update(mean_losses(reduced))
             if balance := expert_balance(reduced):
                 record["experts"] = balance
+        if self._last.monitors is not None:
+            record["monitors"] = self._last.monitors
         tflops = self._tokens * self._flops_per_token / seconds / self._devices / 1e12
         record |= {
             "grad_norm": self._last.grad_norm,

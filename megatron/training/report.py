@@ -19,7 +19,7 @@ class LogWriter(Protocol):
     """Takes one record at a time."""
 
     def write(self, record: dict[str, Any]) -> None:
-        """Write a record of kind run, train, valid, test, save, not_saved, spike, stop, or a user's hook's own."""
+        """Write a record of kind run, train, valid, test, save, not_saved, spike, warning, stop, or a user's own."""
 
     def close(self) -> None:
         """Flush and close."""
@@ -95,6 +95,10 @@ class Console:
         if "experts" in record:
             load, dropped, dead = (record["experts"][key] for key in ("load", "dropped", "dead"))
             parts.append(f"experts max/mean {max(load):.2f} drop {max(dropped):.1%} dead {sum(dead)}")
+        if "monitors" in record:
+            router = record["monitors"].get("max_router_logit")
+            logits = f"max logits: attention {max(record['monitors']['max_attention_logit']):.3g}"
+            parts.append(logits + (f" router {max(router):.3g}" if router else ""))
         if record["skipped"]:
             parts.append(f"skipped {record['skipped']}")
         parts.append(f"eta {duration(record['eta_seconds'])}")
@@ -120,6 +124,9 @@ class Console:
 
     def _line_spike(self, record: dict[str, Any]) -> str:
         return f"{_progress(record)} | SPIKE: {record['reason']}"
+
+    def _line_warning(self, record: dict[str, Any]) -> str:
+        return f"{_progress(record)} | WARNING: {record['reason']}"
 
     def _line_stop(self, record: dict[str, Any]) -> str:
         return f"{_progress(record)} | stopped: {record['reason']}"
@@ -166,7 +173,10 @@ def _curve(record: dict[str, Any]) -> str:
 
 
 def scalars(record: dict[str, Any]) -> dict[str, float]:
-    """The numbers of a record of losses: ``train/loss``, ``train/experts/load/moe0``, ``valid/SET/loss`` and so on."""
+    """The numbers of a record of losses: ``train/loss``, ``train/experts/load/moe0``, ``valid/SET/loss`` and so on.
+
+    The elements of lists are filed under ``moeN``, for MoE layers, except for those of all layers, under ``layerN``.
+    """
     flat: dict[str, float] = {}
 
     def walk(prefix: str, value: Any) -> None:
@@ -178,8 +188,9 @@ def scalars(record: dict[str, Any]) -> dict[str, float]:
             for key, item in value.items():
                 walk(f"{prefix}/{key}", item)
         elif isinstance(value, list):
+            element = "layer" if prefix.endswith("/max_attention_logit") else "moe"
             for number, item in enumerate(value):
-                walk(f"{prefix}/moe{number}", item)
+                walk(f"{prefix}/{element}{number}", item)
 
     if record["kind"] in _LOGGED:
         walk(_curve(record), {k: v for k, v in record.items() if k not in ("kind", "set", "tokens", "train_tokens")})

@@ -101,6 +101,15 @@ def _check_model(
                 f"tokenizer fingerprint: checkpoint {fingerprints[0]}, this run {fingerprints[1]}{named} "
                 "(--allow-tokenizer-mismatch goes on all the same)"
             )
+    balancing = from_dict(meta["config"]).moe.balancing
+    if from_dict(meta["config"]).moe.has_expert_bias and balancing != config.moe.balancing:
+        problems.append(
+            f"balancing of experts: checkpoint {balancing!r}, this run {config.moe.balancing!r}; the weights depend on "
+            "the biases that were learned"
+        )
+    recipes = [each.training.recipe for each in (from_dict(meta["config"]), config)]
+    if problems and recipes[0] != recipes[1]:
+        problems.append(f"--recipe (launch scripts: RECIPE): checkpoint {recipes[0]!r}, this run {recipes[1]!r}")
     if problems:
         raise CheckpointError(
             "the checkpoint belongs to another model; start with the flags it was trained with, "
@@ -116,7 +125,10 @@ def _changed_options(
 
     :func:`_check_model` compares those that are not resumable.
     """
-    before, now, changed = flatten(from_dict(meta["config"])), flatten(config), {}
+    before, now = (
+        flatten(each) | {"moe_loss_coeff": each.moe.aux_loss_coeff} for each in (from_dict(meta["config"]), config)
+    )
+    changed = {}
     for name, option in OPTIONS.items():
         if name in compared and option.resumable is None and before[name] != now[name]:
             flag = f"--{name.replace('_', '-')}" if option.opposite else option.flag
@@ -145,13 +157,20 @@ def clock_from(meta: dict[str, Any]) -> Clock:
     return Clock(**{field.name: meta["clock"][field.name] for field in dataclasses.fields(Clock)})
 
 
-def restore(engine: Engine, source: Checkpoint, topology: Topology, optimizer_state: bool = True) -> None:
-    """Load a checkpoint into an engine. Without ``optimizer_state``, or where it holds none, Adam starts anew.
+def restore(
+    engine: Engine, source: Checkpoint, config: RunConfig, topology: Topology, optimizer_state: bool = True
+) -> None:
+    """Load a checkpoint into the engine of a run.
+
+    Without ``optimizer_state``, or where the checkpoint holds none, Adam starts anew; and so do balancers, where the
+    run balances its experts by another method.
 
     Raises:
         CheckpointError: it is damaged or does not fit.
     """
     state = source.meta.get("optimizer") if optimizer_state else None
+    same = from_dict(source.meta["config"]).moe.balancing == config.moe.balancing
     with engine.loading(moments=state is not None) as tensors:
-        load(source.path, tensors, group=topology.control_group, strict=optimizer_state)
+        wanted = [tensor for tensor in tensors if same or ".balancer." not in tensor.name]
+        load(source.path, wanted, group=topology.control_group, strict=optimizer_state and same)
     engine.load_scalar_state(state)

@@ -82,7 +82,7 @@ class Run:
 
     def restore(self, source: Checkpoint) -> None:
         """Go back to an earlier checkpoint of this run: its weights, optimizer state and clock."""
-        restore(self.engine, source, self.topology)
+        restore(self.engine, source, self.config, self.topology)
         self._set_clock(clock_from(source.meta))
 
     def has_blend_of(self, source: Checkpoint) -> bool:

@@ -57,9 +57,9 @@ class StartingPoint:
     def load(self, engine: Engine, config: RunConfig, topology: Topology) -> None:
         """Load the weights, and the optimizer state if it is to be kept, into a new engine."""
         if self.resumed is not None:
-            restore(engine, self.resumed, topology)
+            restore(engine, self.resumed, config, topology)
         elif self.base is not None:
-            restore(engine, self.base, topology, optimizer_state=config.checkpoint.finetune_load_optim)
+            restore(engine, self.base, config, topology, optimizer_state=config.checkpoint.finetune_load_optim)
 
 
 def find_start(config: RunConfig, topology: Topology, tokenizer: Tokenizer) -> StartingPoint:

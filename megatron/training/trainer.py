@@ -94,8 +94,10 @@ class Trainer:
         """Have the device do the next update, and set the clock past it."""
         run = self.run
         size = global_batch_size(run.config.training, run.clock.samples)
-        tokens_after = (run.clock.samples + size) * run.config.model.seq_length
-        result = run.engine.train_step(self._next(batches, micro_batches_per_rank(run, size)), tokens_after)
+        step = run.clock.next_step(size)
+        monitored = any(hook.needs_monitors(step) for hook in self.hooks)
+        micro_batches = self._next(batches, micro_batches_per_rank(run, size))
+        result = run.engine.train_step(micro_batches, step.end * run.config.model.seq_length, monitored)
         loss = mean_loss(result.sums)
         return _Queued(run.clock.advance(size), result, loss)
 

@@ -69,7 +69,7 @@ def test_no_flags_give_the_defaults():
 
 
 def test_flag_sets_every_option():
-    for name in OPTIONS:
+    for name in OPTIONS.keys() - {"recipe"}:  # which sets others too
         value = other_value(name)
         assert flatten(parse_args(as_flags(name, value))) == flatten(RunConfig()) | {name: value}, name
 

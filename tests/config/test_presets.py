@@ -53,7 +53,7 @@ def test_values_are_the_published_ones(name):
     assert (training.eval_interval, training.eval_iters, training.checkpoint_activations) == (100, 10, True)
     assert config.parallel.tensor_model_parallel_size == PUBLISHED[name][-1]
     if "MoE" in name:
-        assert (moe.expert_interval, moe.topk, moe.moe_loss_coeff, moe.moe_min_capacity) == (2, 1, 0.01, 4)
+        assert (moe.expert_interval, moe.topk, moe.aux_loss_coeff, moe.moe_min_capacity) == (2, 1, 0.01, 4)
         assert (moe.moe_train_capacity_factor, moe.moe_eval_capacity_factor) == (1.0, None)
         assert config.parallel.moe_expert_parallel_size == (64,)
 

@@ -65,6 +65,40 @@ def generation(folder: str, *_: str) -> dict[str, Any]:
     return {"version": transformers.__version__, "greedy": out, "beams": beams}
 
 
+@torch.no_grad()
+def biases(folder: str, *_: str) -> dict[str, Any]:
+    """The experts' biases, fp32 [MoE layers, E], by how the model was loaded; and what layers on a disk come to."""
+
+    def of(model: torch.nn.Module) -> list[list[float]]:
+        found = [buffer for name, buffer in model.named_buffers() if name.endswith(".expert_bias")]
+        assert {buffer.dtype for buffer in found} == {torch.float32}
+        return [buffer.tolist() for buffer in found]
+
+    def loaded(where: str, dtype: Any, **options: Any) -> torch.nn.Module:
+        return AutoModelForCausalLM.from_pretrained(where, trust_remote_code=True, dtype=dtype, **options).eval()
+
+    out: dict[str, Any] = {str(dtype): of(loaded(folder, dtype)) for dtype in ("auto", torch.bfloat16, torch.float16)}
+    out["cast"] = of(loaded(folder, torch.float32).bfloat16())
+    with tempfile.TemporaryDirectory() as place:
+        loaded(folder, torch.bfloat16).save_pretrained(place)
+        out["saved"] = of(loaded(place, "auto"))
+    layers = ["wte", "wpe", "drop", "h.0", "h.1", "h.2", "h.3", "ln_f"]
+    places = {f"transformer.{name}": "disk" if name in ("h.1", "h.3") else "cpu" for name in layers} | {
+        "lm_head": "cpu"
+    }
+    tokens = seeded(2, 16)
+    for dtype in (torch.float32, torch.bfloat16):
+        way = f"on a disk, {str(dtype).removeprefix('torch.')}"
+        with tempfile.TemporaryDirectory() as place:
+            placed = loaded(folder, dtype, device_map=places, offload_folder=place)
+            try:
+                difference = (placed(tokens).logits - loaded(folder, dtype)(tokens).logits).abs().max()
+                out[way] = "as in memory" if difference < 1e-5 else str(difference)
+            except ValueError as error:
+                out[way] = str(error).split(":")[0]
+    return out
+
+
 def examples(count: int) -> list[dict[str, torch.Tensor]]:
     """Sequences that a trainer takes as they are."""
     tokens = [seeded(16, seed=i) for i in range(count)]
@@ -237,7 +271,7 @@ def onnx(model: torch.nn.Module, example: torch.Tensor) -> Any:
     return lambda tokens: torch.from_numpy(session.run(None, {name: tokens.numpy()})[0])
 
 
-CHECKS = {check.__name__: check for check in (generation, training, packing, tuning, tracing)}
+CHECKS = {check.__name__: check for check in (generation, biases, training, packing, tuning, tracing)}
 
 if __name__ == "__main__":
     print(json.dumps(CHECKS[sys.argv[1]](*sys.argv[2:])))

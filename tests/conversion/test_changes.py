@@ -11,11 +11,12 @@ import torch
 
 from megatron.checkpoint import CheckpointError, save
 from megatron.config import MoEConfig
-from megatron.conversion.contents import Contents
+from megatron.conversion.contents import Contents, is_learned
 from megatron.conversion.convert import convert
 from megatron.conversion.inspect import in_words, inspect
 from megatron.conversion.job import Conversion
 from megatron.conversion.native import read_native, write_native
+from megatron.moe.balancing import learned_buffers
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +29,7 @@ def with_moments(contents: Contents) -> Contents:
         name.replace("model.", prefix, 1): lazy
         for prefix in ("exp_avg.", "exp_avg_sq.")
         for name, lazy in contents.tensors.items()
+        if not is_learned(name)
     }
     meta = contents.meta | {"optimizer": {"adam_step": 3}}
     return dataclasses.replace(contents, tensors=dict(contents.tensors) | moments, meta=meta)
@@ -72,6 +74,34 @@ def test_optimizer_is_dropped_and_weights_are_cast(saved, tmp_path):
     assert lean.meta["optimizer"] is None
     for name, lazy in lean.tensors.items():
         assert torch.equal(lazy.read(None).bfloat16(), cast.tensors[name].read(None)), name
+
+
+@pytest.mark.parametrize("method", saved_model.BALANCING)
+def test_what_balancers_learned_is_carried_in_fp32(tmp_path, method):
+    saved = saved_model.save_model(tmp_path, dataclasses.replace(saved_model.EXPERTS, **saved_model.BALANCING[method]))
+    before = read_native(saved.folder)
+    learned = {"model." + name: buffer for name, buffer in learned_buffers(saved.model).items()}
+    assert len(learned) == (2 if method == "expert_bias" else 1)
+    write_native(with_moments(before), tmp_path / "full")
+    for options in ({"dtype": "bf16"}, {"drop_optimizer": True}, {"tp": 2, "ep": [4]}):
+        new = run(tmp_path / "full", tmp_path / next(iter(options)), **options)
+        for name, buffer in learned.items():
+            torch.testing.assert_close(new.tensors[name].read(None), buffer, rtol=0, atol=0)
+    tripled = {name: lazy.map(lambda tensor: 3 * tensor) for name, lazy in before.tensors.items()}
+    write_native(dataclasses.replace(before, tensors=tripled), tmp_path / "tripled")
+    mean = run(None, tmp_path / "mean", average=[str(saved.folder), str(tmp_path / "tripled")])
+    for name, buffer in learned.items():
+        torch.testing.assert_close(mean.tensors[name].read(None), 2 * buffer)
+    about = inspect(str(tmp_path / "dtype"), verify=True)
+    assert about["parameters"] == sum(p.numel() for p in saved.model.parameters())
+    assert all(about["tensors"][name] == {"shape": [4], "dtype": "float32"} for name in learned)
+    name = next(iter(learned))
+    less = dataclasses.replace(before, tensors={n: lazy for n, lazy in before.tensors.items() if n != name})
+    with pytest.raises(CheckpointError, match=rf"{name} is missing"):
+        write_native(less, tmp_path / "less")
+    plain = saved_model.save_model(tmp_path / "full")
+    with pytest.raises(CheckpointError, match=rf"different models .* {name} \[4\] and None"):
+        run(None, tmp_path / "no", average=[str(saved.folder), str(plain.folder)])
 
 
 def test_a_run_that_goes_on_keeps_the_checkpoint_that_is_read(saved, tmp_path):

@@ -25,6 +25,7 @@ from megatron.conversion.native import read_native
 from megatron.inference.generate import generate
 from megatron.inference.load import find_checkpoint, load_model
 from megatron.inference.sampling import Sampling
+from megatron.moe.balancing import learned_buffers
 
 DEEP = ModelConfig(num_layers=6, hidden_size=32, num_attention_heads=4, ffn_hidden_size=48, seq_length=48)
 MODELS = {
@@ -33,6 +34,10 @@ MODELS = {
     "top2_residual": (saved_model.SHAPE, MoEConfig(num_experts=(4,), topk=2, mlp_type="residual", expert_interval=1)),
     "qk_layernorm": (dataclasses.replace(saved_model.SHAPE, qk_layernorm=True), saved_model.EXPERTS),
     "dense_qk_layernorm": (dataclasses.replace(saved_model.SHAPE, qk_layernorm=True), MoEConfig()),
+    "biased": (
+        saved_model.SHAPE,
+        MoEConfig(num_experts=(8,), topk=2, expert_interval=1, **saved_model.BALANCING["quantile_balancing"]),
+    ),
     "pyramid_top3": (DEEP, MoEConfig(num_experts=(4, 8), topk=3, expert_interval=3)),
 }
 
@@ -139,12 +144,48 @@ def test_without_our_own_file_too(exported, tmp_path):
     assert dataclasses.replace(back.model, make_vocab_size_divisible_by=128) == dataclasses.replace(
         saved.config.model, ffn_hidden_size=saved.config.model.ffn_size
     )
-    kept = ("num_experts", "expert_interval", "topk", "mlp_type", "moe_loss_coeff", "moe_z_loss_coeff")
+    kept = ("num_experts", "expert_interval", "topk", "mlp_type", "aux_loss_coeff", "moe_z_loss_coeff", "balancing")
     if saved.config.moe.enabled:
         assert {name: getattr(back.moe, name) for name in kept} == {
             name: getattr(saved.config.moe, name) for name in kept
         }
     assert find_checkpoint(tmp_path / "back").meta["origin"]["format"] == "hf"
+
+
+@pytest.mark.parametrize("method", saved_model.BALANCING)
+def test_what_balancers_learned_in_training_alone_starts_anew(tmp_path, method):
+    """Biases of experts are what exports hold, in fp32; steps of biases and loads of experts are not."""
+    moe = dataclasses.replace(saved_model.EXPERTS, **saved_model.BALANCING[method])
+    saved = saved_model.save_model(tmp_path, moe)
+    list(run(saved.folder, tmp_path / "hf", "hf", dtype="bf16"))
+    theirs = load_file(tmp_path / "hf" / "model.safetensors")
+    about = json.loads((tmp_path / "hf" / "config.json").read_text())
+    kinds = {tensor.dtype for name, tensor in theirs.items() if not name.endswith(".expert_bias")}
+    assert (kinds, about["torch_dtype"]) == ({torch.bfloat16}, "bfloat16")
+    assert about["router_expert_bias"] == any(name.endswith(".expert_bias") for name in theirs) == moe.has_expert_bias
+    list(run(tmp_path / "hf", tmp_path / "back", "native"))
+    back = read_native(tmp_path / "back")
+    assert back.config.moe == moe
+    before = {"model." + name: buffer for name, buffer in learned_buffers(saved.model).items()}
+    initial = {"expert_share": torch.full((4,), 0.25), "bias_step": torch.zeros(4)}
+    for name, buffer in before.items():
+        expected = initial.get(name.rsplit(".", 1)[1], buffer)
+        torch.testing.assert_close(back.tensors[name].read(None), expected, rtol=0, atol=0)
+    if not moe.has_expert_bias:
+        return
+    (tmp_path / "hf" / "megatron_moe.json").unlink()
+    list(run(tmp_path / "hf", tmp_path / "without", "native"))
+    assert read_native(tmp_path / "without").config.moe.balancing == "quantile_balancing"
+    bias = "transformer.h.1.mlp.balancer.expert_bias"
+    for config, tensors, message in (
+        (about | {"router_expert_bias": False}, theirs, f"{bias} is no tensor of this model"),
+        (about, {name: tensor for name, tensor in theirs.items() if name != bias}, f"{bias} is missing"),
+        (about | {"router_aux_loss_coef": 0.01}, theirs, "--moe-loss-coeff 0.01 beside type quantile_balancing"),
+    ):
+        (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+        save_file(tensors, tmp_path / "hf" / "model.safetensors")
+        with pytest.raises(CheckpointError, match=message):
+            list(run(tmp_path / "hf", tmp_path / "no", "native"))
 
 
 PLAIN = """

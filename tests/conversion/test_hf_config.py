@@ -1,5 +1,6 @@
 """config.json as transformers reads it: other names of a size, what is left out, and what contradicts itself."""
 
+import dataclasses
 import json
 import sys
 
@@ -89,6 +90,22 @@ def test_normalized_queries_and_keys_are_of_our_class_alone(experts):
             from_hf(older, "config.json")
 
 
+def test_biases_of_experts_are_named():
+    model = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, seq_length=48, qk_layernorm=True)
+    moe = MoEConfig(num_experts=(4,), moe_router_load_balancing_type="quantile_balancing")
+    content = to_hf(model, moe, 128, {"eos_token_id": 121}, "float32")
+    assert (content["router_expert_bias"], content["router_aux_loss_coef"]) == (True, 0.0)
+    assert from_hf(content, "config.json")[1].balancing == "quantile_balancing"
+    older = {key: value for key, value in content.items() if key != "router_expert_bias"}
+    assert from_hf(older, "config.json")[1].balancing == "aux_loss"
+    with pytest.raises(CheckpointError, match="router_expert_bias is 1; expected true or false"):
+        from_hf(content | {"router_expert_bias": 1}, "config.json")
+    with pytest.raises(CheckpointError, match="router_expert_bias is true, but no layer has experts"):
+        from_hf(content | {"experts_per_layer": [1, 1]}, "config.json")
+    dense = dataclasses.replace(moe, num_experts=(1,))
+    assert not to_hf(model, dense, 128, {"eos_token_id": 121}, "float32")["router_expert_bias"]
+
+
 def test_a_dense_export_names_its_positions_for_llama_cpp_too():
     model = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, seq_length=48)
     content = to_hf(model, MoEConfig(), 128, {"eos_token_id": 121}, "float32")
@@ -125,7 +142,7 @@ def test_keys_of_an_exported_model_stay():
     assert experts.keys() == shared | {
         "auto_map", "num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size",
         "max_position_embeddings", "experts_per_layer", "num_experts", "num_experts_per_tok", "residual_moe",
-        "qk_layernorm", "router_aux_loss_coef", "router_z_loss_coef",
+        "qk_layernorm", "router_expert_bias", "router_aux_loss_coef", "router_z_loss_coef",
     }  # fmt: skip
     assert (experts["architectures"], experts["model_type"]) == (["GPTMoEForCausalLM"], "gpt_moe")
     assert experts["auto_map"] == {

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import saved_model
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, DynamicCache, Trainer, TrainingArguments
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -14,18 +15,28 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from megatron.config import ModelConfig, MoEConfig
 from megatron.conversion.convert import convert
 from megatron.conversion.job import Conversion
+from megatron.inference.load import find_checkpoint, load_model
+from megatron.moe.balancing import learned_buffers
 
 SHAPE = ModelConfig(num_layers=4, hidden_size=32, num_attention_heads=4, seq_length=48, init_method_std=0.2)
-MOE = MoEConfig(num_experts=(4,), topk=2, mlp_type="residual", moe_z_loss_coeff=0.01)
+MOE = MoEConfig(
+    num_experts=(4,), topk=2, mlp_type="residual", moe_z_loss_coeff=0.01, **saved_model.BALANCING["quantile_balancing"]
+)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """An export in several shards."""
+def saved(tmp_path_factory) -> saved_model.SavedModel:
+    """A model whose experts have biases, and beside it its export."""
     folder = tmp_path_factory.mktemp("hf_moe")
     saved = saved_model.save_model(folder, MOE, SHAPE)
     list(convert(Conversion(str(saved.folder), str(folder / "hf"), "hf", max_shard_size="100KB")))
-    return folder / "hf"
+    return saved
+
+
+@pytest.fixture
+def folder(saved) -> Path:
+    """The export, in several shards."""
+    return saved.folder.parent / "hf"
 
 
 def load(folder: Path, **options: object) -> nn.Module:
@@ -207,6 +218,58 @@ class Logits(nn.Module):
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         return self.model(tokens, use_cache=False).logits
+
+
+def biases_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Those of a loaded model, by our names."""
+    found = {name: buffer for name, buffer in model.named_buffers() if name.endswith(".expert_bias")}
+    return {
+        name.replace("transformer.h", "layers").replace("mlp.balancer", "mlp.router.balancer"): buffer
+        for name, buffer in found.items()
+    }
+
+
+def test_biases_decide_the_choice_alone_and_are_not_trained(saved, folder):
+    model, tokens = load(folder), tokens_of(3, 20)
+    ours = load_model(find_checkpoint(saved.folder))
+    plain = saved_model.without_biases(ours)
+    changed = (saved_model.choices_of(plain, tokens) != saved_model.choices_of(ours, tokens)).float().mean()
+    assert 0.2 < changed < 0.9
+    with torch.no_grad():
+        out = model(tokens, labels=tokens, output_router_logits=True)
+        torch.testing.assert_close(out.logits, ours(tokens), rtol=0, atol=1e-5)
+        assert (plain(tokens) - out.logits).abs().max() > 0.1
+        _, sums = ours.loss(tokens, tokens)
+    assert out.aux_loss.item() == pytest.approx(sums.losses[1].item(), rel=1e-5)
+    model.train()
+    model(tokens, labels=tokens).loss.backward()
+    torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1).step()
+    assert_same(biases_of(model), learned_buffers(saved.model))
+    assert not torch.equal(model.transformer.h[1].mlp.router.weight, ours.layers["1"].mlp.router.weight)
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    torch.testing.assert_close(one, other, rtol=0, atol=0)  # data types too
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_biases_stay_in_fp32(saved, folder, tmp_path, dtype):
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=dtype)
+    assert model.transformer.h[1].mlp.router.weight.dtype == dtype
+    assert_same(biases_of(model), learned_buffers(saved.model))
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True, dtype="auto")
+    assert_same(biases_of(again), learned_buffers(saved.model))
+    assert_same(biases_of(load(folder).to(dtype)), learned_buffers(saved.model))
+
+
+def test_biases_that_were_not_loaded_are_an_error(folder, tmp_path):
+    load(folder).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["transformer.h.3.mlp.balancer.expert_bias"]
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="expert_bias was not loaded: the model's folder lacks it"):
+        load(tmp_path)(tokens_of(1, 4))
 
 
 def test_trainer_evaluates(folder, tmp_path):

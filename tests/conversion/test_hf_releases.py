@@ -25,6 +25,7 @@ from megatron.conversion.job import Conversion
 from megatron.inference.generate import generate
 from megatron.inference.load import find_checkpoint, load_model
 from megatron.inference.sampling import Sampling
+from megatron.moe.balancing import learned_buffers
 
 ROOT = Path(__file__).parents[2]
 RELEASES = {  # what pip is asked for; versions of other packages that are too new for transformers 4 are held back
@@ -35,6 +36,7 @@ SHAPE = ModelConfig(num_layers=4, hidden_size=32, num_attention_heads=4, seq_len
 MODELS = {
     "top1": MoEConfig(num_experts=(4,)),
     "top2": MoEConfig(num_experts=(4,), topk=2, mlp_type="residual", moe_z_loss_coeff=0.01),
+    "biased": MoEConfig(num_experts=(4,), topk=2, mlp_type="residual", **saved_model.BALANCING["quantile_balancing"]),
     "dense": MoEConfig(),
 }
 CLOSE = 2e-5
@@ -86,7 +88,7 @@ def exported(tmp_path_factory) -> dict[str, tuple[saved_model.SavedModel, Path]]
     return models
 
 
-@pytest.mark.parametrize("name", ["top1", "top2"])
+@pytest.mark.parametrize("name", ["top1", "top2", "biased"])
 def test_generation_is_ours(release, exported, name):
     saved, folder = exported[name]
     out = release("generation", folder)
@@ -98,8 +100,20 @@ def test_generation_is_ours(release, exported, name):
     assert out["beams"]["beams"] == out["beams"]["beams, no cache"]
 
 
-def test_trainer_trains_evaluates_and_saves(release, exported):
-    out = release("training", exported["top2"][1])
+def test_biases_of_experts_are_neither_rounded_nor_lost(release, exported):
+    saved, folder = exported["biased"]
+    found = release("biases", folder)
+    on_disk = {found.pop("on a disk, float32"), found.pop("on a disk, bfloat16")}
+    assert on_disk == ({"expert_bias was not loaded"} if release.name == "oldest" else {"as in memory"})
+    expected = [buffer.tolist() for buffer in learned_buffers(saved.model).values()]
+    assert len(found) == 5
+    for way, biases in found.items():
+        assert biases == expected, way
+
+
+@pytest.mark.parametrize("name", ["top2", "biased"])
+def test_trainer_trains_evaluates_and_saves(release, exported, name):
+    out = release("training", exported[name][1])
     assert out["before"] == pytest.approx(out["by hand"], rel=1e-5)
     assert out["after"] < out["before"]
     assert out["same"]

@@ -16,7 +16,7 @@ from checkpoint.test_memory import extra
 from megatron.checkpoint import CheckpointError
 from megatron.config import ModelConfig, MoEConfig, RunConfig
 from megatron.config.run import to_dict
-from megatron.conversion.contents import Contents, Lazy, parameter_shapes
+from megatron.conversion.contents import Contents, Lazy, is_learned, parameter_shapes
 from megatron.conversion.convert import convert
 from megatron.conversion.inspect import inspect
 from megatron.conversion.job import Conversion
@@ -113,7 +113,9 @@ def test_round_trip_is_exact(written, tmp_path, name):
         assert torch.equal(lazy.read(None), after.tensors[tensor].read(None)), tensor
     shape = dataclasses.replace(before.config.model, ffn_hidden_size=128, max_position_embeddings=48)
     assert after.config.model == shape
-    assert after.config.moe == dataclasses.replace(before.config.moe, moe_z_loss_coeff=0.0)
+    coefficients = {"moe_z_loss_coeff": 0.0, "moe_loss_coeff": before.config.moe.aux_loss_coeff}
+    expected = dataclasses.replace(before.config.moe, **coefficients) if before.config.moe.enabled else MoEConfig()
+    assert after.config.moe == expected
 
 
 def random_model(experts: int) -> Contents:
@@ -150,7 +152,24 @@ def test_what_cannot_be_written_is_refused(written, tmp_path):
     saved = saved_model.save_model(tmp_path, MODELS["dense"], model)
     with pytest.raises(CheckpointError, match="model with --qk-layernorm, which Megatron-DeepSpeed does not have"):
         run(saved, saved.folder, tmp_path / "theirs", "megatron-deepspeed")
+    for method in ("quantile_balancing", "expert_bias"):
+        saved = saved_model.save_model(
+            tmp_path / method, dataclasses.replace(MODELS["top2"], **saved_model.BALANCING[method], moe_loss_coeff=None)
+        )
+        with pytest.raises(CheckpointError, match=rf"with a bias for each \({method}\), which .* use --to hf"):
+            run(saved, saved.folder, tmp_path / "theirs", "megatron-deepspeed")
     assert not (tmp_path / "theirs").exists()
+
+
+def test_loads_of_the_global_batch_are_left_out_and_told(tmp_path):
+    moe = MoEConfig(num_experts=(4,), **saved_model.BALANCING["global_aux_loss"])
+    saved = saved_model.save_model(tmp_path, moe)
+    told = run(saved, saved.folder, tmp_path / "theirs", "megatron-deepspeed", dtype="bf16")
+    assert any("moe_router_load_balancing_type global_aux_loss" in line for line in told)
+    run(saved, tmp_path / "theirs", tmp_path / "back")
+    back = read_native(tmp_path / "back")
+    assert (back.config.moe.balancing, back.config.moe.moe_loss_coeff) == ("aux_loss", 0.01)
+    assert [name for name in back.tensors if is_learned(name)] == []
 
 
 def test_what_is_missing_or_hostile_is_named(written, tmp_path):

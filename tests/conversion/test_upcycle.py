@@ -11,8 +11,10 @@ from megatron.config import MoEConfig
 from megatron.conversion.contents import Contents, Lazy
 from megatron.conversion.native import read_native, write_native
 from megatron.conversion.upcycle import upcycle
+from megatron.inference.load import find_checkpoint, load_model
 from megatron.model.gpt import GPTModel
 from megatron.model.loss import LossSums
+from megatron.moe.balancing import learned_buffers
 
 MOMENTS = ("exp_avg.", "exp_avg_sq.")
 SHAPE = dataclasses.replace(saved_model.SHAPE, num_layers=4, hidden_dropout=0.0, attention_dropout=0.0)
@@ -79,6 +81,15 @@ def test_step_0_is_the_dense_models(dense, kind):
             gradient = theirs[source].grad
             gradient = gradient.T if gradient.dim() == 2 else gradient
             torch.testing.assert_close(parameter.grad.sum(0), first * gradient, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", saved_model.BALANCING)
+def test_balancers_start_anew(dense, tmp_path, method):
+    moe = dataclasses.replace(EXPERTS["top1"], **saved_model.BALANCING[method])
+    write_native(upcycle(dense, moe), tmp_path)
+    source = find_checkpoint(tmp_path)
+    fresh = GPTModel(source.config.model, moe, source.meta["vocab_size"])
+    torch.testing.assert_close(learned_buffers(load_model(source)), learned_buffers(fresh), rtol=0, atol=0)
 
 
 def test_noise_parts_the_experts_and_follows_from_the_seed(dense, tmp_path):

@@ -2,6 +2,7 @@
 
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_run
@@ -12,10 +13,14 @@ from megatron.checkpoint import latest, read_meta
 pytestmark = pytest.mark.distributed
 
 
-def history(folder: Path) -> dict[str, float]:
+def states(folder: Path) -> dict[str, Any]:
     checkpoint = latest(folder)
     assert checkpoint is not None
-    return read_meta(checkpoint)["hooks"]["LossHistory"]["losses"]
+    return read_meta(checkpoint)["hooks"]
+
+
+def history(folder: Path) -> dict[str, float]:
+    return states(folder)["LossHistory"]["losses"]
 
 
 def test_the_state_of_a_hook_survives_a_kill(server, corpus, tmp_path):
@@ -33,3 +38,5 @@ def test_the_state_of_a_hook_survives_a_kill(server, corpus, tmp_path):
     job = server.start(1, arguments, hooks=["LossHistory"])
     assert job.wait() == [0], job.output()
     assert history(killed) == logged
+    assert states(killed) == states(whole)
+    assert "instability" in states(whole)

@@ -18,6 +18,7 @@ import pytest
 import torch
 from distributed.spawn import run_distributed
 from distributed.tiny_training import (
+    BALANCED,
     DENSE,
     DROPLESS,
     FP16_ON_CPU,
@@ -161,6 +162,17 @@ def test_norms_of_queries_and_keys_train_as_plain_torch(layout: str):
     (found,) = run_distributed(train, size, [run], timeout=300)[0]
     compare(found, reference(TOP1, model=model), layout)
     assert abs(found.losses[-1] - reference(TOP1).losses[-1]) > 1e-4, "the norms do nothing here"
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("layout", [marked(layout, ("EP4", "TP2", "PP2")) for layout in LAYOUTS])
+def test_balancers_learn_the_same_in_every_layout(layout: str):
+    runs = {name: run_config(moe, recompute=True, **LAYOUTS[layout][1]) for name, moe in BALANCED.items()}
+    for (name, run), found in zip(runs.items(), _train(layout, runs), strict=True):
+        compare(found, reference(run.moe), f"{layout}, {name}")
+        learned = [weight for weight_name, weight in found.weights.items() if ".balancer." in weight_name]
+        assert len(learned) in (2, 4)
+        assert all(weight.std() > 0.01 for weight in learned), "nothing was learned"
 
 
 # What half precision may differ by after three updates: in the loss, relative to fp32; and in the weights, as a share

@@ -25,6 +25,8 @@ from megatron.config import (
 )
 from megatron.data.documents import uses_documents, with_documents
 from megatron.model.gpt import GPTModel
+from megatron.moe.balancing import learn, learned_buffers, learners
+from megatron.parallel.groups import ALONE
 
 VOCAB, SEQ, MICRO, STEPS, BATCH = 64, 8, 2, 3, 48
 COUNT = BATCH // MICRO  # micro-batches of an update: every number of replicas up to 8 but 5 and 7 divides it
@@ -49,6 +51,23 @@ TOP2 = MoEConfig(num_experts=(4, 8), topk=2, **LOUD)
 PLAIN, DOCUMENTS = DataConfig(), DataConfig(reset_position_ids=True, reset_attention_mask=True, eod_mask_loss=True)
 EOD = 0
 DROPLESS = MoEConfig(num_experts=(8,), moe_token_dropping=False, mlp_type="residual", **LOUD)
+BALANCED = {
+    "global aux loss": dataclasses.replace(DROPLESS, moe_router_load_balancing_type="global_aux_loss"),
+    "quantile balancing": MoEConfig(
+        num_experts=(8,),
+        moe_min_capacity=1,
+        moe_router_load_balancing_type="quantile_balancing",
+        moe_router_center_input=True,
+    ),
+    "expert bias": MoEConfig(
+        num_experts=(4, 8),
+        topk=2,
+        moe_router_load_balancing_type="none",
+        moe_router_enable_expert_bias=True,
+        moe_router_bias_update_rate=0.1,
+        moe_z_loss_coeff=0.1,
+    ),
+}
 
 
 def run_config(
@@ -139,6 +158,7 @@ def _train_plainly(moe: MoEConfig, data: DataConfig, shape: ModelConfig) -> Trai
             group["lr"] = learning_rate(run.optimizer, (step + 1) * BATCH * SEQ, STEPS * BATCH * SEQ)
         adam.step()
         adam.zero_grad()
+        learn(learners(model), None, ALONE, finite=True)
         figures.append(
             (
                 sum(out.losses[1].item() for out in outs) / COUNT,
@@ -147,7 +167,8 @@ def _train_plainly(moe: MoEConfig, data: DataConfig, shape: ModelConfig) -> Trai
                 sum(out.dropped for out in outs).tolist(),
             )
         )
-    return Trained(losses, norms, {name: p.detach() for name, p in named}, figures)
+    weights = {name: p.detach() for name, p in named} | learned_buffers(model)
+    return Trained(losses, norms, weights, figures)
 
 
 def build(run: RunConfig):

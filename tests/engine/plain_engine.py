@@ -35,7 +35,7 @@ class PlainEngine:
             loss.backward()
         return sums
 
-    def train_step(self, micro_batches: Sequence[MicroBatch], tokens_after: int) -> StepResult:
+    def train_step(self, micro_batches: Sequence[MicroBatch], tokens_after: int, monitored: bool = False) -> StepResult:
         first, *others = [self.losses(batch) for batch in micro_batches]
         lr = learning_rate(self.config, tokens_after, 10_000)
         with torch.no_grad():

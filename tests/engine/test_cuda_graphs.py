@@ -5,6 +5,7 @@ gradients, seeds and counts are right; what a GPU records is for tests/gpu.
 """
 
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from distributed.spawn import run_distributed
 
 from megatron.config import ModelConfig, MoEConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainingConfig
+from megatron.model.monitors import LayerSamples
 
 VOCAB, SEQ, MICRO, COUNT, STEPS = 64, 16, 2, 2, 4
 MODELS = {
@@ -93,14 +95,15 @@ def train(moe: MoEConfig, graphs: bool, recompute: bool) -> tuple:
     for step in range(STEPS):
         numbers = [(step * COUNT + i) * size + rank for i in range(COUNT)]
         lengths = [SEQ, SEQ // 2 if step == 2 else SEQ]
-        results.append(engine.train_step([batch(*made) for made in zip(numbers, lengths, strict=True)], 1000 * step))
+        micro_batches = [batch(*made) for made in zip(numbers, lengths, strict=True)]
+        results.append(engine.train_step(micro_batches, 1000 * step, monitored=True))
     valid = engine.evaluate([batch(100 + rank)])
-    results.append(engine.train_step([batch(50 + rank)], 5000))
+    results.append(engine.train_step([batch(50 + rank)], 5000, monitored=True))
     calls = engine._graphs._recorder.calls if graphs else []
     sums = [(r.sums.losses, *r.sums.counts, r.sums.dropped) for r in results]
     forget_groups()
     weights = {name: p.detach().clone() for name, p in engine.model.named_parameters()}
-    return sums, [r.grad_norm for r in results], (valid.losses, *valid.counts), weights, calls
+    return sums, [(r.grad_norm, r.monitors) for r in results], (valid.losses, *valid.counts), weights, calls
 
 
 def both(moe: MoEConfig, recompute: bool) -> tuple:
@@ -110,13 +113,13 @@ def both(moe: MoEConfig, recompute: bool) -> tuple:
 @pytest.mark.distributed
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("name", MODELS)
-def test_losses_norms_and_weights_are_those_without_graphs_bit_for_bit(name: str, size: int):
+def test_losses_norms_monitors_and_weights_are_those_without_graphs_bit_for_bit(name: str, size: int):
     """On two processes each has half of the experts, and layers run again in the backward pass."""
     for plain, graphed in run_distributed(both, size, MODELS[name], size > 1):
         for mine, theirs in zip(graphed[0], plain[0], strict=True):
             assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
         assert graphed[1] == plain[1]
-        assert all(0 < norm < float("inf") for norm in plain[1])
+        assert all(0 < norm < float("inf") for norm, _ in plain[1])
         assert all(torch.equal(a, b) for a, b in zip(graphed[2], plain[2], strict=True))
         assert graphed[3].keys() == plain[3].keys()
         assert all(torch.equal(weight, plain[3][key]) for key, weight in graphed[3].items())
@@ -147,7 +150,8 @@ def graphed(monkeypatch):
 
     monkeypatch.setattr(cuda_graphs, "CudaRecorder", FakeRecorder)
     toy = Toy()
-    return toy, cuda_graphs.GraphedMicroBatches(toy, toy, torch.device("cpu"))
+    samples = LayerSamples(SimpleNamespace(layers={}))
+    return toy, cuda_graphs.GraphedMicroBatches(toy, toy, torch.device("cpu"), samples)
 
 
 def toy_batch(number: int) -> dict:

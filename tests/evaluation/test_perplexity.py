@@ -1,5 +1,6 @@
 """Perplexity against its definition, token by token, and against Hugging Face's GPT-2."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -89,11 +90,11 @@ def shared(folder: Path) -> float:
 
 @pytest.mark.exhaustive  # tests/distributed compares validation losses of expert parallelism
 def test_two_processes_that_share_the_experts_find_what_one_does(tmp_path):
-    saved = saved_model.save_model(tmp_path)
-    source = find_checkpoint(saved.folder)
+    moe = dataclasses.replace(saved_model.EXPERTS, **saved_model.BALANCING["quantile_balancing"])
+    source = find_checkpoint(saved_model.save_model(tmp_path, moe).folder)
     tokenizer = load_tokenizer(source)
     alone = measure(load_model(source), documents(tokenizer), tokenizer.eod, stride=8, longest=16).nll
-    assert run_distributed(shared, 2, saved.folder) == pytest.approx([alone, alone], abs=1e-3)
+    assert run_distributed(shared, 2, source.path) == pytest.approx([alone, alone], abs=1e-3)
 
 
 @pytest.fixture

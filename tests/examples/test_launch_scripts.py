@@ -77,7 +77,7 @@ def test_there_is_a_script_for_every_run():
 
 @pytest.mark.parametrize("name", TABLE)
 def test_hyperparameters_are_the_published_ones(name):
-    starter, run = parts(command(FOLDER / f"pretrain_gpt_{name}.sh"))
+    starter, run = parts(command(FOLDER / f"pretrain_gpt_{name}.sh", RECIPE="published"))
     model, moe, optimizer, training, parallel = run.model, run.moe, run.optimizer, run.training, run.parallel
     gpus = int(starter[starter.index("--nodes") + 1]) * int(starter[starter.index("--ntasks-per-node") + 1])
     assert TABLE[name] == (
@@ -95,7 +95,7 @@ def test_hyperparameters_are_the_published_ones(name):
     assert (training.eval_interval, training.eval_iters, training.checkpoint_activations) == (100, 10, True)
     assert parallel.pipeline_model_parallel_size == 1
     if moe.enabled:
-        assert (moe.expert_interval, moe.topk, moe.moe_loss_coeff, moe.moe_min_capacity) == (2, 1, 0.01, 4)
+        assert (moe.expert_interval, moe.topk, moe.aux_loss_coeff, moe.moe_min_capacity) == (2, 1, 0.01, 4)
         assert (moe.moe_train_capacity_factor, moe.moe_token_dropping) == (1.0, True)
 
 
@@ -162,6 +162,28 @@ def test_everything_can_be_changed_from_the_environment():
     )
     assert (run.checkpoint.save, run.checkpoint.load, run.logging.run_name) == ("here", "there", "mine")
     assert (run.optimizer.lr, training.compile, training.seed) == (1e-3, False, 7)
+
+
+@pytest.mark.parametrize(
+    ("variables", "words", "recipe"),
+    [
+        ({}, "", "published"),
+        ({}, "--num-experts 32", "recommended"),
+        ({"EXTRA_ARGS": "--num-experts 32"}, "", "recommended"),
+        ({"RECIPE": "recommended"}, "", "recommended"),
+        ({"RECIPE": "published"}, "--num-experts 32", "published"),
+        ({"RECIPE": "published"}, "--recipe recommended", "recommended"),
+    ],
+)
+def test_the_recipe_follows_from_the_model_or_is_given(variables, words, recipe):
+    _, run = parts(command(MOE, *words.split(), **variables))
+    assert run.training.recipe == recipe
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_scripts_have_the_published_recipe_but_for_the_model_that_was_not_published(name):
+    _, run = parts(command(FOLDER / f"pretrain_gpt_{name}.sh"))
+    assert run.training.recipe == ("recommended" if name == "6.7B_MoE128" else "published")
 
 
 def test_a_container_has_the_checkout_the_working_directory_and_what_is_named(tmp_path):
@@ -266,6 +288,12 @@ def test_a_dry_run_tells_what_is_wrong_with_the_data(variables, said):
     assert said in done.stderr
 
 
+def test_a_dry_run_tells_the_recipes_that_there_are():
+    done = start(MOE, DRY_RUN=1, RECIPE="best")
+    assert done.returncode == 2
+    assert "argument --recipe: got 'best'; choose from published, recommended, auto" in done.stderr
+
+
 def test_a_link_to_a_script_is_the_script(tmp_path):
     link = tmp_path / "run.sh"
     link.symlink_to(MOE)
@@ -300,6 +328,7 @@ def test_a_dry_run_prints_the_plan_and_the_command():
     assert done.returncode == 0, done.stderr
     assert "350M_MoE128 on 64 x NVIDIA H100" in done.stdout
     assert "at 2 an hour" in done.stdout
+    assert "\n  recipe     published; recommended would set --" in done.stdout
     assert "data: not looked at, since there is no DATA_PATH.idx, DATA_PATH.bin\n" in done.stdout
     starter, _ = parts(shlex.split(done.stdout.split("The command:\n")[1]))
     assert starter[0] == "srun"
@@ -403,3 +432,5 @@ def test_a_script_trains_on_the_cpu_with_a_tiny_override(tmp_path):
     assert records(tmp_path / "run", "train")[-1]["tokens"] == 1024
     assert records(tmp_path / "run", "run")[0]["expert_parallel"] == [2]
     assert "plan, from what was measured" in done.stdout
+    assert "\nrecipe: recommended; published would set --" in f"\n{done.stdout}"
+    assert records(tmp_path / "run", "run")[0]["config"]["training"]["recipe"] == "recommended"

@@ -6,18 +6,27 @@ import torch
 from megatron.config import ModelConfig, MoEConfig
 from megatron.inference.kv_cache import KVCache
 from megatron.model.gpt import GPTModel
+from megatron.moe.balancing import learned_buffers
 
 SHAPE = ModelConfig(num_layers=4, hidden_size=48, num_attention_heads=4, seq_length=32, init_method_std=0.15)
 KINDS = pytest.mark.parametrize(
     "moe",
-    [MoEConfig(), MoEConfig(num_experts=(4,)), MoEConfig(num_experts=(4,), topk=2, mlp_type="residual")],
-    ids=["dense", "moe", "residual top-2"],
+    [
+        MoEConfig(),
+        MoEConfig(num_experts=(4,)),
+        MoEConfig(num_experts=(4,), topk=2, mlp_type="residual"),
+        MoEConfig(num_experts=(4,), moe_router_load_balancing_type="quantile_balancing"),
+    ],
+    ids=["dense", "moe", "residual top-2", "biased"],
 )
 VOCAB = 128
 
 
 def built(moe: MoEConfig) -> GPTModel:
-    return GPTModel(SHAPE, moe, VOCAB, seed=7).eval()
+    model = GPTModel(SHAPE, moe, VOCAB, seed=7).eval()
+    for buffer in learned_buffers(model).values():
+        buffer.normal_(generator=torch.Generator().manual_seed(3))
+    return model
 
 
 def tokens(batch: int, length: int) -> torch.Tensor:

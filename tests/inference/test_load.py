@@ -7,9 +7,12 @@ import torch
 from megatron.checkpoint import CheckpointError
 from megatron.config import MoEConfig
 from megatron.inference.load import choose_device, find_checkpoint, load_model, load_tokenizer
+from megatron.moe.balancing import balancers, learned_buffers
+
+BIASED = dataclasses.replace(saved_model.EXPERTS, **saved_model.BALANCING["quantile_balancing"])
 
 
-@pytest.fixture(scope="module", params=[MoEConfig(), saved_model.EXPERTS], ids=["dense", "moe"])
+@pytest.fixture(scope="module", params=[MoEConfig(), saved_model.EXPERTS, BIASED], ids=["dense", "moe", "biased"])
 def saved(request, tmp_path_factory):
     return saved_model.save_model(tmp_path_factory.mktemp("run"), request.param)
 
@@ -39,8 +42,20 @@ def test_no_token_is_dropped(saved):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_other_number_formats(saved, dtype):
     model = load_model(find_checkpoint(saved.folder), dtype=dtype)
-    rounded = {name: value.to(dtype) for name, value in saved.model.state_dict().items()}
-    torch.testing.assert_close(model.state_dict(), rounded, rtol=0, atol=0)
+    rounded = {name: value.to(dtype) for name, value in saved.model.named_parameters()}
+    expected = rounded | learned_buffers(saved.model)  # which stay in fp32
+    torch.testing.assert_close(dict(model.state_dict()), expected, rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_biases_decide_and_nothing_is_observed(tmp_path):
+    model = load_model(find_checkpoint(saved_model.save_model(tmp_path, BIASED).folder))
+    tokens = torch.randint(100, (2, 40))
+    (balancer,) = balancers(model)
+    before = balancer.statistics.clone()
+    biased = saved_model.choices_of(model, tokens)
+    assert torch.equal(balancer.statistics, before)
+    assert (saved_model.choices_of(saved_model.without_biases(model), tokens) != biased).any()
 
 
 def test_a_checkpoint_folder_itself(saved):

@@ -13,8 +13,10 @@ from torch.utils.checkpoint import checkpoint
 pytest.importorskip("triton")
 from megatron.config import ModelConfig, MoEConfig
 from megatron.moe import kernels, torch_ops, triton_ops
+from megatron.moe.balancing import learn, learned_buffers, learners
 from megatron.moe.layer import MoELayer, MoEStats
 from megatron.moe.plan import RoutingPlan
+from megatron.parallel.groups import ALONE
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
@@ -84,6 +86,30 @@ def test_the_layer_and_all_gradients_are_those_of_float64(mode, topk, dtype, mon
         layer(x)
     stats = assert_equal_to_float64(layer, x)
     assert bool(stats.dropped) == (mode == "capacity")
+
+
+BALANCING = [
+    {"moe_router_load_balancing_type": "quantile_balancing", "moe_router_center_input": True},
+    {"moe_router_load_balancing_type": "none", "moe_router_enable_expert_bias": True},
+    {"moe_router_load_balancing_type": "global_aux_loss"},
+]
+
+
+@pytest.mark.parametrize("options", BALANCING, ids=["quantile, centered", "bias", "global"])
+@MODES
+def test_what_routers_learn_and_how_they_use_it(mode, options):
+    layer = make_layer(1, mode, torch.float32, **options)
+    for scale in (0.0, 1.0):  # the first update is without biases
+        learn(learners(layer), None, ALONE, finite=True)
+        layer.zero_grad()
+        x = torch.randn(60, H, device=DEVICE) + scale
+        exact = copy.deepcopy(layer).double()
+        assert_equal_to_float64(layer, x)
+        exact(x.double())
+        learn([*learners(layer)], None, ALONE, finite=True)
+        learn([*learners(exact)], None, ALONE, finite=True)
+        for name, expected in learned_buffers(exact).items():
+            torch.testing.assert_close(learned_buffers(layer)[name], expected, atol=0.02, rtol=0.02)  # a bin's width
 
 
 @EVERY_TOPK

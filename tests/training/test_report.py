@@ -13,6 +13,7 @@ TRAIN = {
     "aux_loss": 1.1,
     "z_loss": 0.0,
     "experts": {"load": [1.5, 2.0], "dropped": [0.1, 0.25], "dead": [0, 3]},
+    "monitors": {"max_attention_logit": [3.5, 21.25], "max_router_logit": [7.0, 6.0], "grad_norm": {"router": 0.25}},
     "grad_norm": 0.5,
     "lr": 1e-3,
     "skipped": 1,
@@ -63,10 +64,17 @@ def test_one_line_says_all_that_matters(capsys):
         "max/mean 2.00",
         "drop 25.0%",
         "dead 3",
+        "max logits: attention 21.2 router 7",
         "skipped 1",
         "eta",
     ):
         assert figure in lines[1]
+
+
+def test_a_warning_says_why(capsys):
+    report = Report(LoggingConfig(), "moe", None, is_first=True)
+    report.write("warning", step=10, tokens=250, train_tokens=1000, reason="it grows", figure="x", value=9.0)
+    assert capsys.readouterr().out == "step     10 | 250/1k tokens | WARNING: it grows\n"
 
 
 def test_losses_of_sets_are_told_apart(capsys):
@@ -123,6 +131,9 @@ def test_tensorboard_names(tmp_path):
     found = scalars({"kind": "train", "step": 1, "tokens": 5, "train_tokens": 9, **TRAIN})
     assert found["train/loss"] == 5.0
     assert found["train/experts/load/moe1"] == 2.0
+    assert found["train/monitors/max_attention_logit/layer1"] == 21.25
+    assert found["train/monitors/max_router_logit/moe1"] == 6.0
+    assert found["train/monitors/grad_norm/router"] == 0.25
     books = {"kind": "valid", "set": "books", "step": 1, "tokens": 5, "train_tokens": 9, "loss": 4.0}
     assert scalars(books) == {"valid/books/step": 1.0, "valid/books/loss": 4.0}
     assert scalars(books | {"kind": "test"})["test/books/loss"] == 4.0

@@ -7,6 +7,7 @@ from corpus import byte_level, gpt2
 
 from megatron.checkpoint import CheckpointError
 from megatron.config import RunConfig
+from megatron.config.flags import parse_args
 from megatron.config.run import OPTIONS, to_dict
 from megatron.data.tokenizer import build_tokenizer
 from megatron.training.metadata import carried
@@ -59,6 +60,20 @@ def test_any_option_that_is_not_resumable_is_compared(tmp_path, monkeypatch):
     for compare in (check, check_base):
         with pytest.raises(CheckpointError, match="--layernorm-epsilon: checkpoint 1e-05, this run 1e-06"):
             compare(meta, new, 1024, tokenizer)
+
+
+def test_another_recipe_is_named_where_its_options_prevent_a_resume(tmp_path):
+    tokenizer = build_tokenizer(byte_level(tmp_path))
+    meta = {"vocab_size": 1024, "optimizer": None}
+    meta["tokenizer"] = {"vocab_size": tokenizer.vocab_size, "fingerprint": tokenizer.fingerprint}
+    old, new = (parse_args(["--num-experts", "4", "--recipe", name]) for name in ("published", "recommended"))
+    meta["config"] = to_dict(old)
+    del meta["config"]["training"]["recipe"]  # as in checkpoints from before there were recipes
+    for compare in (check, check_base):
+        with pytest.raises(CheckpointError, match=r"RECIPE\): checkpoint 'published', this run 'recommended'"):
+            compare(meta, new, 1024, tokenizer)
+    old.training.recipe = "recommended"  # the name alone
+    assert check(meta, old, 1024, tokenizer) == check_base(meta, old, 1024, tokenizer) == []
 
 
 def test_documents_kept_apart_from_here_on_are_told(tmp_path):

@@ -29,9 +29,11 @@ class Engine:
 
     def __init__(self) -> None:
         self.tokens_after: list[int] = []
+        self.monitored: list[bool] = []
 
-    def train_step(self, micro_batches: list[Any], tokens_after: int) -> StepResult:
+    def train_step(self, micro_batches: list[Any], tokens_after: int, monitored: bool = False) -> StepResult:
         self.tokens_after.append(tokens_after)
+        self.monitored.append(monitored)
         losses = torch.tensor([float(len(self.tokens_after)), 0.0, 0.0, 1.0])
         return StepResult(LossSums(losses, [], torch.zeros(0)), lr=1e-3, norm=1.0)
 
@@ -98,7 +100,7 @@ def make_run(monkeypatch):
 
     def make(*hooks: Hook, stops_after: int = UPDATES) -> Run:
         monkeypatch.setattr(trainer_module, "training_batches", batches)
-        monkeypatch.setattr(run_module, "restore", lambda engine, source, topology: None)
+        monkeypatch.setattr(run_module, "restore", lambda *_: None)
         training = TrainingConfig(micro_batch_size=1, global_batch_size=BATCH, train_tokens=UPDATES * BATCH * SEQ)
         anything: Any = SimpleNamespace
         run = Run(
@@ -156,6 +158,17 @@ def test_one_hook_that_needs_an_outcome_makes_all_get_it(make_run):
     at = hook.calls.index("post_step 2")
     assert hook.calls[at : at + 2] == ["post_step 2", "on_outcome 2, loss 2"]
     assert sum(call.startswith("on_outcome") for call in hook.calls) == 3, "each once"
+
+
+def test_an_update_is_monitored_if_a_hook_needs_it(make_run):
+    class Monitoring(Hook):
+        def needs_monitors(self, step: Step) -> bool:
+            assert self.run.clock.steps == step.number - 1, "the update comes next"
+            return step.end == self.run.end_samples
+
+    run = make_run(Recorder(), Monitoring())
+    Trainer(run).train()
+    assert run.engine.monitored == [False] * (UPDATES - 1) + [True]
 
 
 class Recorder2(Recorder):

@@ -6,6 +6,7 @@ Shapes: B batch, S new tokens, H hidden, T = B * S tokens, E experts, K experts 
 """
 
 import inspect
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -54,6 +55,41 @@ class GPTMoERouter(nn.Linear):
         return F.linear(x_TH.float(), self.weight.float())
 
 
+class GPTMoEBalancer(nn.Module):
+    """Scores for the choice of experts: logits, plus a bias for each expert with ``router_expert_bias``.
+
+    Biases are fp32 in a model of any format: rounded, they would choose other experts. So they are a buffer, as
+    transformers rounds parameters on a disk. They are NaN until they are loaded.
+    """
+
+    expert_bias: torch.Tensor | None
+
+    def __init__(self, config: GPTMoEConfig, num_experts: int) -> None:
+        super().__init__()
+        bias_E = torch.full((num_experts,), torch.nan, dtype=torch.float32) if config.router_expert_bias else None
+        self.register_buffer("expert_bias", bias_E)
+        self.is_loaded = False
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "GPTMoEBalancer":
+        before = self.expert_bias
+        super()._apply(fn, recurse)
+        if before is not None and self.expert_bias is not None and self.expert_bias.dtype != before.dtype:
+            self.expert_bias = before.to(self.expert_bias.device)
+        return self
+
+    def forward(self, logits_TE: torch.Tensor) -> torch.Tensor:
+        if self.expert_bias is None:
+            return logits_TE
+        if not (torch.jit.is_tracing() or torch.compiler.is_compiling() or self.is_loaded):
+            if self.expert_bias.isnan().any():
+                raise ValueError(
+                    "expert_bias was not loaded: the model's folder lacks it, or the layer is on a disk, where "
+                    "transformers 4 does not load buffers; use transformers 5, or a device_map without a disk"
+                )
+            self.is_loaded = True
+        return logits_TE.detach() + self.expert_bias
+
+
 @use_experts_implementation(has_gate=False, has_bias=True, is_transposed=True)
 class GPTMoEExperts(nn.Module):
     """Feed-forwards, stacked. transformers 5.4 and newer replace ``forward`` as ``experts_implementation`` says."""
@@ -80,12 +116,14 @@ class GPTMoEExperts(nn.Module):
 
 
 class GPTMoESparseMLP(nn.Module):
-    """Each token's K likeliest experts, weighted; with ``residual_moe`` mixed with a dense feed-forward."""
+    """Each token's K experts with the highest scores, weighted by the softmax of logits; with ``residual_moe`` mixed
+    with a dense feed-forward."""
 
     def __init__(self, config: GPTMoEConfig, num_experts: int) -> None:
         super().__init__()
         self.topk = config.num_experts_per_tok
         self.router = GPTMoERouter(config.hidden_size, num_experts, bias=False)
+        self.balancer = GPTMoEBalancer(config, num_experts)
         self.experts = GPTMoEExperts(config, num_experts)
         self.dense = GPTMoEMLP(config) if config.residual_moe else None
         if config.residual_moe:
@@ -96,7 +134,7 @@ class GPTMoESparseMLP(nn.Module):
         logits_TE = self.router(x_TH)
         if side_outputs is not None:
             side_outputs.router_logits = logits_TE
-        expert_TK = choose(logits_TE, self.topk)
+        expert_TK = choose(self.balancer(logits_TE), self.topk)
         gate_TK = logits_TE.softmax(-1).gather(1, expert_TK)
         if self.topk > 1:
             gate_TK = gate_TK / gate_TK.sum(-1, keepdim=True)
@@ -107,9 +145,9 @@ class GPTMoESparseMLP(nn.Module):
         return y_BSH
 
 
-def choose(logits_TE: torch.Tensor, topk: int) -> torch.Tensor:
-    """The K experts with the highest logits, int64 [T, K], best first; among equals the lowest number."""
-    left_TE, choices = logits_TE.detach(), []
+def choose(scores_TE: torch.Tensor, topk: int) -> torch.Tensor:
+    """The K experts with the highest scores, int64 [T, K], best first; among equals the lowest number."""
+    left_TE, choices = scores_TE.detach(), []
     for _ in range(topk):
         choices.append(left_TE.argmax(-1, keepdim=True))
         left_TE = left_TE.scatter(1, choices[-1], -torch.inf)
@@ -163,6 +201,8 @@ class GPTMoEPreTrainedModel(PreTrainedModel):
             nn.init.ones_(module.weight)
         if getattr(module, "bias", None) is not None and isinstance(module, nn.Linear | nn.LayerNorm):
             nn.init.zeros_(module.bias)
+        if isinstance(module, GPTMoEBalancer) and module.expert_bias is not None:
+            nn.init.constant_(module.expert_bias, torch.nan)
         if isinstance(module, GPTMoEExperts):
             for name, parameter in module.named_parameters():
                 if name.endswith("_bias"):
@@ -322,8 +362,10 @@ class GPTMoEForCausalLM(GPTMoEPreTrainedModel, GenerationMixin):
             output_router_logits = self.config.output_router_logits
         aux_loss = None
         if out.router_logits and (output_router_logits or self.training):
+            balancers = [block.mlp.balancer for block in self.transformer.h if block.is_sparse]
             balance = (
-                balance_loss(layer, self.config.num_experts_per_tok).to(logits.device) for layer in out.router_logits
+                balance_loss(layer, choose(balancer(layer), self.config.num_experts_per_tok)).to(logits.device)
+                for layer, balancer in zip(out.router_logits, balancers, strict=True)
             )
             aux_loss = sum(balance, logits.new_zeros((), dtype=torch.float32))
         loss = None
@@ -344,9 +386,8 @@ class GPTMoEForCausalLM(GPTMoEPreTrainedModel, GenerationMixin):
         return output.to_tuple() if return_dict is False else output
 
 
-def balance_loss(logits_TE: torch.Tensor, topk: int) -> torch.Tensor:
+def balance_loss(logits_TE: torch.Tensor, expert_TK: torch.Tensor) -> torch.Tensor:
     """E * sum over experts of (mean probability) * (share of the choices); of two choices only the first counts."""
-    expert_TK = choose(logits_TE, topk)
-    counted_TK = expert_TK[:, :1] if topk == 2 else expert_TK
+    counted_TK = expert_TK[:, :1] if expert_TK.size(1) == 2 else expert_TK
     share_E = F.one_hot(counted_TK.flatten(), logits_TE.size(1)).float().mean(0)
     return logits_TE.size(1) * torch.sum(logits_TE.softmax(-1).mean(0) * share_E)

@@ -61,7 +61,10 @@ _MODEL_LM = ("qk_layernorm",)  # of Megatron-LM alone
 _MOE = (
     "topk", "moe_loss_coeff", "moe_train_capacity_factor", "moe_min_capacity", "moe_token_dropping",
 )  # fmt: skip
-_ONLY_HERE = ("moe_z_loss_coeff", "moe_noise_policy", "moe_rts")  # of training, and no argument of Megatron's
+_ONLY_HERE = (  # of training, and no argument of Megatron-DeepSpeed's
+    "moe_router_load_balancing_type", "moe_router_lr_mult", "moe_router_init_mult", "moe_z_loss_coeff",
+    "moe_noise_policy", "moe_rts",
+)  # fmt: skip
 
 
 def to_arguments(
@@ -89,6 +92,7 @@ def to_arguments(
     }
     experts = {name: getattr(moe, name) for name in (*_MOE, "mlp_type", "expert_interval")} | {
         "num_experts": list(moe.num_experts),
+        "moe_loss_coeff": moe.aux_loss_coeff,
         # none is dropped: there are as many slots as tokens
         "moe_eval_capacity_factor": moe.moe_eval_capacity_factor or max(moe.num_experts) / moe.topk,
         "moe_top2_2nd_expert_sampling": False,

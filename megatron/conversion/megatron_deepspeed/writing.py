@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from megatron.checkpoint.errors import CheckpointError
-from megatron.checkpoint.tensors import dtype_name
 from megatron.config import RunConfig
 from megatron.conversion.contents import MODEL, Contents
 from megatron.conversion.megatron_deepspeed.arguments import to_arguments
@@ -46,13 +45,12 @@ def write_megatron_deepspeed(contents: Contents, folder: str | os.PathLike) -> P
         raise CheckpointError(
             f"{contents.where} is a model with --qk-layernorm, which Megatron-DeepSpeed does not have; use --to hf"
         )
-    dtypes = {lazy.dtype for lazy in contents.tensors.values()}
-    if len(dtypes) > 1:
+    if contents.config.moe.enabled and contents.config.moe.has_expert_bias:
         raise CheckpointError(
-            f"{contents.where} has tensors in {sorted(map(dtype_name, dtypes))}; choose one: --dtype fp32"
+            f"{contents.where} chooses experts with a bias for each ({contents.config.moe.balancing}), which "
+            "Megatron-DeepSpeed does not have; use --to hf"
         )
-    (dtype,) = dtypes
-    config, vocab_size = contents.config, contents.meta["vocab_size"]
+    config, vocab_size, dtype = contents.config, contents.meta["vocab_size"], contents.dtype
     cuts = Cuts(config)
     clock = contents.meta["clock"]
     beside = {

@@ -5,14 +5,16 @@ from typing import Any
 
 from torch import nn
 
-from megatron.config import OptimizerConfig
+from megatron.config import MoEConfig, OptimizerConfig
+from megatron.moe.router import Router
 from megatron.parallel.sharding import ParamLayout
 
 
 def parameter_groups(
-    model: nn.Module, layouts: Mapping[str, ParamLayout], config: OptimizerConfig
+    model: nn.Module, layouts: Mapping[str, ParamLayout], config: OptimizerConfig, moe: MoEConfig
 ) -> list[dict[str, Any]]:
-    """All parameters of ``model`` in groups: weight decay on matrices only, experts apart.
+    """All parameters of ``model`` in groups: weight decay on matrices only, experts apart, and routers that have a
+    learning rate of their own.
 
     Biases and norms are the tensors with one dimension, plus the stacked biases of experts, which have two.
 
@@ -28,23 +30,27 @@ def parameter_groups(
         model: on its device.
         layouts: of its parameters.
         config: of the run.
+        moe: of the run.
 
     Returns:
-        Groups as a torch optimizer takes them, which also say whether they have ``matrices``, and their
-        ``expert_degree``.
+        Groups as a torch optimizer takes them, which also say whether they have ``matrices``, their ``expert_degree``,
+        and ``lr_mult``, their learning rate as a multiple of that of the run.
     """
-    members: dict[tuple[int, bool], list[nn.Parameter]] = {}
+    routers = {module.weight for module in model.modules() if isinstance(module, Router)}
+    members: dict[tuple[int, bool, float], list[nn.Parameter]] = {}
     for name, parameter in sorted(model.named_parameters(), key=lambda entry: entry[1].numel() % 8 != 0):
         layout = layouts[name]
         is_matrix = parameter.dim() - layout.is_expert >= 2
-        members.setdefault((layout.expert_degree or 0, is_matrix), []).append(parameter)
+        lr_mult = moe.moe_router_lr_mult if parameter in routers else 1.0
+        members.setdefault((layout.expert_degree or 0, is_matrix, lr_mult), []).append(parameter)
     groups = []
-    for degree, is_matrix in sorted(members, key=lambda key: (key[0], not key[1])):
+    for degree, is_matrix, lr_mult in sorted(members, key=lambda key: (key[0], not key[1], key[2] != 1)):
         group = {
-            "params": members[degree, is_matrix],
+            "params": members[degree, is_matrix, lr_mult],
             "weight_decay": config.weight_decay if is_matrix else 0.0,
             "matrices": is_matrix,
             "expert_degree": degree or None,
+            "lr_mult": lr_mult,
         }
         groups.append(group)
     return groups

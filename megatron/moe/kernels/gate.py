@@ -20,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
+from megatron.moe.balancing import BIN_WIDTH, BINS, FINEST
 from megatron.moe.kernels.jit import cdiv, jit, next_power_of_2
 from megatron.moe.kernels.slots import assign_slots, block_size, count_by_block
 
@@ -38,19 +39,35 @@ class Gating(NamedTuple):
     token_R: torch.Tensor  # int32 [E * C], or [T] without a capacity: the token in each row of the buffers, or -1
 
 
+class Balance(NamedTuple):
+    """What balances the experts beside the micro-batch's own aux loss; see :mod:`megatron.moe.balancing`."""
+
+    bias_E: torch.Tensor | None = None  # fp32, added to the logits for the choice
+    share_E: torch.Tensor | None = None  # fp32, loads for the aux loss in place of the micro-batch's
+    histogram_REB: torch.Tensor | None = None  # int32, of which each gets a part of this micro-batch added
+
+
+NO_BALANCE = Balance()
+
+
 def reference(
-    x_TH: torch.Tensor, weight_EH: torch.Tensor, capacity: int | None, order_T: torch.Tensor | None = None
+    x_TH: torch.Tensor,
+    weight_EH: torch.Tensor,
+    capacity: int | None,
+    order_T: torch.Tensor | None = None,
+    balance: Balance = NO_BALANCE,
 ) -> Gating:
     """What the kernels compute, in plain torch and in the precision of the inputs.
 
     Args:
         capacity: rows of each expert's buffer; None for as many as needed.
         order_T: a permutation of the tokens; slots are given in this order (by default in that of the tokens).
+        balance: its histogram stays as it is.
     """
     T, E = x_TH.size(0), weight_EH.size(0)
     logits_TE = x_TH @ weight_EH.T
     p_TE = logits_TE.softmax(-1)
-    expert_T = logits_TE.argmax(-1)
+    expert_T = (logits_TE if balance.bias_E is None else logits_TE + balance.bias_E).argmax(-1)
     gate_T = p_TE.gather(1, expert_T[:, None])[:, 0]
     counts_E = torch.bincount(expert_T, minlength=E)
     order_T = torch.arange(T, device=x_TH.device) if order_T is None else order_T
@@ -66,10 +83,11 @@ def reference(
         kept_T = slot_T < capacity
         row_T = expert_T * capacity + slot_T
         token_R = torch.full((E * capacity,), -1, dtype=torch.int32, device=x_TH.device)
+    share_E = counts_E / max(T, 1) if balance.share_E is None else balance.share_E
     token_R[row_T[kept_T]] = torch.arange(T, dtype=torch.int32, device=x_TH.device)[kept_T]
     return Gating(
         gate_T=gate_T.masked_fill(~kept_T, 0.0),
-        aux_loss=E * (p_TE.sum(0) / max(T, 1) * counts_E / max(T, 1)).sum(),
+        aux_loss=E * (p_TE.sum(0) / max(T, 1) * share_E).sum(),
         z_loss=logits_TE.logsumexp(-1).square().sum() / max(T, 1),
         expert_T=expert_T.int(),
         slot_T=slot_T.int(),
@@ -81,7 +99,10 @@ def reference(
 
 
 @jit
-def _logits(x_ptr, w_ptr, row, T, H, E, BT: tl.constexpr, BE: tl.constexpr, BK: tl.constexpr, IEEE: tl.constexpr):
+def _logits(
+    x_ptr, w_ptr, offset_ptr, row, T, H, E,
+    BT: tl.constexpr, BE: tl.constexpr, BK: tl.constexpr, IEEE: tl.constexpr, OFFSET: tl.constexpr,
+):  # fmt: skip
     """fp32 [BT, BE] of the tokens ``row``; -inf beyond E. Products of half-precision numbers are exact in fp32."""
     e = tl.arange(0, BE)
     k = tl.arange(0, BK)
@@ -96,50 +117,74 @@ def _logits(x_ptr, w_ptr, row, T, H, E, BT: tl.constexpr, BE: tl.constexpr, BK: 
             acc = tl.dot(x.to(tl.float32), w.to(tl.float32), acc, input_precision="ieee")
         else:
             acc = tl.dot(x, w, acc)
+    if OFFSET:
+        acc += tl.load(offset_ptr + e, mask=e < E, other=0.0)[None, :]
     return tl.where((e < E)[None, :], acc, float("-inf"))
 
 
 @jit
 def _gate_forward(
-    x_ptr, w_ptr, expert_ptr, gate_ptr, lse_ptr, p_sum_ptr, z_sum_ptr, T, H, E,
-    BT: tl.constexpr, BE: tl.constexpr, BK: tl.constexpr, IEEE: tl.constexpr,
+    x_ptr, w_ptr, offset_ptr, bias_ptr, expert_ptr, gate_ptr, lse_ptr, p_sum_ptr, z_sum_ptr, histogram_ptr,
+    T, H, E, copies, finest, width,
+    BT: tl.constexpr, BE: tl.constexpr, BK: tl.constexpr, IEEE: tl.constexpr, OFFSET: tl.constexpr,
+    BIAS: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
+    """With BIAS, experts are chosen by logit + bias. With BINS above 0, count what scores lack of thresholds."""
     block = tl.program_id(0)
     row = block * BT + tl.arange(0, BT)
     e = tl.arange(0, BE)
-    logits = _logits(x_ptr, w_ptr, row, T, H, E, BT, BE, BK, IEEE)
+    logits = _logits(x_ptr, w_ptr, offset_ptr, row, T, H, E, BT, BE, BK, IEEE, OFFSET)
     most = tl.max(logits, axis=1)
     p = tl.exp(logits - most[:, None])
     total = tl.sum(p, axis=1)
     lse = most + tl.log(total)
-    expert = tl.min(tl.where(logits == most[:, None], e[None, :], BE), axis=1)  # of equal ones the first
+    scores, best = logits, most
+    if BIAS:
+        scores += tl.load(bias_ptr + e, mask=e < E, other=0.0)[None, :]
+        best = tl.max(scores, axis=1)
+    expert = tl.min(tl.where(scores == best[:, None], e[None, :], BE), axis=1)  # of equal ones the first
     expert = tl.minimum(expert, E - 1)  # NaN equals nothing; the loss will tell
+    chosen = expert[:, None] == e[None, :]
     tl.store(expert_ptr + row, expert, mask=row < T)
-    tl.store(gate_ptr + row, 1.0 / total, mask=row < T)
+    gate = tl.sum(tl.where(chosen, p, 0.0), axis=1) if BIAS else 1.0
+    tl.store(gate_ptr + row, gate / total, mask=row < T)
     tl.store(lse_ptr + row, lse, mask=row < T)
     real = (row < T).to(tl.float32)
     tl.store(p_sum_ptr + block * BE + e, tl.sum(p * (real / total)[:, None], axis=0))
     tl.store(z_sum_ptr + block, tl.sum(lse * lse * real, axis=0))
+    if BINS > 0:
+        second = tl.max(tl.where(chosen, float("-inf"), scores), axis=1)
+        shift = (second[:, None] - scores) / finest
+        size = tl.abs(shift)
+        asinh = tl.log(size + tl.sqrt(size * size + 1.0))
+        at = tl.where(shift < 0, -asinh, asinh) / width + BINS / 2
+        at = tl.where(at == at, tl.minimum(tl.maximum(at, 0.0), BINS - 1.0), 0.0)
+        inside = (row < T)[:, None] & (e < E)[None, :]
+        row_of_bins = block % copies * E + e
+        tl.atomic_add(histogram_ptr + row_of_bins[None, :] * BINS + at.to(tl.int32), 1, mask=inside, sem="relaxed")
 
 
 @jit
 def _gate_backward(
-    x_ptr, w_ptr, expert_ptr, lse_ptr, row_ptr, counts_ptr, d_gate_ptr, d_losses_ptr, d_logits_ptr, from_ptr, dx_ptr,
-    T, H, E, parts,
+    x_ptr, w_ptr, offset_ptr, expert_ptr, lse_ptr, row_ptr, load_ptr, d_gate_ptr, d_losses_ptr, d_logits_ptr,
+    from_ptr, dx_ptr, T, H, E, parts,
     BT: tl.constexpr, BE: tl.constexpr, BK: tl.constexpr, BP: tl.constexpr, IEEE: tl.constexpr, ADD: tl.constexpr,
-    ROWS: tl.constexpr,
+    ROWS: tl.constexpr, SHARES: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
     """dx = d_logits @ w, plus what ``from`` has of the token if ADD.
 
+    ``load`` is each expert's number of tokens or, with SHARES, its share of them for the aux loss.
     With ROWS, ``from`` [R, H] and ``d_gate`` [R, parts] are by row of the experts' buffers; otherwise [T, H] and [T].
     """
     row = tl.program_id(0) * BT + tl.arange(0, BT)
     e = tl.arange(0, BE)
-    logits = _logits(x_ptr, w_ptr, row, T, H, E, BT, BE, BK, IEEE)
+    logits = _logits(x_ptr, w_ptr, offset_ptr, row, T, H, E, BT, BE, BK, IEEE, OFFSET)
     lse = tl.load(lse_ptr + row, mask=row < T, other=0.0)
     p = tl.exp(logits - lse[:, None])
     tokens = tl.maximum(T, 1).to(tl.float32)
-    share = tl.load(counts_ptr + e, mask=e < E, other=0).to(tl.float32) / tokens
+    share = tl.load(load_ptr + e, mask=e < E, other=0).to(tl.float32)
+    if not SHARES:
+        share /= tokens
     d_aux, d_z = tl.load(d_losses_ptr), tl.load(d_losses_ptr + 1)
     expert = tl.load(expert_ptr + row, mask=row < T, other=-1)
     buffer_row = tl.load(row_ptr + row, mask=row < T, other=-1)
@@ -241,7 +286,13 @@ class Decided(NamedTuple):
 
 
 def launch_forward(
-    x_TH: torch.Tensor, weight_EH: torch.Tensor, capacity: int | None, random: bool, agree: Agree | None = None
+    x_TH: torch.Tensor,
+    weight_EH: torch.Tensor,
+    capacity: int | None,
+    random: bool,
+    agree: Agree | None = None,
+    balance: Balance = NO_BALANCE,
+    offset_E: torch.Tensor | None = None,
 ) -> Decided:
     """The forward kernels; see :func:`gate`."""
     T, H = x_TH.shape
@@ -259,9 +310,17 @@ def launch_forward(
     bits = max(T - 1, 1).bit_length()
     low, high = (bits + 1) // 2, bits // 2
     seed = torch.randint(2**62, (), device=x_TH.device) if random else counts
+
+    def or_any(x: torch.Tensor | None) -> torch.Tensor:
+        return lse_T if x is None else x  # any: it is not read
+
+    copies = 1 if balance.histogram_REB is None else balance.histogram_REB.size(0)
     if T:
         _gate_forward[(gate_blocks,)](
-            x_TH, weight_EH, expert_T, gate_T, lse_T, p_sum, z_sum, T, H, E, BT, BE, BK, _ieee(x_TH, weight_EH),
+            x_TH, weight_EH, or_any(offset_E), or_any(balance.bias_E), expert_T, gate_T, lse_T, p_sum, z_sum,
+            or_any(balance.histogram_REB), T, H, E, copies, FINEST, BIN_WIDTH, BT, BE, BK, _ieee(x_TH, weight_EH),
+            offset_E is not None, balance.bias_E is not None,
+            0 if balance.histogram_REB is None or E == 1 else BINS,
             num_warps=warps, num_stages=stages,
         )  # fmt: skip
         if agree is not None:
@@ -273,8 +332,9 @@ def launch_forward(
     else:
         token_R.fill_(-1)
     assign_slots[(blocks + 1,)](
-        expert_T, gate_T, slot_T, row_T, token_R, count, p_sum, z_sum, counts, losses, seed,
+        expert_T, gate_T, slot_T, row_T, token_R, count, p_sum, z_sum, or_any(balance.share_E), counts, losses, seed,
         T, E, capacity or 0, low, high, blocks, gate_blocks, B, BE, random, capacity is not None,
+        balance.share_E is not None,
         num_warps=8,
     )  # fmt: skip
     gating = Gating(gate_T, losses[0], losses[1], expert_T, slot_T, row_T, counts[:E], counts[E], token_R)
@@ -289,16 +349,18 @@ def launch_backward(
     d_losses: tuple[torch.Tensor | None, torch.Tensor | None],
     dx: torch.Tensor | None,
     by_row: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradients of tokens and router weights.
+    offset_E: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The gradients of tokens, router weights and offsets of the logits.
 
     Args:
-        decided: expert_T, lse_T, row_T and counts_E of the forward pass.
+        decided: expert_T, lse_T, row_T of the forward pass; and counts_E, or shares for the aux loss in its place.
         d_gate: of each token [T], or ``by_row`` several parts of it for each row of the experts' buffers, [R, parts].
         d_losses: of aux loss and z-loss.
         dx: what else each token's gradient has, [T, H], or ``by_row`` [R, H]; None for nothing.
+        offset_E: of the forward pass.
     """
-    expert_T, lse_T, row_T, counts_E = decided
+    expert_T, lse_T, row_T, load_E = decided
     T, H = x_TH.shape
     E = weight_EH.size(0)
     BT, BE, BK, warps, stages = _tile_that_fits(x_TH, weight_EH)
@@ -310,13 +372,15 @@ def launch_backward(
     d_logits_TE = x_TH.new_empty((T, E), dtype=torch.float32 if ieee else x_TH.dtype)
     if T:
         _gate_backward[(cdiv(T, BT),)](
-            x_TH, weight_EH, expert_T, lse_T, row_T, counts_E, d_gate, losses, d_logits_TE,
-            dx_TH if dx is None else dx, dx_TH, T, H, E, parts,
-            BT, BE, BK, next_power_of_2(parts), ieee, dx is not None, by_row,
+            x_TH, weight_EH, lse_T if offset_E is None else offset_E, expert_T, lse_T, row_T, load_E, d_gate, losses,
+            d_logits_TE, dx_TH if dx is None else dx, dx_TH, T, H, E, parts,
+            BT, BE, BK, next_power_of_2(parts), ieee, dx is not None, by_row, load_E.is_floating_point(),
+            offset_E is not None,
             num_warps=warps, num_stages=stages,
         )  # fmt: skip
     d_weight_EH = d_logits_TE.T @ x_TH.to(d_logits_TE.dtype)
-    return dx_TH, d_weight_EH.to(weight_EH.dtype)
+    d_offset_E = None if offset_E is None else d_logits_TE.sum(0, dtype=torch.float32)
+    return dx_TH, d_weight_EH.to(weight_EH.dtype), d_offset_E
 
 
 def _ieee(x_TH: torch.Tensor, weight_EH: torch.Tensor) -> bool:
@@ -326,10 +390,12 @@ def _ieee(x_TH: torch.Tensor, weight_EH: torch.Tensor) -> bool:
 
 class _Gate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_TH, weight_EH, capacity, random, agree):
-        (gate_T, aux_loss, z_loss, *rest), lse_T = launch_forward(x_TH, weight_EH, capacity, random, agree)
+    def forward(ctx, x_TH, weight_EH, offset_E, capacity, random, agree, balance):
+        (gate_T, aux_loss, z_loss, *rest), lse_T = launch_forward(
+            x_TH, weight_EH, capacity, random, agree, balance, offset_E
+        )
         expert_T, _, row_T, counts_E, *_ = rest
-        ctx.save_for_backward(x_TH, weight_EH, expert_T, lse_T, row_T, counts_E)
+        ctx.save_for_backward(x_TH, weight_EH, offset_E, expert_T, lse_T, row_T, load_of(balance, counts_E))
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*rest)
         return x_TH.view_as(x_TH), gate_T, aux_loss.clone(), z_loss.clone(), *rest
@@ -337,15 +403,29 @@ class _Gate(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dx_TH, d_gate_T, d_aux, d_z, *_):
-        x_TH, weight_EH, *decided = ctx.saved_tensors
+        x_TH, weight_EH, offset_E, *decided = ctx.saved_tensors
         d_gate_T = torch.zeros_like(decided[1]) if d_gate_T is None else d_gate_T.contiguous()
         dx_TH = None if dx_TH is None else dx_TH.clone(memory_format=torch.contiguous_format)
-        dx_TH, d_weight_EH = launch_backward(x_TH, weight_EH, decided, d_gate_T, (d_aux, d_z), dx_TH, by_row=False)
-        return dx_TH, d_weight_EH, None, None, None
+        dx_TH, d_weight_EH, d_offset_E = launch_backward(
+            x_TH, weight_EH, decided, d_gate_T, (d_aux, d_z), dx_TH, by_row=False, offset_E=offset_E
+        )
+        return dx_TH, d_weight_EH, d_offset_E, None, None, None, None
+
+
+def load_of(balance: Balance, counts_E: torch.Tensor) -> torch.Tensor:
+    """What the aux loss weighs gates with, for :func:`launch_backward`."""
+    return counts_E if balance.share_E is None else balance.share_E
 
 
 def gate(
-    x_TH: torch.Tensor, weight_EH: torch.Tensor, capacity: int | None, *, random: bool, agree: Agree | None = None
+    x_TH: torch.Tensor,
+    weight_EH: torch.Tensor,
+    capacity: int | None,
+    *,
+    random: bool,
+    agree: Agree | None = None,
+    balance: Balance = NO_BALANCE,
+    offset_E: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, Gating]:
     """Route each token to its best expert.
 
@@ -357,9 +437,11 @@ def gate(
             the tokens, which follows from one number of torch's default generator of the device.
         agree: is given each token's expert, int32 [T], before slots follow from them, and may overwrite
             them. Gates stay those of the highest logits, so it is for choices that rounding alone can tell apart.
+        balance: see :class:`Balance`.
+        offset_E: fp32, added to the logits.
 
     Returns:
         ``x_TH`` to go on with (its gradient is then added to the router's where that is computed), and the decisions.
     """
-    x_TH, *gating = _Gate.apply(x_TH, weight_EH.contiguous(), capacity, random, agree)
+    x_TH, *gating = _Gate.apply(x_TH, weight_EH.contiguous(), offset_E, capacity, random, agree, balance)
     return x_TH, Gating(*gating)

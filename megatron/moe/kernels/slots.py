@@ -70,9 +70,9 @@ def count_by_block(
 
 @jit
 def assign_slots(
-    expert_ptr, gate_ptr, slot_ptr, row_ptr, token_ptr, count_ptr, p_sum_ptr, z_sum_ptr, counts_ptr, losses_ptr,
-    seed_ptr, T, E, C, low, high, blocks, gate_blocks,
-    B: tl.constexpr, BE: tl.constexpr, RANDOM: tl.constexpr, DROP: tl.constexpr,
+    expert_ptr, gate_ptr, slot_ptr, row_ptr, token_ptr, count_ptr, p_sum_ptr, z_sum_ptr, share_ptr, counts_ptr,
+    losses_ptr, seed_ptr, T, E, C, low, high, blocks, gate_blocks,
+    B: tl.constexpr, BE: tl.constexpr, RANDOM: tl.constexpr, DROP: tl.constexpr, SHARES: tl.constexpr,
 ):  # fmt: skip
     """Give a block's tokens their slots; the program after the last block sums up losses and counts."""
     block = tl.program_id(0)
@@ -90,7 +90,7 @@ def assign_slots(
         tokens = tl.maximum(T, 1).to(tl.float32)
         tl.store(counts_ptr + e, before.to(tl.int64), mask=e < E)
         tl.store(counts_ptr + E, tl.sum(tl.maximum(before - C, 0), axis=0).to(tl.int64) if DROP else 0)
-        share = before.to(tl.float32) / tokens
+        share = tl.load(share_ptr + e, mask=e < E, other=0.0) if SHARES else before.to(tl.float32) / tokens
         tl.store(losses_ptr, tl.sum(p_sum / tokens * share, axis=0) * E)
         tl.store(losses_ptr + 1, z_sum / tokens)
     else:

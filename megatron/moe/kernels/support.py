@@ -34,14 +34,20 @@ _ELSEWHERE: Options = dict.fromkeys(
         "model.qk_layernorm",
         "moe.num_experts", "moe.expert_interval", "moe.mlp_type", "moe.moe_loss_coeff", "moe.moe_z_loss_coeff",
         "moe.moe_train_capacity_factor", "moe.moe_eval_capacity_factor", "moe.moe_min_capacity", "training",
+        "moe.moe_router_bias_update_rate", "moe.moe_router_quantile_balancing_ema",
+        "moe.moe_router_lr_mult", "moe.moe_router_init_mult",
     ),
     ANY,
 )  # fmt: skip
 
 # A permutation is right for any routing plan, and experts compute any rows, however the router decided.
 _ANY_ROUTING: Options = dict.fromkeys(
-    ("moe.topk", "moe.moe_token_dropping", "moe.moe_noise_policy", "moe.moe_rts", "num_experts"), ANY
-)
+    (
+        "moe.topk", "moe.moe_token_dropping", "moe.moe_noise_policy", "moe.moe_rts", "num_experts",
+        "moe.moe_router_load_balancing_type", "moe.moe_router_enable_expert_bias", "moe.moe_router_center_input",
+    ),
+    ANY,
+)  # fmt: skip
 _ANY_LAYOUT: Options = dict.fromkeys(
     [f"expert_group.{name}" for name in ("size", "rank", "group", "node_groups", "overlap_chunks")]
     + [f"tensor_group.{name}" for name in ("size", "rank", "group", "sequence_parallel", "shard_experts")],
@@ -67,6 +73,9 @@ def _route(spec: LayerSpec) -> Options:
         "moe.moe_token_dropping": ANY,
         "moe.moe_noise_policy": (None,) if spec.training else ANY,  # there is noise in training only
         "moe.moe_rts": ANY,
+        "moe.moe_router_load_balancing_type": ("aux_loss", "global_aux_loss", "quantile_balancing", "none"),
+        "moe.moe_router_enable_expert_bias": (False, True),
+        "moe.moe_router_center_input": (False, True),
         "tensor_group.sequence_parallel": (False,),
     }
 

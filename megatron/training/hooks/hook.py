@@ -74,6 +74,10 @@ class Hook:
     def pre_step(self) -> None:
         """Called before the micro-batches of an update are read."""
 
+    def needs_monitors(self, step: Step) -> bool:
+        """Whether the update that comes next has to measure ``monitors`` of its :class:`StepResult`."""
+        return False
+
     def post_step(self, step: Step) -> None:
         """Called when an update is queued. The clock is past it, but the device may still be computing it."""
 

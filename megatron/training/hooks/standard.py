@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from megatron.training.hooks.checkpointer import Checkpointer
 from megatron.training.hooks.guards import ReplicaCheck, SkippedUpdateLimit, WatchdogTimer
 from megatron.training.hooks.hook import Hook
+from megatron.training.hooks.instability import InstabilityWarnings
 from megatron.training.hooks.profiling import Profiler
 from megatron.training.hooks.spikes import SpikeRestarts
 from megatron.training.hooks.training_log import TrainingLog
@@ -23,6 +24,7 @@ def standard_hooks(run: Run, added: Sequence[Hook] = ()) -> list[Hook]:
         Profiler(),
         ReplicaCheck(),
         TrainingLog(run),
+        InstabilityWarnings(run.config),
         SpikeRestarts(run.config.guard, checkpointer),
         Validation(),
         *added,

@@ -21,9 +21,13 @@ class TrainingLog(Hook):
             run.timer,
         )
 
+    def needs_monitors(self, step: Step) -> bool:
+        """Whether this update ends with a log line."""
+        return step.end >= self.run.end_samples or step.number % self.run.config.logging.log_interval == 0
+
     def needs_outcome(self, step: Step) -> bool:
         """Whether this update ends with a log line."""
-        return self.run.done or step.number % self.run.config.logging.log_interval == 0
+        return self.needs_monitors(step)
 
     def on_outcome(self, outcome: Outcome) -> None:
         """Add an update to the figures of the next line."""

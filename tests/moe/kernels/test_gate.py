@@ -5,6 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 from megatron.config import MoEConfig
+from megatron.moe.balancing import QuantileBias
 from megatron.moe.kernels import gate as module
 from megatron.moe.router import Router
 
@@ -48,6 +49,71 @@ def test_decisions_losses_and_gradients_are_those_of_float64(T, H, E, dtype, cap
     tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
     for mine, exact in ((x.grad, exact_x.grad), (weight.grad, exact_weight.grad)):
         assert (mine.double() - exact).norm() <= tolerance * exact.norm()  # NaN fails too
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("T", "H", "E"), SIZES)
+def test_a_bias_decides_the_choice_alone_and_shares_are_those_of_the_aux_loss(T, H, E, dtype):
+    x, weight = inputs(T, H, E, dtype)
+    bias_E = torch.linspace(-1, 1, E, device=DEVICE) * 2
+    share_E = torch.rand(E, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    balance = module.Balance(bias_E, share_E)
+    exact_x, exact_weight = (t.double().requires_grad_() for t in (x, weight))
+    x.requires_grad_()
+    weight.requires_grad_()
+    _, found = module.gate(x, weight, None, random=False, balance=balance)
+    expected = module.reference(exact_x, exact_weight, None, balance=balance)
+    unbiased = module.reference(exact_x, exact_weight, None)
+    assert E == 1 or T < 10 or not torch.equal(expected.expert_T, unbiased.expert_T)
+    for name in ("expert_T", "slot_T", "row_T", "counts_E", "dropped", "token_R"):
+        assert torch.equal(getattr(found, name), getattr(expected, name).to(getattr(found, name).dtype)), name
+    for name in ("gate_T", "aux_loss", "z_loss"):
+        torch.testing.assert_close(getattr(found, name).double(), getattr(expected, name), rtol=2e-6, atol=2e-6)
+    for gating in (found, expected):
+        ((gating.gate_T * torch.linspace(-1, 1, T, device=DEVICE)).sum() + 3 * gating.aux_loss).backward()
+    tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
+    for mine, exact in ((x.grad, exact_x.grad), (weight.grad, exact_weight.grad)):
+        assert (mine.double() - exact).norm() <= tolerance * exact.norm()  # NaN fails too
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("capacity", [None, 10])
+def test_offsets_of_logits_are_those_of_a_centered_input(dtype, capacity):
+    x, weight = inputs(100, 64, 8, dtype)
+    mean_H = x.float().mean(0) + 0.5
+    exact_x, exact_weight = (t.double().requires_grad_() for t in (x, weight))
+    x.requires_grad_()
+    weight.requires_grad_()
+    _, found = module.gate(x, weight, capacity, random=False, offset_E=-(weight.float() @ mean_H))
+    expected = module.reference(exact_x - mean_H, exact_weight, capacity)
+    assert torch.equal(found.expert_T, expected.expert_T)
+    for name in ("gate_T", "aux_loss", "z_loss"):
+        torch.testing.assert_close(getattr(found, name).double(), getattr(expected, name), rtol=1e-5, atol=1e-5)
+    for gating in (found, expected):
+        (
+            (gating.gate_T * torch.linspace(-1, 1, 100, device=DEVICE)).sum() + 3 * gating.aux_loss + gating.z_loss
+        ).backward()
+    tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
+    for mine, exact in ((x.grad, exact_x.grad), (weight.grad, exact_weight.grad)):
+        assert (mine.double() - exact).norm() <= tolerance * exact.norm()  # NaN fails too
+
+
+@pytest.mark.parametrize(("T", "H", "E"), [(100, 64, 8), (257, 80, 40), (5, 32, 1)])
+def test_the_histogram_is_that_of_plain_torch(T, H, E):
+    x, weight = inputs(T, H, E, torch.float32)
+    balancer = QuantileBias(E, MoEConfig(num_experts=(E,), moe_router_load_balancing_type="quantile_balancing"))
+    balancer.to(DEVICE).expert_bias.copy_(torch.linspace(-1, 1, E))
+    histogram_REB = torch.zeros_like(balancer.statistics)
+    for _ in range(2):  # it is added to
+        module.gate(x, weight, None, random=False, balance=module.Balance(balancer.bias_E, None, histogram_REB))
+        scores_TE = x.double() @ weight.double().T + balancer.bias_E
+        balancer.observe(scores_TE, scores_TE.argmax(-1, keepdim=True))
+    histogram_EB = histogram_REB.sum(0)
+    assert histogram_EB.sum() == balancer.statistics.sum() == (0 if E == 1 else 2 * T * E)
+    moved = (
+        histogram_EB.cumsum(1) - balancer.statistics.sum(0).cumsum(1)
+    ).abs()  # across the edge of a bin, by rounding
+    assert moved.sum() <= 0.002 * 2 * T * E
 
 
 def kept(T: int, E: int, capacity: int, seed: int) -> torch.Tensor:
