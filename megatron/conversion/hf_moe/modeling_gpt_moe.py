@@ -362,7 +362,8 @@ class GPTMoEForCausalLM(GPTMoEPreTrainedModel, GenerationMixin):
             output_router_logits = self.config.output_router_logits
         aux_loss = None
         if out.router_logits and (output_router_logits or self.training):
-            balancers = [block.mlp.balancer for block in self.transformer.h if block.is_sparse]
+            mlps = [block.mlp for block in self.transformer.h]
+            balancers = [mlp.balancer for mlp in mlps if isinstance(mlp, GPTMoESparseMLP)]
             balance = (
                 balance_loss(layer, choose(balancer(layer), self.config.num_experts_per_tok)).to(logits.device)
                 for layer, balancer in zip(out.router_logits, balancers, strict=True)
