@@ -35,6 +35,7 @@ class SavedModel:
 
 def save_model(folder: Path, moe: MoEConfig = EXPERTS, shape: ModelConfig = SHAPE) -> SavedModel:
     """Save a model with random weights as ``folder/checkpoints``, its tokenizer beside it."""
+    folder.mkdir(exist_ok=True)
     tokenizer_file = tiny_run.make_tokenizer(folder)
     data = DataConfig(tokenizer_type="HFTokenizer", tokenizer_model=str(tokenizer_file))
     config = RunConfig(model=shape, moe=moe, data=data)

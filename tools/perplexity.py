@@ -75,7 +75,7 @@ def _measure(args: argparse.Namespace) -> None:
         documents = documents_of_files(args.input, args.json_key, tokenizer)
     else:
         documents = documents_of_dataset(args.data_path, tokenizer)
-    first = next(documents, None)  # a file that is not there is told before anything is loaded
+    first = next(documents, None)  # a missing file is an error before anything is loaded
     if first is None:
         raise ValueError("there is no document in the text")
     documents = itertools.islice(itertools.chain([first], documents), args.max_documents)

@@ -130,7 +130,7 @@ class Run:
 
 
 def read_run(given: str | Path) -> Run:
-    """Read what a RUN of the command line stands for.
+    """Read a RUN of the command line.
 
     Raises:
         RunError: there is no log, or nothing in it can be drawn.

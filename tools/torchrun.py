@@ -13,7 +13,7 @@ from torch.distributed.run import main
 NAMED = 4  # ranks
 
 
-def told(failures: dict[int, ProcessFailure]) -> str:
+def summary(failures: dict[int, ProcessFailure]) -> str:
     """How the ranks of this node ended, by rank."""
     words = []
     for rank, failure in sorted(failures.items())[:NAMED]:
@@ -29,7 +29,7 @@ if __name__ == "__main__":
     try:
         main()
     except ChildFailedError as error:
-        print(told(error.failures), file=sys.stderr)
+        print(summary(error.failures), file=sys.stderr)
         sys.exit(1)
     except SignalException as error:
         print(f"ended by {error.sigval.name}", file=sys.stderr)

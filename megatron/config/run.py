@@ -162,7 +162,7 @@ def _read_key(key: Any, value: Any, section: str | None, values: dict[str, Any],
 
 
 def _read_keys() -> dict[str, tuple[str, Any]]:
-    """Key of a file -> (field name, what ``true`` stands for, or None where the key takes the value itself)."""
+    """Key of a file -> (field name, what ``true`` means, or None where the key takes the value itself)."""
     keys: dict[str, tuple[str, Any]] = {precision: ("precision", precision) for precision in PRECISIONS}
     for name, option in OPTIONS.items():
         if option.opposite is not None:

@@ -34,7 +34,7 @@ from megatron.conversion.contents import (
 )
 from megatron.conversion.hf_config import from_hf, is_gpt2, to_hf
 from megatron.conversion.hf_extras import KEY, read_extras, replace_unknown_ids, write_json
-from megatron.conversion.hf_names import Piece, pieces
+from megatron.conversion.hf_names import HFTensor, hf_tensors
 from megatron.conversion.hf_tokenizer import write_tokenizer
 from megatron.conversion.hf_tokenizer_import import find_tokenizer
 from megatron.conversion.job import TOKENIZER_FILES
@@ -76,8 +76,8 @@ def write_hf(
         raise CheckpointError(f"{contents.where}: Hugging Face's format has no optimizer state; add --drop-optimizer")
     config, vocab_size = contents.config, contents.meta["vocab_size"]
     tensors = [
-        (piece.theirs, _deferred(contents.tensors[MODEL + piece.ours], piece))
-        for piece in pieces(config.model, config.moe, vocab_size)
+        (part.theirs, _deferred(contents.tensors[MODEL + part.ours], part))
+        for part in hf_tensors(config.model, config.moe, vocab_size)
     ]
     extras = contents.meta.get(KEY) or {}
     ids = extras.get("config") or {"bos_token_id": tokenizer.eod, "eos_token_id": tokenizer.eod}
@@ -102,13 +102,13 @@ def write_hf(
     return Path(folder)
 
 
-def _deferred(lazy: Lazy, piece: Piece) -> Deferred:
+def _deferred(lazy: Lazy, part: HFTensor) -> Deferred:
     def make() -> torch.Tensor:
         tensor = lazy.read(None)
-        return tensor.T if piece.transposed else tensor
+        return tensor.T if part.transposed else tensor
 
-    rows = (lambda: map(lazy.read, range(piece.shape[0]))) if is_stacked(piece.ours) else None
-    return Deferred(torch.Size(piece.shape), lazy.dtype, make, rows)
+    rows = (lambda: map(lazy.read, range(part.shape[0]))) if is_stacked(part.ours) else None
+    return Deferred(torch.Size(part.shape), lazy.dtype, make, rows)
 
 
 def _generation(
@@ -240,19 +240,19 @@ def _ours(theirs: dict[str, Lazy], config: RunConfig, vocab_size: int, folder: P
     """Our tensors, made of theirs, of which each must be used."""
     left = set(theirs)
     problems: list[str] = []
-    parts: dict[str, list[Piece]] = {}
+    parts: dict[str, list[HFTensor]] = {}
     stacked = not any(_ONE_EXPERT.search(name) for name in theirs)
-    for piece in pieces(config.model, config.moe, vocab_size, stacked):
-        parts.setdefault(piece.ours, []).append(piece)
-        left.discard(piece.theirs)
-        if piece.theirs not in theirs:
-            problems.append(f"{piece.theirs} is missing")
-        elif theirs[piece.theirs].shape != piece.shape:
-            problems.append(f"{piece.theirs} is {list(theirs[piece.theirs].shape)}, expected {list(piece.shape)}")
-        elif not (kind := theirs[piece.theirs].dtype).is_floating_point:
-            problems.append(f"{piece.theirs} is {dtype_name(kind)}, expected floating-point numbers")
-        elif (first := theirs[parts[piece.ours][0].theirs].dtype) != kind:
-            problems.append(f"{piece.theirs} is {dtype_name(kind)}, the layer's first expert {dtype_name(first)}")
+    for part in hf_tensors(config.model, config.moe, vocab_size, stacked):
+        parts.setdefault(part.ours, []).append(part)
+        left.discard(part.theirs)
+        if part.theirs not in theirs:
+            problems.append(f"{part.theirs} is missing")
+        elif theirs[part.theirs].shape != part.shape:
+            problems.append(f"{part.theirs} is {list(theirs[part.theirs].shape)}, expected {list(part.shape)}")
+        elif not (kind := theirs[part.theirs].dtype).is_floating_point:
+            problems.append(f"{part.theirs} is {dtype_name(kind)}, expected floating-point numbers")
+        elif (first := theirs[parts[part.ours][0].theirs].dtype) != kind:
+            problems.append(f"{part.theirs} is {dtype_name(kind)}, the layer's first expert {dtype_name(first)}")
     left = {name for name in left if not name.endswith(_MASKS)}
     if _HEAD in left and _TABLE in theirs:
         left.discard(_HEAD)
@@ -271,10 +271,10 @@ def _ours(theirs: dict[str, Lazy], config: RunConfig, vocab_size: int, folder: P
     }
 
 
-def _joined(name: str, shape: tuple[int, ...], parts: list[Piece], theirs: dict[str, Lazy]) -> Lazy:
-    def one(piece: Piece) -> torch.Tensor:
-        tensor = theirs[piece.theirs].read(None)
-        return tensor.T if piece.transposed else tensor
+def _joined(name: str, shape: tuple[int, ...], parts: list[HFTensor], theirs: dict[str, Lazy]) -> Lazy:
+    def one(part: HFTensor) -> torch.Tensor:
+        tensor = theirs[part.theirs].read(None)
+        return tensor.T if part.transposed else tensor
 
     def read(row: int | None) -> torch.Tensor:
         if not is_stacked(name):

@@ -145,7 +145,7 @@ def _switch(content: dict[str, Any], key: str, where: str) -> bool:
 
 
 def _sizes(content: dict[str, Any], where: str, *, with_experts: bool) -> dict[str, Any]:
-    """Each of ``SIZES``, under whichever of its names it stands."""
+    """Each of ``SIZES``, under whichever of its names it has."""
     found: dict[str, Any] = {}
     problems = []
     for size, (names, default) in SIZES.items():

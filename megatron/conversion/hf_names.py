@@ -40,17 +40,17 @@ _OF_ONE_EXPERT = {"w1": "c_fc.weight", "b1": "c_fc.bias", "w2": "c_proj.weight",
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
-    """One tensor there, and the one here that it is, or is a row of."""
+class HFTensor:
+    """One tensor of an export, and our parameter that it holds, or holds a row of."""
 
-    theirs: str
+    theirs: str  # its name
     ours: str
     row: int | None  # the expert, in our stacked tensors
     transposed: bool
-    shape: tuple[int, ...]  # theirs
+    shape: tuple[int, ...]  # of the export's tensor
 
 
-def pieces(model: ModelConfig, moe: MoEConfig, vocab_size: int, stacked: bool = True) -> Iterator[Piece]:
+def hf_tensors(model: ModelConfig, moe: MoEConfig, vocab_size: int, stacked: bool = True) -> Iterator[HFTensor]:
     """Every parameter of a model, in the model's order: each of ours, or each row of a stacked one, exactly once; then
     its expert biases.
 
@@ -64,20 +64,20 @@ def pieces(model: ModelConfig, moe: MoEConfig, vocab_size: int, stacked: bool = 
     biases = {name: shape for name, shape in buffers.items() if name.endswith(EXPERT_BIAS)}
     for name, shape in (parameter_shapes(model, moe, vocab_size) | biases).items():
         if name in _OUTSIDE:
-            yield Piece(_OUTSIDE[name], name, None, False, shape)
+            yield HFTensor(_OUTSIDE[name], name, None, False, shape)
             continue
         _, layer, inside = name.split(".", 2)
         module, kind = inside.rsplit(".", 1)
         prefix = f"transformer.h.{layer}."
         if module == "mlp.experts" and stacked:
-            yield Piece(f"{prefix}mlp.experts.{_OF_EXPERTS[kind]}", name, None, False, shape)
+            yield HFTensor(f"{prefix}mlp.experts.{_OF_EXPERTS[kind]}", name, None, False, shape)
         elif module == "mlp.experts":
             for row in range(shape[0]):
                 transposed = kind in ("w1", "w2")  # ours are input-first
                 theirs = f"{prefix}mlp.experts.{row}.{_OF_ONE_EXPERT[kind]}"
-                yield Piece(theirs, name, row, transposed, shape[:0:-1] if transposed else shape[1:])
+                yield HFTensor(theirs, name, row, transposed, shape[:0:-1] if transposed else shape[1:])
         else:
             transposed = is_gpt2(model, moe) and kind == "weight" and not module.endswith("layernorm")
-            yield Piece(
+            yield HFTensor(
                 f"{prefix}{_IN_LAYER[module]}.{kind}", name, None, transposed, shape[::-1] if transposed else shape
             )

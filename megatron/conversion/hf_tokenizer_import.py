@@ -33,8 +33,8 @@ def find_tokenizer(
         extras: what the folder says of special tokens (:mod:`megatron.conversion.hf_extras`).
 
     Returns:
-        The tokenizer, the options that describe it, the name of each id (None where it has none), and what is to be
-        told.
+        The tokenizer, the options that describe it, the name of each id (None where it has none), and messages
+        for the user.
 
     Raises:
         ValueError: a file is wrong.
@@ -118,7 +118,7 @@ def _check_settings(folder: Path, content: dict[str, Any], extras: Mapping[str, 
 
 
 def _added_elsewhere(folder: Path, settings: Mapping[str, Any]) -> list[tuple[str, dict[str, tuple[int, bool | None]]]]:
-    """Added tokens by file: id, and whether special where that is told."""
+    """Added tokens by file: id, and whether special where the file says so."""
     found: list[tuple[str, dict[str, tuple[int, bool | None]]]] = []
     if (folder / "added_tokens.json").is_file():
         added = read_json(folder / "added_tokens.json")

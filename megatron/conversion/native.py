@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from megatron.checkpoint import Box, CheckpointError, Deferred, ShardedTensor, latest, save
 from megatron.checkpoint.coverage import coverage_problems
 from megatron.checkpoint.errors import some
-from megatron.checkpoint.folder import INDEX, META, damage, read_manifest, remedy
+from megatron.checkpoint.folder import INDEX, META, damage, load_instead, read_manifest
 from megatron.checkpoint.loading import read_meta
 from megatron.checkpoint.storage import BoxLoadPlanner, Reader, read_index, stored_tensor
 from megatron.conversion.contents import Contents, Lazy, is_stacked
@@ -44,13 +44,17 @@ def read_native(folder: str | os.PathLike, verify: bool = True) -> Contents:
         problems = [problem for problem in checked if problem]
     problems += [f"{name} is not in its manifest" for name in (META, INDEX) if name not in manifest.files]
     if problems:
-        raise CheckpointError(f"checkpoint {path} is damaged: {some(problems)}. Nothing was written. {remedy(path)}")
+        raise CheckpointError(
+            f"checkpoint {path} is damaged: {some(problems)}. Nothing was written. {load_instead(path)}"
+        )
     index = read_index(path)
     if verify:
         unknown = sorted(file.name for file in path.glob("*.safetensors") if file.name not in manifest.files)
         problems = [f"{name} is not in its manifest" for name in unknown] + coverage_problems(path, index)
     if problems:
-        raise CheckpointError(f"checkpoint {path} is not sound: {some(problems)}. Nothing was written. {remedy(path)}")
+        raise CheckpointError(
+            f"checkpoint {path} is not sound: {some(problems)}. Nothing was written. {load_instead(path)}"
+        )
     tensors = {name: _lazy(path, index, name) for name in index.state_dict_metadata}
     return Contents(str(path), read_meta(path), tensors, manifest.step).check()
 

@@ -87,7 +87,7 @@ def load_pickle(path: Path) -> dict[str, Any]:
     Objects of other classes of Megatron's are :class:`Unread`.
 
     Raises:
-        CheckpointError: the file is damaged, names anything else, which is told, or holds no dictionary.
+        CheckpointError: the file is damaged, names anything else, which the message names, or holds no dictionary.
     """
     with nothing_run(path):
         unread = [(Unread, name) for name in _UNREAD]
@@ -119,7 +119,7 @@ def load_metadata(path: Path) -> Metadata:
     torch's own FileSystemReader unpickles it without such a limit.
 
     Raises:
-        CheckpointError: it is damaged or names anything else, which is told.
+        CheckpointError: it is damaged or names anything else, which the message names.
     """
     with nothing_run(path), open(path, "rb") as file:
         metadata = _MetadataUnpickler(file).load()

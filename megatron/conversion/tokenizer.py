@@ -7,7 +7,7 @@ from pathlib import Path
 from megatron.conversion.contents import Contents
 from megatron.conversion.hf_tokenizer import files_of
 from megatron.data.tokenizer import Tokenizer
-from megatron.inference.load import Source, load_tokenizer
+from megatron.inference.load import ModelCheckpoint, load_tokenizer
 
 
 def tokenizer_of(contents: Contents, moved: Mapping[str, str]) -> tuple[Tokenizer, dict[str, str]]:
@@ -21,7 +21,7 @@ def tokenizer_of(contents: Contents, moved: Mapping[str, str]) -> tuple[Tokenize
         ValueError: a file is missing, or is not the one of the training run.
     """
     moved = dict(contents.tokenizer_files) | dict(moved)
-    tokenizer = load_tokenizer(Source(Path(contents.where), contents.config, contents.meta), **moved)
+    tokenizer = load_tokenizer(ModelCheckpoint(Path(contents.where), contents.config, contents.meta), **moved)
     return tokenizer, files_of(dataclasses.replace(contents.config.data, **moved))
 
 

@@ -86,7 +86,7 @@ def flag_differences(then: DataConfig, now: DataConfig) -> list[str]:
         DataError: they are other data.
     """
     if not now.data_path:
-        return []  # nothing else goes on in megatron.core's order, which is told elsewhere
+        return []  # nothing else goes on in megatron.core's order, which is reported elsewhere
     before, after = find_corpora(then).train.blend, find_corpora(now).train.blend
     found = []
     if parse_split(then.split) != parse_split(now.split):

@@ -199,7 +199,7 @@ def publish(prefix: str) -> None:
     unfinished = {suffix: Path(f"{prefix}{UNFINISHED}{suffix}") for suffix in _SUFFIXES}
     if unfinished[".bin"].exists():
         for suffix in (".idx", ".json"):
-            Path(f"{prefix}{suffix}").unlink(missing_ok=True)  # an old index must not stand beside new data
+            Path(f"{prefix}{suffix}").unlink(missing_ok=True)  # an old index must not stay beside new data
     for suffix, path in unfinished.items():
         if path.exists():
             os.replace(path, f"{prefix}{suffix}")

@@ -47,7 +47,7 @@ def find_inputs(words: Sequence[str]) -> list[str]:
 
     Patterns and folders give their files in the order of their names, so that a corpus is the same on every machine. Of
     a folder and those below it files with a known suffix count, hidden ones not. What the tools of this code base write
-    is no input unless it is named itself, so that output may stand beside its input.
+    is no input unless it is named itself, so that output may be beside its input.
 
     Raises:
         DataError: names every word that leads to no readable file, and every file that is there twice.
@@ -83,7 +83,7 @@ def find_inputs(words: Sequence[str]) -> list[str]:
         else []
     )
     if STANDARD_INPUT in paths and len(paths) > 1:
-        problems.append("- (standard input) stands beside files; give it alone")
+        problems.append("- (standard input) is given beside files; give it alone")
     if not words:
         problems.append("no file is given")
     if problems:

@@ -16,7 +16,7 @@ def record_texts(record: Any, kind: str, keys: Sequence[str], first: bool = Fals
         record: as :class:`megatron.data.reading.Batch` has it.
         kind: of the batch.
         keys: which fields to take. A text file has but one field, whatever the key.
-        first: whether it is a file's first record, so that a byte-order mark may stand before it.
+        first: whether it is a file's first record, so that a byte-order mark may precede it.
 
     Raises:
         DataError: the record is broken. The message is a reason without file and line number.
@@ -40,7 +40,7 @@ def document_texts(line: bytes, keys: Sequence[str], first_line: bool = False) -
     Args:
         line: the line, with or without its line end.
         keys: which fields to take.
-        first_line: whether a byte-order mark may stand before it.
+        first_line: whether a byte-order mark may precede it.
 
     Raises:
         DataError: the line is no UTF-8, no JSON object, or a field is missing or no text. The message is a reason

@@ -91,7 +91,7 @@ def preprocess(
         log_interval: documents between two lines of progress where there is no terminal.
 
     Raises:
-        DataError: inputs, flags, output or too many records are wrong. Nothing then stands under the final names.
+        DataError: inputs, flags, output or too many records are wrong. Nothing then has the final names.
     """
     if len(set(json_keys)) < len(json_keys):
         raise DataError(f"--json-keys {' '.join(json_keys)}: a key is given more than once")
@@ -270,7 +270,7 @@ def _publish(journal: Journal, output_prefix: str, prefixes: Sequence[str]) -> S
 def _finished(
     output_prefix: str, prefixes: Sequence[str], command: str, shard: dict[str, int] | None, stamps: list[list[Any]]
 ) -> Summary | None:
-    """What stands under the final names, if this very run has made it from these very inputs."""
+    """The files under the final names, if this run made them from these inputs."""
     try:
         found = [manifest.read(prefix) for prefix in prefixes]
         for prefix in prefixes:

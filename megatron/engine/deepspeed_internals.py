@@ -1,6 +1,6 @@
 """Everything we use of DeepSpeed that is not its documented interface, in one place.
 
-Two more things stand elsewhere: ``pipeline_module.py`` overrides ``PipelineModule._partition_layers`` and ``forward``
+Two more are elsewhere: ``pipeline_module.py`` overrides ``PipelineModule._partition_layers`` and ``forward``
 and ``TiedLayerSpec.build``, and reads ``_num_layers``; ``bf16_update.py`` takes over from ``BF16_Optimizer``. The
 number of micro-batches changes by the documented ``set_train_batch_size``.
 
@@ -71,7 +71,7 @@ class ExpertMarker(MoE):
         self.expert_group_name = expert_group_name(degree)
 
     def param_layouts(self) -> dict[str, ParamLayout]:
-        """What stands for experts is treated as experts."""
+        """The placeholder of experts is treated as experts."""
         return {name: ParamLayout(expert_degree=self.ep_size) for name, _ in self.named_parameters()}
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:

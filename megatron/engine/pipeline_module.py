@@ -103,7 +103,7 @@ class GPTPipeline(PipelineModule):
             self._count(stats)
             x = attach_loss(x, self.stage.moe_loss(*sum_moe_losses(stats.values())), self._loss_scale)
         if self.marker is not None:
-            for nothing in self.marker.parameters():  # a gradient, if zero, for what stands for experts here
+            for nothing in self.marker.parameters():  # a gradient, if zero, for the placeholder of experts here
                 x = attach_loss(x, nothing.sum(), 0.0)
         return self.stage.head(x) if self.stage.with_head else x
 

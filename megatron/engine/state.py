@@ -20,7 +20,7 @@ from megatron.parallel.sharding import collect_layouts, global_boxes, global_sha
 if TYPE_CHECKING:
     from megatron.engine.deepspeed_internals import Fragment
 
-MODEL = "model."  # before the names of weights; before those of optimizer states stands the state's name
+MODEL = "model."  # before the names of weights; names of optimizer states begin with the state's name
 
 
 class ShardedState:

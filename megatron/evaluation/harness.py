@@ -16,7 +16,7 @@ from lm_eval.tasks import TaskManager
 
 from megatron.checkpoint.folder import MANIFEST, hash_file
 from megatron.data.tokenizer import Tokenizer
-from megatron.evaluation.lm import LONGEST_TEXT, MegatronLM
+from megatron.evaluation.lm import LONGEST_TEXT, HarnessLM
 from megatron.evaluation.output import check_output
 from megatron.evaluation.processes import join, load_share
 from megatron.evaluation.report import write
@@ -77,7 +77,7 @@ def evaluate(wanted: Evaluation) -> str | None:
         if processes.rank == 0 and log is None:
             log = stack.enter_context(contextlib.closing(RequestLog(path, about)))
         special = special_tokens(source.meta, tokenizer)
-        lm = MegatronLM(model, tokenizer, wanted.batch_size, processes, log, special=special)
+        lm = HarnessLM(model, tokenizer, wanted.batch_size, processes, log, special=special)
         begun = time.perf_counter()
         results = _run(wanted, tasks, lm, device)
         if results is None:
@@ -111,7 +111,7 @@ def _about_tokens(tokenizer: Tokenizer, special: SpecialTokens, longest: int) ->
     }
 
 
-def _run(wanted: Evaluation, tasks: Sequence[Task], lm: MegatronLM, device: torch.device) -> dict[str, Any] | None:
+def _run(wanted: Evaluation, tasks: Sequence[Task], lm: HarnessLM, device: torch.device) -> dict[str, Any] | None:
     """lm-eval's results of all tasks; on process 0."""
     first = lm.processes.rank == 0
     os.environ["DISABLE_MULTIPROC"] = "1"  # else lm-eval forks this process, whose collectives have threads

@@ -26,7 +26,7 @@ LONGEST_TEXT = 256  # tokens that a task generates which names no length; as lm-
 Item = tuple[str, Any, int]  # key, what to compute it from, tokens
 
 
-class MegatronLM(TemplateLM):
+class HarnessLM(TemplateLM):
     """A model in evaluation mode, with its tokenizer.
 
     Every process gets every request, and every process returns every answer. Batches are cut from the requests sorted

@@ -1,6 +1,6 @@
 """Perplexity of texts with sliding windows.
 
-A document's tokens t_1 ... t_n are each scored once, given the end-of-document token t_0, which also stands before a
+A document's tokens t_1 ... t_n are each scored once, given the end-of-document token t_0, which also precedes a
 document in training, and as many of t_1 ... t_(i-1) as the window holds:
 
     loss = -1/n * sum_i log p(t_i | t_max(0, i-c) ... t_(i-1)),    perplexity = exp(loss)
@@ -32,7 +32,7 @@ from megatron.model.gpt import GPTModel
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """Tokens without any end-of-document token, and the size of the text that they stand for."""
+    """Tokens without any end-of-document token, and the size of the text that they encode."""
 
     tokens: Sequence[int]
     words: int  # between white space
@@ -167,7 +167,7 @@ def documents_of_files(inputs: Sequence[str], key: str, tokenizer: Tokenizer) ->
 
 
 def documents_of_dataset(prefix: str, tokenizer: Tokenizer) -> Iterator[Document]:
-    """Documents of PREFIX.bin and PREFIX.idx; what they stand for is found by decoding.
+    """Documents of PREFIX.bin and PREFIX.idx; their text is found by decoding.
 
     Raises:
         DataError: it cannot be opened, or its tokens are not this tokenizer's.

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from megatron.config import ParallelConfig
-from megatron.inference.load import Source, choose_device, load_model
+from megatron.inference.load import ModelCheckpoint, choose_device, load_model
 from megatron.model.gpt import GPTModel
 from megatron.parallel import initialize as start
 from megatron.parallel.initialize import Topology
@@ -72,7 +72,7 @@ def join(device: str | None, expert_parallel: int) -> tuple[Processes, torch.dev
     return Processes(launch.rank, launch.world_size, topology, expert_parallel), chosen
 
 
-def load_share(source: Source, processes: Processes, device: torch.device, dtype: torch.dtype) -> GPTModel:
+def load_share(source: ModelCheckpoint, processes: Processes, device: torch.device, dtype: torch.dtype) -> GPTModel:
     """The model in evaluation mode, dropping no token, with this process's share of the experts.
 
     Raises:

@@ -22,7 +22,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class ModelCheckpoint:
     """A checkpoint on disk, and the run that wrote it."""
 
     path: Path
@@ -47,12 +47,12 @@ def choose_device(name: str | None) -> torch.device:
     return device
 
 
-def choose_dtype(name: str | None, device: torch.device, source: Source) -> str:
+def choose_dtype(name: str | None, device: torch.device, source: ModelCheckpoint) -> str:
     """The number format called ``name``, of ``DTYPES``; by default fp32 on a CPU, that of the training run on a GPU."""
     return name or ("fp32" if device.type == "cpu" else source.config.optimizer.precision)
 
 
-def find_checkpoint(folder: str | Path) -> Source:
+def find_checkpoint(folder: str | Path) -> ModelCheckpoint:
     """The latest checkpoint in ``folder``, or ``folder`` itself where it is one.
 
     Raises:
@@ -65,10 +65,10 @@ def find_checkpoint(folder: str | Path) -> Source:
             what = "is a Hugging Face folder, which tools/convert_checkpoint.py --to native converts"
         raise CheckpointError(f"{folder} {what}; expected the --save folder of a training run or one checkpoint in it")
     meta = read_meta(path)
-    return Source(Path(path), from_dict(meta["config"]), meta)
+    return ModelCheckpoint(Path(path), from_dict(meta["config"]), meta)
 
 
-def load_tokenizer(source: Source, **files: str | None) -> Tokenizer:
+def load_tokenizer(source: ModelCheckpoint, **files: str | None) -> Tokenizer:
     """The tokenizer that the model was trained with; of a model from Hugging Face, with special tokens as there.
 
     Args:
@@ -91,7 +91,7 @@ def load_tokenizer(source: Source, **files: str | None) -> Tokenizer:
 
 
 def load_model(
-    source: Source,
+    source: ModelCheckpoint,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     expert_group: Callable[[int], ExpertGroup] | None = None,

@@ -35,7 +35,7 @@ class Embedding(nn.Module):
             self.dropout = Dropout(model.hidden_dropout, tensor_group)
 
     def forward(self, tokens_BS: torch.Tensor, positions_BS: torch.Tensor | None = None) -> torch.Tensor:
-        """Embed ``tokens_BS``; they stand at positions 0, 1, 2 ... unless ``positions_BS`` says otherwise.
+        """Embed ``tokens_BS``; at positions 0, 1, 2 ... unless ``positions_BS`` says otherwise.
 
         With sequence parallelism the result is this process's piece of the sequence.
 

@@ -43,7 +43,7 @@ class GPTModel(nn.Module):
         checkpoint_activations: keep only each layer's input for the backward pass and compute the rest again.
 
     In training, torch's generator is seeded anew before each layer, from the seed last given to it and the layer's
-    number (:func:`megatron.model.randomness.seed_layer`); the embedding's dropout draws from it as it stands. The
+    number (:func:`megatron.model.randomness.seed_layer`); the embedding's dropout draws from it as it is. The
     attribute ``seed_layer`` does that. While a CUDA graph is recorded, in which nothing can be seeded, it is another
     function.
 

@@ -77,7 +77,7 @@ class TransformerLayer(nn.Module):
 
 
 def compile_layers(layers: Iterable[nn.Module]) -> None:
-    """Let torch.compile fuse what stands between the matrix products: all of dense layers, and of MoE layers all but
+    """Let torch.compile fuse what lies between the matrix products: all of dense layers, and of MoE layers all but
     the experts, which have kernels of their own. Layers of one kind share the compiled code."""
     for layer in layers:
         parts = ("dense",) if isinstance(layer.mlp, MLP) else ("attend", "add")

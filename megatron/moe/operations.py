@@ -1,6 +1,6 @@
 """Plain torch or Triton kernels: the one place that decides which of them an MoE layer uses.
 
-The operations stand in two modules with the same signatures, :mod:`megatron.moe.torch_ops` and
+The operations are in two modules with the same signatures, :mod:`megatron.moe.torch_ops` and
 :mod:`megatron.moe.triton_ops`, which compute the same.
 """
 

@@ -89,7 +89,7 @@ def _groups(
 
 
 def _differing(sums: dict[str, torch.Tensor], names: Sequence[str | None], group: dist.ProcessGroup | None) -> set[str]:
-    """Those of ``names`` whose sums are not equal in ``group``; None stands for something that others have."""
+    """Those of ``names`` whose sums are not equal in ``group``; None means that only other ranks have it."""
     if group is None or not names or dist.get_world_size(group) == 1:
         return set()
     limits = torch.iinfo(torch.int64)

@@ -1,4 +1,4 @@
-"""Which transformer layers stand on which pipeline stage.
+"""Which transformer layers are on which pipeline stage.
 
 A pipeline is as fast as its slowest stage, so layers are placed such that the costliest stage costs as little as
 possible. The cost of a layer is its share of the model's time plus ``MEMORY_WEIGHT`` times its share of the memory
@@ -6,7 +6,7 @@ of one process per stage:
 
 * time: forward FLOPs of a token. A top-1 MoE layer takes about the time of a dense one.
 * memory: parameters that one process holds. An MoE layer has E / EP experts there, EP being its own degree.
-* The embedding (no FLOPs, a token table) stands on the first stage, the head (its FLOPs, and the table again) on the
+* The embedding (no FLOPs, a token table) is on the first stage, the head (its FLOPs, and the table again) on the
   last one.
 """
 

@@ -81,7 +81,7 @@ def fitting(config: RunConfig, machine: Machine, vocab_size: int) -> SearchResul
     if not found:
         validate_numbers(config, machine.world)  # tells why its own is not
         raise ConfigError(f"no layout of this run is valid on {machine.world} processes; take another number of them")
-    random.Random(0).shuffle(found)  # those of a kind stand together
+    random.Random(0).shuffle(found)  # similar ones are adjacent
     plans, tried = [], 0
     for other in found:
         padded = other.model.padded_vocab_size(vocab_size, other.parallel.tensor_model_parallel_size)

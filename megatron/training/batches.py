@@ -11,7 +11,7 @@ from megatron.training.run import Run
 
 
 def training_batches(run: Run) -> Iterator[dict[str, Any]]:
-    """This rank's micro-batches from where the clock stands to the end of the run, without the skipped data."""
+    """This rank's micro-batches from the clock's position to the end of the run, without the skipped data."""
     skipped, total = run.skipped.spans, run.total_samples
     source = run.data.train.extended(nth_outside(skipped, total - 1) + 1)
     dataset = SkippingSamples(source, skipped, total)

@@ -63,7 +63,7 @@ class PausableTimer:
         self._paused_at: float | None = None
 
     def __call__(self) -> float:
-        """The seconds; they stand still in a pause."""
+        """The seconds; they do not advance in a pause."""
         now = time.perf_counter() if self._paused_at is None else self._paused_at
         return now - self._paused
 

@@ -33,7 +33,7 @@ class Run:
         clock: how far it has come.
         total_samples: of the whole run.
         end_samples: where this start of the run ends; less than ``total_samples`` with ``--exit-tokens``.
-        timer: seconds of training; it stands still while the run is paused.
+        timer: seconds of training; it does not advance while the run is paused.
     """
 
     config: RunConfig

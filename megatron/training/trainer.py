@@ -30,7 +30,7 @@ class _Queued(NamedTuple):
 
 
 class Trainer:
-    """Trains from where the clock of ``run`` stands to its end, or until the run is asked to stop.
+    """Trains from the position of ``run``'s clock to the end, or until the run is asked to stop.
 
     Raises:
         ValueError: two hooks have the same name.

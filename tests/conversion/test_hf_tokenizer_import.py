@@ -1,4 +1,4 @@
-"""Tokenizers and special tokens of Hugging Face folders: the same ids here, and the same folder again in an export."""
+"""Tokenizers and special tokens of Hugging Face folders: imports give the same ids, and exports the same folder."""
 
 import json
 import shutil
@@ -48,7 +48,7 @@ def bpe(prefix_space: bool = False) -> Tokenizer:
     return backend
 
 
-def tokenizer_of(kind: str) -> PreTrainedTokenizerFast:
+def make_tokenizer(kind: str) -> PreTrainedTokenizerFast:
     if kind == "wordpiece":
         backend = Tokenizer(models.WordPiece(unk_token="[UNK]"))
         backend.normalizer = normalizers.BertNormalizer(lowercase=True)
@@ -92,21 +92,22 @@ KINDS = ("plain", "chat", "prefix", "normalized", "wordpiece", "wordlevel")
 
 
 def save_hf(folder: Path, tokenizer: PreTrainedTokenizerFast, **changes: object) -> GPT2LMHeadModel:
-    """A small GPT-2 and its tokenizer, as save_pretrained writes them."""
+    """Save a small GPT-2 and its tokenizer with save_pretrained; returns the model."""
     torch.manual_seed(1)
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     values = {"vocab_size": len(tokenizer), "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4} | ids | changes
     model = GPT2LMHeadModel(GPT2Config(pad_token_id=tokenizer.pad_token_id, **values))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, 1.0 if parameter.dim() == 1 else 0.0, 0.3)
-    torch.nn.init.normal_(model.transformer.wpe.weight, std=3.0)  # or else, tables being tied, tokens repeat themselves
+    # With tied embeddings and small position embeddings the model would repeat one token.
+    torch.nn.init.normal_(model.transformer.wpe.weight, std=3.0)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return model.eval()
 
 
-def as_transformers_4(folder: Path) -> None:
-    """The files that transformers 4 writes beside tokenizer.json, where it has GPT-2's vocabulary."""
+def add_transformers_4_files(folder: Path) -> None:
+    """Add the files that transformers 4 writes beside tokenizer.json for a GPT-2 tokenizer."""
     content = json.loads((folder / "tokenizer.json").read_text())
     added = {str(token["id"]): {key: token[key] for key in token if key != "id"} for token in content["added_tokens"]}
     config = json.loads((folder / "tokenizer_config.json").read_text())
@@ -125,32 +126,32 @@ def run(load: Path, save: Path, target: str = "native", **options: str) -> list[
     return list(convert(Conversion(str(load), str(save), target, **options)))
 
 
-@pytest.mark.parametrize("older", [False, True], ids=["transformers5", "transformers4"])
+@pytest.mark.parametrize("transformers_4", [False, True], ids=["transformers5", "transformers4"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_text_gets_the_same_ids(tmp_path, kind, older):
-    if older and kind.startswith("word"):
-        pytest.skip("has no other files there")
-    theirs = tokenizer_of(kind)
-    save_hf(tmp_path / "hf", theirs)
-    if older:
-        as_transformers_4(tmp_path / "hf")
+def test_an_imported_tokenizer_gives_the_same_ids(tmp_path, kind, transformers_4):
+    if transformers_4 and kind.startswith("word"):
+        pytest.skip("transformers 4 writes no other files for it")
+    hf_tokenizer = make_tokenizer(kind)
+    save_hf(tmp_path / "hf", hf_tokenizer)
+    if transformers_4:
+        add_transformers_4_files(tmp_path / "hf")
     run(tmp_path / "hf", tmp_path / "native")
     source = find_checkpoint(tmp_path / "native")
-    ours = load_tokenizer(source)
-    assert ours.kind == ("GPT2BPETokenizer" if older and kind == "plain" else "HFTokenizer")
-    assert (ours.vocab_size, ours.eod) == (len(theirs), theirs.eos_token_id)
+    tokenizer = load_tokenizer(source)
+    assert tokenizer.kind == ("GPT2BPETokenizer" if transformers_4 and kind == "plain" else "HFTokenizer")
+    assert (tokenizer.vocab_size, tokenizer.eod) == (len(hf_tokenizer), hf_tokenizer.eos_token_id)
     for text in TEXTS:
-        ids = theirs(text, add_special_tokens=False)["input_ids"]
-        assert ours.encode(text) == ours.encode_batch([text])[0] == ids, text
-    special = special_tokens(source.meta, ours)
-    assert (special.begin, special.ends) == (theirs.bos_token_id, {theirs.eos_token_id})
+        ids = hf_tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert tokenizer.encode(text) == tokenizer.encode_batch([text])[0] == ids, text
+    special = special_tokens(source.meta, tokenizer)
+    assert (special.begin, special.ends) == (hf_tokenizer.bos_token_id, {hf_tokenizer.eos_token_id})
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_export_is_the_folder_again(tmp_path, kind):
-    theirs = tokenizer_of(kind)
-    save_hf(tmp_path / "hf", theirs)
-    several = [theirs.eos_token_id, theirs.bos_token_id]
+def test_an_export_has_the_tokenizer_that_was_imported(tmp_path, kind):
+    hf_tokenizer = make_tokenizer(kind)
+    save_hf(tmp_path / "hf", hf_tokenizer)
+    several = [hf_tokenizer.eos_token_id, hf_tokenizer.bos_token_id]
     GenerationConfig(eos_token_id=several, pad_token_id=3, temperature=0.7, do_sample=True).save_pretrained(
         tmp_path / "hf"
     )
@@ -159,23 +160,23 @@ def test_an_export_is_the_folder_again(tmp_path, kind):
     again = AutoTokenizer.from_pretrained(tmp_path / "out")
     for text in TEXTS:
         for around in (False, True):
-            ids = theirs(text, add_special_tokens=around)["input_ids"]
+            ids = hf_tokenizer(text, add_special_tokens=around)["input_ids"]
             found = again(text, add_special_tokens=around)
             assert found["input_ids"] == ids, text
             assert set(found) == {"input_ids", "attention_mask"}
     for name in ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "chat_template"):
-        assert getattr(again, name) == getattr(theirs, name), name
+        assert getattr(again, name) == getattr(hf_tokenizer, name), name
     if kind == "chat":
-        messages = [{"role": "user", "content": "hi"}]
-        text = again.apply_chat_template(messages, tokenize=False)
+        chat = [{"role": "user", "content": "hi"}]
+        text = again.apply_chat_template(chat, tokenize=False)
         assert text == "<|im_start|>hi<|im_end|>"
-        assert again(text)["input_ids"][0] == theirs.convert_tokens_to_ids("<|im_start|>")
+        assert again(text)["input_ids"][0] == hf_tokenizer.convert_tokens_to_ids("<|im_start|>")
     generation = GenerationConfig.from_pretrained(tmp_path / "out")
     assert (generation.eos_token_id, generation.pad_token_id, generation.temperature) == (several, 3, 0.7)
     before, after = (json.loads((tmp_path / each / "config.json").read_text()) for each in ("hf", "out"))
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         assert after.get(key) == before.get(key), key
-    # and in again, with the export's own file and without
+    # imported again, with megatron_moe.json and without it
     run(tmp_path / "out", tmp_path / "back")
     assert read_native(tmp_path / "back").meta["huggingface"] == read_native(tmp_path / "native").meta["huggingface"]
     (tmp_path / "out" / "megatron_moe.json").unlink()
@@ -186,15 +187,15 @@ def test_an_export_is_the_folder_again(tmp_path, kind):
 
 
 @torch.no_grad()
-def test_a_generation_ends_at_each_of_the_models_own_tokens(tmp_path):
-    theirs = tokenizer_of("chat")
-    model = save_hf(tmp_path / "hf", theirs)
-    prompt = theirs("the city", return_tensors="pt", return_token_type_ids=False)
+def test_generation_stops_at_every_eos_token_of_the_model(tmp_path):
+    hf_tokenizer = make_tokenizer("chat")
+    model = save_hf(tmp_path / "hf", hf_tokenizer)
+    prompt = hf_tokenizer("the city", return_tensors="pt", return_token_type_ids=False)
     free = model.generate(**prompt, do_sample=False, max_new_tokens=12, eos_token_id=None, pad_token_id=0)[0].tolist()
     new = free[prompt["input_ids"].shape[1] :]
     at = max(number for number in range(12) if new[number] not in new[:number])
     assert at > 0
-    GenerationConfig(eos_token_id=[theirs.eos_token_id, new[at]]).save_pretrained(tmp_path / "hf")
+    GenerationConfig(eos_token_id=[hf_tokenizer.eos_token_id, new[at]]).save_pretrained(tmp_path / "hf")
     run(tmp_path / "hf", tmp_path / "native")
     source = find_checkpoint(tmp_path / "native")
     tokenizer = load_tokenizer(source)
@@ -205,13 +206,13 @@ def test_a_generation_ends_at_each_of_the_models_own_tokens(tmp_path):
     assert pieces[-1].ended == "eod"
 
 
-def test_ids_that_no_token_has_are_replaced_and_told(tmp_path):
-    theirs = tokenizer_of("wordlevel")
-    save_hf(tmp_path / "hf", theirs, bos_token_id=50256, eos_token_id=50256)
-    told = run(tmp_path / "hf", tmp_path / "native")
-    assert any("eos_token_id 50256 is none of the tokenizer's; 3 is taken" in line for line in told)
+def test_token_ids_outside_the_vocabulary_are_replaced_and_reported(tmp_path):
+    hf_tokenizer = make_tokenizer("wordlevel")
+    save_hf(tmp_path / "hf", hf_tokenizer, bos_token_id=50256, eos_token_id=50256)
+    messages = run(tmp_path / "hf", tmp_path / "native")
+    assert any("eos_token_id 50256 is none of the tokenizer's; 3 is taken" in line for line in messages)
     source = find_checkpoint(tmp_path / "native")
-    assert load_tokenizer(source).eod == theirs.eos_token_id == 3
+    assert load_tokenizer(source).eod == hf_tokenizer.eos_token_id == 3
     about = json.loads((tmp_path / "hf" / "config.json").read_text())
     (tmp_path / "hf" / "config.json").write_text(json.dumps(about | {"eos_token_id": -1}))
     run(tmp_path / "hf", tmp_path / "again")
@@ -233,19 +234,19 @@ def test_ids_that_no_token_has_are_replaced_and_told(tmp_path):
     [([3, 50256], {3}), ([50256], {0}), ("3", {0}), ([], {5}), ([0, 4], {0, 4}), (None, {5})],
     ids=str,
 )
-def test_ids_that_end_a_text(tmp_path, given, ends):
+def test_eos_token_ids_of_generation_config_and_config(tmp_path, given, ends):
     extras = {"config": {"eos_token_id": 5}, "generation_config": {"eos_token_id": given}}
-    tokenizer_of("wordlevel").save_pretrained(tmp_path)
+    make_tokenizer("wordlevel").save_pretrained(tmp_path)
     tokenizer = HFTokenizer(str(tmp_path / "tokenizer.json"), "[PAD]")
     replace_unknown_ids(extras, tokenizer, lambda token: "token" if token < 25 else None)
     assert special_tokens({"huggingface": extras}, tokenizer).ends == ends
 
 
-def test_the_end_of_a_document_may_be_named_by_the_model_alone(tmp_path):
-    """As with BERT's tokenizers, which have a sep_token and no eos_token."""
-    theirs = tokenizer_of("wordpiece")
-    theirs.bos_token = theirs.eos_token = None
-    save_hf(tmp_path / "hf", theirs, bos_token_id=2, eos_token_id=3)
+def test_eos_token_id_may_be_in_the_model_config_only(tmp_path):
+    """As with BERT's tokenizers, which have a sep_token but no eos_token."""
+    hf_tokenizer = make_tokenizer("wordpiece")
+    hf_tokenizer.bos_token = hf_tokenizer.eos_token = None
+    save_hf(tmp_path / "hf", hf_tokenizer, bos_token_id=2, eos_token_id=3)
     run(tmp_path / "hf", tmp_path / "native")
     source = find_checkpoint(tmp_path / "native")
     assert (load_tokenizer(source).eod, special_tokens(source.meta, load_tokenizer(source)).begin) == (3, 2)
@@ -254,23 +255,23 @@ def test_the_end_of_a_document_may_be_named_by_the_model_alone(tmp_path):
     assert (config["bos_token_id"], config["eos_token_id"]) == (2, 3)
 
 
-def test_what_is_not_used_here_is_told(tmp_path):
-    save_hf(tmp_path / "hf", tokenizer_of("wordpiece"), eos_token_id=2)
+def test_what_an_import_or_export_drops_is_reported(tmp_path):
+    save_hf(tmp_path / "hf", make_tokenizer("wordpiece"), eos_token_id=2)
     (tmp_path / "hf" / "additional_chat_templates").mkdir()
-    told = run(tmp_path / "hf", tmp_path / "native")
-    assert "left out: additional_chat_templates" in told
-    assert "tokens that the tokenizer there adds around a text are not added here: [CLS] ... [SEP]" in told
-    assert "a document ends with [CLS], the model's eos_token_id; the tokenizer's eos_token is [SEP]" in told
-    told = run(tmp_path / "native", tmp_path / "theirs", "megatron-deepspeed")
-    assert any(line.startswith("left out, of Hugging Face: generation_config, tokenizer_config") for line in told)
+    messages = run(tmp_path / "hf", tmp_path / "native")
+    assert "left out: additional_chat_templates" in messages
+    assert "tokens that the tokenizer there adds around a text are not added here: [CLS] ... [SEP]" in messages
+    assert "a document ends with [CLS], the model's eos_token_id; the tokenizer's eos_token is [SEP]" in messages
+    messages = run(tmp_path / "native", tmp_path / "mds", "megatron-deepspeed")
+    assert any(line.startswith("left out, of Hugging Face: generation_config, tokenizer_config") for line in messages)
     files = {"tokenizer_type": "HFTokenizer", "tokenizer_model": str(tmp_path / "hf" / "tokenizer.json")}
-    told = run(tmp_path / "hf", tmp_path / "given", **files)
-    assert any(line.startswith("left out, as the tokenizer is another one: tokenizer_config") for line in told)
+    messages = run(tmp_path / "hf", tmp_path / "given", **files)
+    assert any(line.startswith("left out, as the tokenizer is another one: tokenizer_config") for line in messages)
 
 
-def test_files_that_contradict_tokenizer_json_are_refused(tmp_path):
-    save_hf(tmp_path / "hf", tokenizer_of("chat"))
-    as_transformers_4(tmp_path / "hf")
+def test_files_that_contradict_tokenizer_json_are_an_error(tmp_path):
+    save_hf(tmp_path / "hf", make_tokenizer("chat"))
+    add_transformers_4_files(tmp_path / "hf")
     config = tmp_path / "hf" / "tokenizer_config.json"
     good = json.loads(config.read_text())
 
@@ -296,10 +297,10 @@ def test_files_that_contradict_tokenizer_json_are_refused(tmp_path):
     fails(r"has its tokenizer in vocab.txt, and no tokenizer.json; write one .*save_pretrained")
 
 
-def test_gpt2s_two_files_alone_come_in_as_before(tmp_path):
-    theirs = tokenizer_of("plain")
-    save_hf(tmp_path / "hf", theirs)
-    as_transformers_4(tmp_path / "hf")
+def test_vocab_json_and_merges_txt_without_tokenizer_json(tmp_path):
+    hf_tokenizer = make_tokenizer("plain")
+    save_hf(tmp_path / "hf", hf_tokenizer)
+    add_transformers_4_files(tmp_path / "hf")
     run(tmp_path / "hf", tmp_path / "whole")
     (tmp_path / "hf" / "tokenizer.json").unlink()
     run(tmp_path / "hf", tmp_path / "two")
@@ -312,26 +313,26 @@ def test_gpt2s_two_files_alone_come_in_as_before(tmp_path):
     shutil.rmtree(tmp_path / "hf")
     run(tmp_path / "two", tmp_path / "out", "hf")
     again = AutoTokenizer.from_pretrained(tmp_path / "out")
-    assert [again(text)["input_ids"] for text in TEXTS] == [theirs(text)["input_ids"] for text in TEXTS]
+    assert [again(text)["input_ids"] for text in TEXTS] == [hf_tokenizer(text)["input_ids"] for text in TEXTS]
 
 
 @pytest.mark.parametrize("kind", ["plain", "chat"])
-def test_special_tokens_are_text_in_a_corpus_and_tokens_in_a_prompt(tmp_path, kind):
-    theirs = tokenizer_of(kind)
-    save_hf(tmp_path / "hf", theirs)
-    as_transformers_4(tmp_path / "hf")
+def test_special_tokens_are_plain_text_in_a_corpus_and_tokens_in_a_prompt(tmp_path, kind):
+    hf_tokenizer = make_tokenizer(kind)
+    save_hf(tmp_path / "hf", hf_tokenizer)
+    add_transformers_4_files(tmp_path / "hf")
     run(tmp_path / "hf", tmp_path / "native")
     source = find_checkpoint(tmp_path / "native")
     corpus, prompts = build_tokenizer(source.config.data), load_tokenizer(source)
     assert corpus.fingerprint == prompts.fingerprint == source.meta["tokenizer"]["fingerprint"]
-    text = f"x{theirs.eos_token}y"
-    split = theirs(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    text = f"x{hf_tokenizer.eos_token}y"
+    split = hf_tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     assert corpus.encode(text) == [*corpus.encode_arrays([text])[0]] == split
-    assert prompts.encode(text) == [*prompts.encode_arrays([text])[0]] == theirs(text)["input_ids"] != split
+    assert prompts.encode(text) == [*prompts.encode_arrays([text])[0]] == hf_tokenizer(text)["input_ids"] != split
 
 
-def test_a_named_end_of_document_is_in_the_fingerprint(tmp_path):
-    tokenizer_of("chat").save_pretrained(tmp_path)
+def test_the_fingerprint_depends_on_eod_token(tmp_path):
+    make_tokenizer("chat").save_pretrained(tmp_path)
     made = [HFTokenizer(str(tmp_path / "tokenizer.json"), end) for end in (None, "<|endoftext|>", "<|im_end|>")]
     assert made[0].fingerprint == made[1].fingerprint != made[2].fingerprint
     assert [tokenizer.eod for tokenizer in made] == [0, 0, 383]

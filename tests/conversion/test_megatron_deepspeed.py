@@ -302,7 +302,7 @@ def test_parts_of_a_tensor_in_several_number_formats_are_refused(of_two_ranks, t
         fails(path, torch.float16, r"experts\.2\.dense_h_to_4h\.weight is float16, .* float32")
     fails(path, torch.int8, "is int8, expected floating-point numbers|first expert of the layer float32")
     path = tag / "mp_rank_01_model_states.pt"
-    fails(path, torch.float64, "word_embeddings.weight is float64, the first rank's piece float32")
+    fails(path, torch.float64, "word_embeddings.weight is float64, the first rank's shard float32")
 
 
 def test_files_that_are_missing_or_of_another_checkpoint_are_named(of_two_ranks, tmp_path):

@@ -291,5 +291,5 @@ def test_what_does_not_belong_together_is_refused(dense, run, tmp_path):
     encoder = content["model"]["language_model"]["encoder"]
     encoder["layers.0.mlp.dense_h_to_4h.weight"] = encoder["layers.0.mlp.dense_h_to_4h.weight"].half()
     torch.save(content, second / "model_optim_rng.pt")
-    with pytest.raises(CheckpointError, match=r"dense_h_to_4h\.weight is float16, the first rank's piece float32"):
+    with pytest.raises(CheckpointError, match=r"dense_h_to_4h\.weight is float16, the first rank's shard float32"):
         run(tmp_path / "old")

@@ -42,7 +42,7 @@ def test_everything_wrong_is_told_at_once(tmp_path):
         find_inputs(words)
     for part in (
         "good.jsonl is given more than once", "is a folder without any file", "/no/such/file: there is no such file",
-        "/no/such/*: no file fits", "stands beside files",
+        "/no/such/*: no file fits", "is given beside files",
     ):  # fmt: skip
         assert part in str(error.value)
     with pytest.raises(DataError, match="no file is given"):

@@ -7,7 +7,7 @@ import torch
 from megatron.checkpoint import CheckpointError
 from megatron.config import MoEConfig
 from megatron.inference.load import choose_device, find_checkpoint, load_model, load_tokenizer
-from megatron.moe.balancing import balancers, learned_buffers
+from megatron.moe.balancing import learned_buffers, learners
 
 BIASED = dataclasses.replace(saved_model.EXPERTS, **saved_model.BALANCING["quantile_balancing"])
 
@@ -51,7 +51,7 @@ def test_other_number_formats(saved, dtype):
 def test_biases_decide_and_nothing_is_observed(tmp_path):
     model = load_model(find_checkpoint(saved_model.save_model(tmp_path, BIASED).folder))
     tokens = torch.randint(100, (2, 40))
-    (balancer,) = balancers(model)
+    (balancer,) = learners(model)
     before = balancer.statistics.clone()
     biased = saved_model.choices_of(model, tokens)
     assert torch.equal(balancer.statistics, before)

@@ -47,9 +47,9 @@ class MegatronDeepSpeed(Format):
     def write(self, contents: "Contents", job: Conversion) -> Generator[str, None, Path]:
         """See :meth:`Format.write`."""
         from megatron.conversion.hf_extras import KEY, names
-        from megatron.conversion.megatron_deepspeed import no_place, write_megatron_deepspeed
+        from megatron.conversion.megatron_deepspeed import unsupported_options, write_megatron_deepspeed
 
-        if options := no_place(contents.config.moe):
+        if options := unsupported_options(contents.config.moe):
             yield f"left out, of training: {', '.join(options)}; Megatron-DeepSpeed has no such arguments"
         if extras := names(contents.meta.get(KEY) or {}):
             yield f"left out, of Hugging Face: {', '.join(extras)}; Megatron-DeepSpeed has no place for them"

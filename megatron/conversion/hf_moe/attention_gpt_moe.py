@@ -19,8 +19,8 @@ MASK_ARGUMENTS = inspect.signature(create_causal_mask).parameters  # their names
 NOT_HERE = ("token_type_ids", "head_mask", "encoder_hidden_states", "encoder_attention_mask")
 
 
-class Aside:
-    """What a layer leaves beside its output. No list, dict or dataclass: accelerate and FSDP would pass on a copy."""
+class SideOutputs:
+    """What a layer returns beside its output. No list, dict or dataclass: accelerate and FSDP would pass on a copy."""
 
     router_logits: torch.Tensor | None = None  # [T, E], fp32
     attentions: torch.Tensor | None = None  # [B, N, S, M]
@@ -71,7 +71,7 @@ class GPTMoEAttention(nn.Module):
         x_BSH: torch.Tensor,
         attention_mask: Any = None,
         past_key_values: Any = None,
-        aside: Aside | None = None,
+        side_outputs: SideOutputs | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
         B, S, _ = x_BSH.shape
@@ -87,8 +87,8 @@ class GPTMoEAttention(nn.Module):
             self, q, k, v, attention_mask,
             dropout=self.dropout if self.training else 0.0, scaling=self.head_dim**-0.5, **kwargs,
         )  # fmt: skip
-        if aside is not None:
-            aside.attentions = probabilities
+        if side_outputs is not None:
+            side_outputs.attentions = probabilities
         return self.c_proj(y_BSND.reshape(B, S, -1))
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 
-from .attention_gpt_moe import Aside, GPTMoEAttention, causal_mask, check_arguments, check_packing, the_cache
+from .attention_gpt_moe import GPTMoEAttention, SideOutputs, causal_mask, check_arguments, check_packing, the_cache
 from .configuration_gpt_moe import GPTMoEConfig
 
 try:
@@ -129,11 +129,11 @@ class GPTMoESparseMLP(nn.Module):
         if config.residual_moe:
             self.coefficient = nn.Linear(config.hidden_size, 2)
 
-    def forward(self, x_BSH: torch.Tensor, aside: Aside | None = None) -> torch.Tensor:
+    def forward(self, x_BSH: torch.Tensor, side_outputs: SideOutputs | None = None) -> torch.Tensor:
         x_TH = x_BSH.reshape(-1, x_BSH.size(-1))
         logits_TE = self.router(x_TH)
-        if aside is not None:
-            aside.router_logits = logits_TE
+        if side_outputs is not None:
+            side_outputs.router_logits = logits_TE
         expert_TK = choose(self.balancer(logits_TE), self.topk)
         gate_TK = logits_TE.softmax(-1).gather(1, expert_TK)
         if self.topk > 1:
@@ -170,12 +170,14 @@ class GPTMoEBlock(nn.Module):
         x_BSH: torch.Tensor,
         attention_mask: Any = None,
         past_key_values: Any = None,
-        aside: Aside | None = None,
+        side_outputs: SideOutputs | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        x_BSH = x_BSH + self.dropout(self.attn(self.ln_1(x_BSH), attention_mask, past_key_values, aside, **kwargs))
+        x_BSH = x_BSH + self.dropout(
+            self.attn(self.ln_1(x_BSH), attention_mask, past_key_values, side_outputs, **kwargs)
+        )
         out_BSH = self.ln_2(x_BSH)
-        out_BSH = self.mlp(out_BSH, aside) if self.is_sparse else self.mlp(out_BSH)
+        out_BSH = self.mlp(out_BSH, side_outputs) if self.is_sparse else self.mlp(out_BSH)
         return x_BSH + self.dropout(out_BSH)
 
 
@@ -304,8 +306,8 @@ def run_block(
     block: GPTMoEBlock, x_BSH: torch.Tensor, **kwargs: Any
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """A block's output, router logits and attention probabilities; all are outputs, as recomputation needs them."""
-    aside = Aside()
-    return block(x_BSH, aside=aside, **kwargs), aside.router_logits, aside.attentions
+    side_outputs = SideOutputs()
+    return block(x_BSH, side_outputs=side_outputs, **kwargs), side_outputs.router_logits, side_outputs.attentions
 
 
 class GPTMoEForCausalLM(GPTMoEPreTrainedModel, GenerationMixin):
@@ -360,7 +362,8 @@ class GPTMoEForCausalLM(GPTMoEPreTrainedModel, GenerationMixin):
             output_router_logits = self.config.output_router_logits
         aux_loss = None
         if out.router_logits and (output_router_logits or self.training):
-            balancers = [block.mlp.balancer for block in self.transformer.h if block.is_sparse]
+            mlps = [block.mlp for block in self.transformer.h]
+            balancers = [mlp.balancer for mlp in mlps if isinstance(mlp, GPTMoESparseMLP)]
             balance = (
                 balance_loss(layer, choose(balancer(layer), self.config.num_experts_per_tok)).to(logits.device)
                 for layer, balancer in zip(out.router_logits, balancers, strict=True)

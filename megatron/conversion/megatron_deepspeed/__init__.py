@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 
 from megatron.conversion.megatron_deepspeed import megatron_lm
-from megatron.conversion.megatron_deepspeed.arguments import no_place
+from megatron.conversion.megatron_deepspeed.arguments import unsupported_options
 from megatron.conversion.megatron_deepspeed.layouts import has_files
 from megatron.conversion.megatron_deepspeed.reading import read_megatron_deepspeed, read_megatron_lm
 from megatron.conversion.megatron_deepspeed.writing import write_megatron_deepspeed
@@ -20,9 +20,9 @@ from megatron.conversion.megatron_deepspeed.writing import write_megatron_deepsp
 __all__ = [
     "is_megatron_deepspeed",
     "is_megatron_lm",
-    "no_place",
     "read_megatron_deepspeed",
     "read_megatron_lm",
+    "unsupported_options",
     "write_megatron_deepspeed",
 ]
 

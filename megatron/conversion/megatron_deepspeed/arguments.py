@@ -119,7 +119,7 @@ def to_arguments(
     return argparse.Namespace(**fixed, **shape, **experts, **run)
 
 
-def no_place(moe: MoEConfig) -> list[str]:
+def unsupported_options(moe: MoEConfig) -> list[str]:
     """Options of training that Megatron-DeepSpeed has no argument for, where they are not at their default."""
     changed = [name for name in _ONLY_HERE if getattr(moe, name) != getattr(MoEConfig(), name)]
     return [f"{name} {getattr(moe, name)}" for name in changed]

@@ -11,7 +11,7 @@ import torch
 
 from megatron.checkpoint.errors import CheckpointError
 from megatron.conversion.contents import Lazy
-from megatron.conversion.megatron_deepspeed.layouts import Pieces, row_of
+from megatron.conversion.megatron_deepspeed.layouts import Shards, row_of
 from megatron.conversion.megatron_deepspeed.names import EXPERTS, TABLE
 
 HEAD = "word_embeddings_for_head.weight"  # the last stage's copy of the token table
@@ -94,19 +94,19 @@ def _side_by_side(lazy: Lazy, first: bool, expert: int, experts: int) -> Lazy:
     return Lazy((outputs, inputs), lazy.dtype, read)
 
 
-def drop_redundant(pieces: dict[str, Pieces], where: Path) -> dict[str, Pieces]:
+def drop_redundant(shards: dict[str, Shards], where: Path) -> dict[str, Shards]:
     """Without what a model here does not have, where it changes nothing: a head's copy of the token table, and a
     router's bias that is the same for all experts.
 
     Raises:
         CheckpointError: it changes something.
     """
-    for name in [name for name in pieces if name == HEAD or name.endswith(_ROUTER_BIAS)]:
-        given = [piece.read(None) for piece in pieces[name]]
+    for name in [name for name in shards if name == HEAD or name.endswith(_ROUTER_BIAS)]:
+        given = [shard.read(None) for shard in shards[name]]
         if name == HEAD:
-            table = [piece.read(None) for piece in pieces.get(TABLE, [])]
+            table = [shard.read(None) for shard in shards.get(TABLE, [])]
             if len(given) != len(table) or not all(map(torch.equal, given, table)):
                 raise CheckpointError(f"{where}: the output layer is not tied to the token table, which is needed here")
         elif given[0].min() != given[0].max():
             raise CheckpointError(f"{where}: {name} differs between experts; routers here have no bias")
-    return {name: of for name, of in pieces.items() if name != HEAD and not name.endswith(_ROUTER_BIAS)}
+    return {name: of for name, of in shards.items() if name != HEAD and not name.endswith(_ROUTER_BIAS)}

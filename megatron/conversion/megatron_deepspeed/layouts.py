@@ -1,4 +1,4 @@
-"""Which files a checkpoint of Megatron-DeepSpeed has, and the pieces of tensors in them.
+"""Which files a checkpoint of Megatron-DeepSpeed has, and the shards of tensors in them.
 
 FOLDER/latest                                               the newest tag
 FOLDER/TAG/mp_rank_XX_model_states.pt                       all but the experts, of tensor-parallel rank XX
@@ -6,8 +6,8 @@ FOLDER/TAG/layer_L_expert_E_mp_rank_XX_model_states.pt      expert E of MoE laye
     FOLDER/TAG/layer_XX-model_YY-model_states.pt                of a pipeline: its module XX, of tensor-parallel rank YY
 
 A pipeline numbers all of its modules: functions, which have no file, the embedding, the layers, the last layer norm,
-the head. Which number is which differs between versions, so they are told apart by what they hold. With experts it has
-no files of modules, and each stage has its modules in mp_rank files of its own.
+the head. Which number is which differs between versions, so they are distinguished by what they hold. With experts it
+has no files of modules, and each stage has its modules in mp_rank files of its own.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from megatron.conversion.contents import Lazy
 from megatron.conversion.megatron_deepspeed.names import EXPERTS
 from megatron.conversion.pickles import load_pickle
 
-Pieces = list[Lazy]  # of one tensor, by tensor-parallel rank
+Shards = list[Lazy]  # one tensor's, by tensor-parallel rank
 _RANK = re.compile(r"mp_rank_(\d+)_model_states\.pt")
 _MODULE = re.compile(r"layer_(\d+)(?:-model_(\d+))?-model_states\.pt")
 _EXPERT = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_(\d+)_model_states\.pt")
@@ -33,14 +33,14 @@ _DEEPEST = 50  # dictionaries in each other
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
-    """What the files of one checkpoint hold, under one spelling of the names: those within Megatron's
-    ``language_model``, layers counted over all of the model."""
+class MegatronCheckpoint:
+    """What one checkpoint holds. Names are those within Megatron's ``language_model``, layers counted over all of the
+    model."""
 
     where: Path
     args: Any
     version: float  # checkpoint_version: the order of rows in the projection to Q, K and V
-    pieces: dict[str, Pieces]
+    shards: dict[str, Shards]
     core: bool = False  # whether it is a model of megatron.core's
 
 
@@ -59,7 +59,7 @@ def has_files(folder: Path) -> bool:
     return folder.is_dir() and any(_files(each) for each in (folder, *(p for p in folder.iterdir() if p.is_dir())))
 
 
-def find(folder: Path) -> Found:
+def find(folder: Path) -> MegatronCheckpoint:
     """The tensors of ``folder``, with ``latest`` or of one tag; they stay on the disk until they are read.
 
     Raises:
@@ -69,8 +69,8 @@ def find(folder: Path) -> Found:
     ranks = [load_pickle(tag / name) for name in _files(tag)]
     args = ranks[0].get("args")
     check_same_run({name: rank for name, rank in zip(_files(tag), ranks, strict=True)}, tag)
-    pieces = _gather(tag, ranks, args)
-    return Found(tag, args, float(ranks[0].get("checkpoint_version") or 0), pieces)
+    shards = _gather(tag, ranks, args)
+    return MegatronCheckpoint(tag, args, float(ranks[0].get("checkpoint_version") or 0), shards)
 
 
 def check_same_run(contents: Mapping[str, dict[str, Any]], where: Path) -> None:
@@ -148,8 +148,8 @@ def tensor_ranks(args: Any) -> int | None:
     return getattr(args, "tensor_model_parallel_size", None) or getattr(args, "model_parallel_size", None)
 
 
-def _gather(tag: Path, ranks: list[dict[str, Any]], args: Any) -> dict[str, Pieces]:
-    """Every tensor's pieces by tensor-parallel rank, experts included, under one spelling of the names."""
+def _gather(tag: Path, ranks: list[dict[str, Any]], args: Any) -> dict[str, Shards]:
+    """Every tensor's shards by tensor-parallel rank, experts included, under one spelling of the names."""
     found: dict[str, dict[int, torch.Tensor]] = {}
     for rank, content in enumerate(ranks):
         module = content.get("module") or content.get("model")  # a pipeline has None here, or a path
@@ -172,8 +172,8 @@ def _gather(tag: Path, ranks: list[dict[str, Any]], args: Any) -> dict[str, Piec
                 found.setdefault(named(f"{int(match[1])}.{name}"), {})[int(match[2] or 0)] = tensor
     if any(name[0].isdigit() for name in found):
         found = _told_apart(tag, found, getattr(args, "num_layers", None))
-    pieces = {name: [lazy_of(by[rank]) for rank in sorted(by)] for name, by in found.items()}
-    size = max((len(of) for name, of in pieces.items() if ".layers." in name and EXPERTS not in name), default=1)
+    shards = {name: [lazy_of(by[rank]) for rank in sorted(by)] for name, by in found.items()}
+    size = max((len(of) for name, of in shards.items() if ".layers." in name and EXPERTS not in name), default=1)
     if (expected := tensor_ranks(args) or size) != size:
         raise CheckpointError(
             f"{tag} holds files of {size} tensor-parallel ranks, and was saved by {expected}; copy the files of all "
@@ -184,20 +184,20 @@ def _gather(tag: Path, ranks: list[dict[str, Any]], args: Any) -> dict[str, Piec
             f"{tag} holds {other[0]} of mp_rank_{max(found[other[0]]):02d}, where {len(ranks)} ranks saved; remove "
             "files of another checkpoint"
         )
-    for name, of in pieces.items():
+    for name, of in shards.items():
         if (
             name.startswith("embedding.") and len(of) == 2 * size
         ):  # of the first stage, and of the last one for its head
             _check_tied(tag, name, of[:size], of[size:])
-            pieces[name] = of[:size]
+            shards[name] = of[:size]
     # of experts that all ranks hold alike, one rank writes each
-    lost = [f"{name} has {len(of)} of {size}" for name, of in pieces.items() if len(of) != size and EXPERTS not in name]
+    lost = [f"{name} has {len(of)} of {size}" for name, of in shards.items() if len(of) != size and EXPERTS not in name]
     if lost:
-        raise CheckpointError(f"{tag} lacks pieces: {some(lost)}; copy the files of all ranks")
-    return pieces
+        raise CheckpointError(f"{tag} lacks shards: {some(lost)}; copy the files of all ranks")
+    return shards
 
 
-def _check_tied(tag: Path, name: str, *copies: Pieces) -> None:
+def _check_tied(tag: Path, name: str, *copies: Shards) -> None:
     """Raises CheckpointError where what stages keep alike is not alike."""
     for copy in copies[1:]:
         pairs = zip(copies[0], copy, strict=False)

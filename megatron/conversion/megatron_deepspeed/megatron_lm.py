@@ -1,4 +1,4 @@
-"""Which files a checkpoint of Megatron-LM has, and the pieces of tensors in them.
+"""Which files a checkpoint of Megatron-LM has, and the shards of tensors in them.
 
 FOLDER/latest_checkpointed_iteration.txt            the newest iteration, or "release"
 FOLDER/iter_0000500/mp_rank_XX/model_optim_rng.pt   of tensor-parallel rank XX
@@ -20,7 +20,7 @@ from megatron.checkpoint.errors import CheckpointError, some
 from megatron.conversion.contents import Lazy
 from megatron.conversion.megatron_deepspeed.core_names import from_core
 from megatron.conversion.megatron_deepspeed.layouts import (
-    Found,
+    MegatronCheckpoint,
     check_same_run,
     flat,
     lazy_of,
@@ -41,7 +41,7 @@ def is_megatron_lm(folder: Path) -> bool:
     return (folder / _TRACKER).is_file() or (folder / METADATA).is_file() or bool(_rank_files(folder))
 
 
-def find_megatron_lm(folder: Path) -> Found:
+def find_megatron_lm(folder: Path) -> MegatronCheckpoint:
     """The tensors of ``folder``, with ``latest_checkpointed_iteration.txt`` or of one iteration; they stay on the disk
     until they are read.
 
@@ -71,7 +71,7 @@ def _rank_files(where: Path) -> list[Path]:
     return sorted(path for name in _MODEL_FILES for path in where.glob(f"mp_rank_[0-9]*/{name}"))
 
 
-def _find_ranks(where: Path) -> Found:
+def _find_ranks(where: Path) -> MegatronCheckpoint:
     files = _rank_files(where)
     if not files:
         raise CheckpointError(
@@ -112,9 +112,9 @@ def _find_ranks(where: Path) -> Found:
                         found.setdefault(new, {})[t] = part
         layers += here
     if lost := [f"{name} has {len(of)} of {tensor}" for name, of in found.items() if len(of) != tensor]:
-        raise CheckpointError(f"{where} lacks pieces: {some(lost)}; copy the files of all ranks")
-    pieces = {name: [of[t] for t in range(tensor)] for name, of in found.items()}
-    return Found(where, args, float(first.get("checkpoint_version") or 0), pieces, core)
+        raise CheckpointError(f"{where} lacks shards: {some(lost)}; copy the files of all ranks")
+    shards = {name: [of[t] for t in range(tensor)] for name, of in found.items()}
+    return MegatronCheckpoint(where, args, float(first.get("checkpoint_version") or 0), shards, core)
 
 
 def _sizes(args: Any, where: Path) -> tuple[int, int, int]:

@@ -40,8 +40,8 @@ _OF_EXPERT = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Theirs:
-    """One tensor of Megatron's, whole, and the one here that it is, or is a row of."""
+class MegatronTensor:
+    """One tensor of Megatron's, unsharded, and our parameter that it holds, or holds a row of."""
 
     name: str  # within language_model
     ours: str
@@ -66,12 +66,12 @@ class Theirs:
         return EXPERTS in self.name or ".mlp.mlp." in self.name
 
 
-def their_tensors(model: ModelConfig, moe: MoEConfig, vocab_size: int) -> Iterator[Theirs]:
+def megatron_tensors(model: ModelConfig, moe: MoEConfig, vocab_size: int) -> Iterator[MegatronTensor]:
     """Every parameter of a model, in the model's order: each of ours, or each row of a stacked one, exactly once."""
     for ours, shape in parameter_shapes(model, moe, vocab_size).items():
         if ours in _OUTSIDE:
             name, dim = _OUTSIDE[ours]
-            yield Theirs(name, ours, None, dim, shape)
+            yield MegatronTensor(name, ours, None, dim, shape)
             continue
         _, layer, inside = ours.split(".", 2)
         module, kind = inside.rsplit(".", 1)
@@ -79,7 +79,7 @@ def their_tensors(model: ModelConfig, moe: MoEConfig, vocab_size: int) -> Iterat
         if module == "mlp.experts":
             name, dim = _OF_EXPERT[kind]
             for expert in range(shape[0]):
-                yield Theirs(f"{before}{EXPERTS}{expert}.{name}", ours, expert, dim, shape[:0:-1])
+                yield MegatronTensor(f"{before}{EXPERTS}{expert}.{name}", ours, expert, dim, shape[:0:-1])
         else:
             name, *dims = _MODULES[module]
-            yield Theirs(f"{before}.{name}.{kind}", ours, None, dims[kind == "bias"], shape)
+            yield MegatronTensor(f"{before}.{name}.{kind}", ours, None, dims[kind == "bias"], shape)

@@ -24,7 +24,7 @@ from megatron.checkpoint.storage import BoxLoadPlanner, stored_tensor
 from megatron.checkpoint.tensors import dtype_name
 from megatron.conversion.contents import Lazy
 from megatron.conversion.megatron_deepspeed.core_names import from_core
-from megatron.conversion.megatron_deepspeed.layouts import Found
+from megatron.conversion.megatron_deepspeed.layouts import MegatronCheckpoint
 from megatron.conversion.pickles import load_metadata, load_pickle, load_tensor
 from megatron.conversion.shards import read_json
 
@@ -35,7 +35,7 @@ _ALL_LAYERS = re.compile(r"decoder\.layers\.(?!\d+\.)(.+)")
 _CHUNKS_KEPT = 2  # of GroupedMLP, whose chunks have all experts of a rank: of both matrices
 
 
-def find_distributed(where: Path) -> Found:
+def find_distributed(where: Path) -> MegatronCheckpoint:
     """The tensors of a checkpoint; they stay on the disk until they are read, a chunk at a time.
 
     Raises:
@@ -51,17 +51,17 @@ def find_distributed(where: Path) -> Found:
             "'torch_dist' of version 1 is read here"
         )
     metadata, common = load_metadata(where / METADATA), load_pickle(where / _COMMON)
-    pieces = {}
+    shards = {}
     try:
         chunks = Chunks(where, metadata)
         for name, stored in metadata.state_dict_metadata.items():
             if isinstance(stored, TensorStorageMetadata) and not _NOT_OF_MODEL.fullmatch(name):
                 for layer, lazy in _by_layer(name, chunks, stored.size):
-                    pieces.update((new, [part]) for new, part in from_core(layer, lazy))
+                    shards.update((new, [part]) for new, part in from_core(layer, lazy))
     except (AttributeError, IndexError, TypeError, ValueError) as error:
         raise CheckpointError(f"{where / METADATA} cannot be used: {type(error).__name__}: {error}") from None
     version = float(common.get("checkpoint_version") or 0)
-    return Found(where, common.get("args"), version, pieces, core=True)
+    return MegatronCheckpoint(where, common.get("args"), version, shards, core=True)
 
 
 def _by_layer(name: str, chunks: "Chunks", shape: Sequence[int]) -> Iterator[tuple[str, Lazy]]:

@@ -15,7 +15,7 @@ from megatron.checkpoint.errors import CheckpointError
 from megatron.config import RunConfig
 from megatron.conversion.contents import MODEL, Contents
 from megatron.conversion.megatron_deepspeed.arguments import to_arguments
-from megatron.conversion.megatron_deepspeed.names import Theirs, their_tensors
+from megatron.conversion.megatron_deepspeed.names import MegatronTensor, megatron_tensors
 from megatron.conversion.output import staged
 
 VERSION = 3.0  # of the checkpoint: the rows of Q, K and V are [N, 3, D]
@@ -67,19 +67,19 @@ def write_megatron_deepspeed(contents: Contents, folder: str | os.PathLike) -> P
         "dp_world_size": 1,
         "mp_world_size": cuts.ranks,
     }
-    tensors = list(their_tensors(config.model, config.moe, vocab_size))
+    tensors = list(megatron_tensors(config.model, config.moe, vocab_size))
     outside = [theirs for theirs in tensors if theirs.row is None]
     sizes = [math.prod(cuts.shape(theirs)) * dtype.itemsize * (cuts.ranks + (theirs.row is None)) for theirs in tensors]
     tag = f"global_step{contents.step}"
     with staged(folder, sum(sizes)) as temporary:
         (temporary / tag).mkdir()
         for rank in range(cuts.ranks):
-            pieces = {
-                theirs.name: _on_disk(temporary / "scratch", cuts.piece(theirs, contents, rank)) for theirs in outside
+            shards = {
+                theirs.name: _on_disk(temporary / "scratch", cuts.shard(theirs, contents, rank)) for theirs in outside
             }
             path = temporary / tag / f"mp_rank_{rank:02d}_model_states.pt"
-            torch.save({"module": {"language_model": _nested(pieces)}, **beside}, path)
-            del pieces  # and their room on the disk
+            torch.save({"module": {"language_model": _nested(shards)}, **beside}, path)
+            del shards  # and their room on the disk
         _write_experts(temporary / tag, [theirs for theirs in tensors if theirs.row is not None], contents, cuts)
         (temporary / "latest").write_text(tag)
         (temporary / "latest_checkpointed_iteration.txt").write_text(str(contents.step))
@@ -94,12 +94,12 @@ class Cuts:
         self.experts = config.parallel.enable_expert_tensor_parallelism and self.ranks > 1
         self.heads = config.model.num_attention_heads
 
-    def shape(self, theirs: Theirs) -> tuple[int, ...]:
-        """Of a rank's piece."""
+    def shape(self, theirs: MegatronTensor) -> tuple[int, ...]:
+        """Of a rank's shard."""
         dim = self._dim(theirs)
         return tuple(size // self.ranks if axis == dim else size for axis, size in enumerate(theirs.shape))
 
-    def piece(self, theirs: Theirs, contents: Contents, rank: int) -> torch.Tensor:
+    def shard(self, theirs: MegatronTensor, contents: Contents, rank: int) -> torch.Tensor:
         """What one rank has of a tensor."""
         tensor = contents.tensors[MODEL + theirs.ours].read(theirs.row)
         if theirs.transposed:
@@ -109,7 +109,7 @@ class Cuts:
         dim = self._dim(theirs)
         return tensor if dim is None else tensor.chunk(self.ranks, dim)[rank]
 
-    def _dim(self, theirs: Theirs) -> int | None:
+    def _dim(self, theirs: MegatronTensor) -> int | None:
         return None if theirs.in_moe and not self.experts else theirs.dim
 
 
@@ -117,10 +117,10 @@ def _moe_layers(config: RunConfig) -> list[int]:
     return [layer for layer in range(config.model.num_layers) if config.moe.experts_of_layer(layer) > 1]
 
 
-def _nested(pieces: dict[str, torch.Tensor]) -> dict[str, Any]:
+def _nested(shards: dict[str, torch.Tensor]) -> dict[str, Any]:
     """Megatron's nesting: ``embedding.x.weight`` is ``{embedding: {x: {weight}}}``, the encoder is flat."""
     module: dict[str, Any] = {}
-    for name, tensor in pieces.items():
+    for name, tensor in shards.items():
         first, rest = name.split(".", 1)
         inner = module.setdefault(first, {})
         if first == "embedding":
@@ -144,16 +144,16 @@ def _on_disk(scratch: Path, tensor: torch.Tensor) -> torch.Tensor:
     return copy.copy_(tensor)
 
 
-def _write_experts(tag: Path, tensors: list[Theirs], contents: Contents, cuts: Cuts) -> None:
+def _write_experts(tag: Path, tensors: list[MegatronTensor], contents: Contents, cuts: Cuts) -> None:
     layers = {layer: number for number, layer in enumerate(_moe_layers(contents.config))}
     for (layer, expert), parts in _by_expert(tensors).items():
         for rank in range(cuts.ranks):
-            state = {f"language_model.{theirs.name}": cuts.piece(theirs, contents, rank).clone() for theirs in parts}
+            state = {f"language_model.{theirs.name}": cuts.shard(theirs, contents, rank).clone() for theirs in parts}
             torch.save(state, tag / f"layer_{layers[layer]}_expert_{expert}_mp_rank_{rank:02d}_model_states.pt")
 
 
-def _by_expert(tensors: list[Theirs]) -> dict[tuple[int, int | None], list[Theirs]]:
-    experts: dict[tuple[int, int | None], list[Theirs]] = {}
+def _by_expert(tensors: list[MegatronTensor]) -> dict[tuple[int, int | None], list[MegatronTensor]]:
+    experts: dict[tuple[int, int | None], list[MegatronTensor]] = {}
     for theirs in tensors:
         experts.setdefault((int(theirs.name.split(".")[2]), theirs.row), []).append(theirs)
     return experts
