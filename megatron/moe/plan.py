@@ -86,6 +86,17 @@ def expert_capacity(num_tokens: int, num_experts: int, topk: int, factor: float,
     return max(math.ceil(Fraction(num_tokens * topk, num_experts) * Fraction(str(factor))), min_capacity)
 
 
+def dropped_by_chance(num_tokens: int, num_experts: int, topk: int, capacity: int) -> float:
+    """The share of assignments that find no slot where each goes to any expert with equal chance, for many experts.
+
+    An expert's tokens are then Poisson distributed with mean m = T K / E, and it drops E[max(n - C, 0)] = m P(n >= C) -
+    C P(n >= C + 1) of them, where P(n >= k) is the regularized incomplete gamma function at (k, m).
+    """
+    mean = torch.tensor(num_tokens * topk / num_experts, dtype=torch.float64)
+    at_least, more = (torch.special.gammainc(torch.tensor(float(k)).double(), mean) for k in (capacity, capacity + 1))
+    return float(at_least - capacity / mean * more)
+
+
 def count_experts(expert_TK: torch.Tensor, num_experts: int) -> torch.Tensor:
     """Assignments to each expert, int64 [E]. (``torch.bincount`` would wait for the GPU.)"""
     flat_N = expert_TK.flatten()

@@ -94,7 +94,9 @@ class Console:
         parts.append(f"{record['memory_gb']:.1f} GB")
         if "experts" in record:
             load, dropped, dead = (record["experts"][key] for key in ("load", "dropped", "dead"))
-            parts.append(f"experts max/mean {max(load):.2f} drop {max(dropped):.1%} dead {sum(dead)}")
+            chance = max(record["experts"].get("dropped_by_chance", [0.0]))
+            by_chance = f" (chance {chance:.1%})" if chance else ""
+            parts.append(f"experts max/mean {max(load):.2f} drop {max(dropped):.1%}{by_chance} dead {sum(dead)}")
         if "monitors" in record:
             router = record["monitors"].get("max_router_logit")
             logits = f"max logits: attention {max(record['monitors']['max_attention_logit']):.3g}"

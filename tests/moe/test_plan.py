@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from megatron.moe.plan import RoutingPlan, count_experts, expert_capacity, slots
+from megatron.moe.plan import RoutingPlan, count_experts, dropped_by_chance, expert_capacity, slots
 
 
 def make_plan(expert_TK, counts_E, capacity) -> RoutingPlan:
@@ -86,3 +86,14 @@ def test_rows_of_chunked_buffers_are_those_of_the_whole_ones_chunk_by_chunk(chun
     assert torch.equal(chunked[row_TK[kept_TK]], plan.buffer_row_TK()[kept_TK])
     assert (row_TK[~kept_TK] == E * C).all()
     assert (~kept_TK).sum() == 2 * E
+
+
+@pytest.mark.parametrize(("tokens", "experts", "factor"), [(8192, 128, 1.0), (8192, 32, 1.0), (1024, 64, 1.25)])
+def test_the_share_dropped_by_chance_is_that_of_random_experts(tokens, experts, factor):
+    capacity = expert_capacity(tokens, experts, 1, factor, 1)
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.stack(
+        [torch.bincount(torch.randint(experts, (tokens,), generator=generator), minlength=experts) for _ in range(100)]
+    )
+    found = float((counts - capacity).clamp(min=0).sum() / counts.sum())
+    assert abs(dropped_by_chance(tokens, experts, 1, capacity) - found) < 0.002

@@ -1,5 +1,7 @@
 """The figures of training, every ``--log-interval`` updates."""
 
+from megatron.config import RunConfig
+from megatron.moe.plan import dropped_by_chance, expert_capacity
 from megatron.parallel.initialize import device_name
 from megatron.planning.flops import model_flops_per_token, peak_tflops
 from megatron.training.clock import Step
@@ -20,6 +22,7 @@ class TrainingLog(Hook):
             run.topology.launch.world_size,
             run.timer,
         )
+        self._by_chance = _dropped_by_chance(config)
 
     def needs_monitors(self, step: Step) -> bool:
         """Whether this update ends with a log line."""
@@ -41,8 +44,23 @@ class TrainingLog(Hook):
     def end_step(self, step: Step) -> None:
         """Log the updates since the last line."""
         if self.needs_outcome(step) and (figures := self._window.take()) is not None:
+            if "experts" in figures:
+                figures["experts"]["dropped_by_chance"] = self._by_chance
             self.run.log("train", **figures)
 
     def post_train(self, reason: str) -> None:
         """Log the end of the run."""
         self.run.log("stop", reason=reason)
+
+
+def _dropped_by_chance(config: RunConfig) -> list[float]:
+    """What share of assignments each MoE layer would drop if each went to any expert with equal chance."""
+    moe, tokens = config.moe, config.training.micro_batch_size * config.model.seq_length
+    shares = []
+    for experts in moe.experts_per_layer(config.model.num_layers):
+        if experts > 1:
+            factor = moe.moe_train_capacity_factor
+            capacity = expert_capacity(tokens, experts, moe.topk, factor, moe.moe_min_capacity)
+            dropping = moe.moe_token_dropping
+            shares.append(dropped_by_chance(tokens, experts, moe.topk, capacity) if dropping else 0.0)
+    return shares
