@@ -111,9 +111,9 @@ RECIPES: dict[str, dict[str, Any]] = {
     "published": {},
     "recommended": {
         "moe_router_load_balancing_type": "quantile_balancing",
+        "moe_router_center_input": True,
+        "moe_token_dropping": False,
         "qk_layernorm": True,
-        "moe_z_loss_coeff": 0.001,
-        "moe_train_capacity_factor": 1.25,
     },
 }
 """Recipe name -> field name -> value. Options of experts are left out for dense models."""

@@ -47,11 +47,11 @@ def test_a_dense_model_gets_no_options_of_experts():
 
 def test_flags_and_files_win_over_the_recipe(tmp_path):
     file = tmp_path / "run.yaml"
-    file.write_text("recipe: recommended\nmodel: 350M+MoE-128\nmoe_z_loss_coeff: 0.25")
+    file.write_text("recipe: recommended\nmodel: 350M+MoE-128\nmoe_router_center_input: false")
     config = run(f"--config {file} --no-qk-layernorm")
-    assert (config.moe.moe_z_loss_coeff, config.model.qk_layernorm) == (0.25, False)
-    assert config.moe.moe_train_capacity_factor == RECOMMENDED["moe_train_capacity_factor"]
-    assert run(f"--config {file} --recipe published --moe-z-loss-coeff 0") == run("--model 350M+MoE-128")
+    assert (config.moe.moe_router_center_input, config.model.qk_layernorm) == (False, False)
+    assert config.moe.balancing == RECOMMENDED["moe_router_load_balancing_type"]
+    assert run(f"--config {file} --recipe published") == run("--model 350M+MoE-128")
 
 
 @pytest.mark.parametrize(

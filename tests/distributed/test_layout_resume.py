@@ -13,6 +13,7 @@ import torch.distributed as dist
 from distributed.spawn import run_distributed
 from distributed.test_layouts import EP, ETP, LAYOUTS, PP, SP, TP, marked
 from distributed.tiny_training import (
+    BALANCED,
     DENSE,
     DROPLESS,
     STEPS,
@@ -66,6 +67,10 @@ PAIRS: dict[str, tuple[MoEConfig, list[tuple[str, str]]]] = {
     ),
     "top-2, experts by layer": (TOP2, [("ETP4", "EP4"), ("EP4", "PP2 x ETP2"), ("PP2 x ETP2", "DP3")]),
     "dropless residual": (DROPLESS, [("PP2 x TP2", "EP2"), ("EP2", "TP2 SP")]),
+    "quantile balancing, centered": (
+        BALANCED["quantile balancing"],
+        [("1 process", "PP2 x EP2"), ("PP2 x EP2", "TP2 SP")],
+    ),
 }
 
 

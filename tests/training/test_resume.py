@@ -62,6 +62,31 @@ def test_any_option_that_is_not_resumable_is_compared(tmp_path, monkeypatch):
             compare(meta, new, 1024, tokenizer)
 
 
+def test_another_method_of_balancing_is_told_and_refused_where_biases_were_learned(tmp_path):
+    tokenizer = build_tokenizer(byte_level(tmp_path))
+    identity = {"vocab_size": tokenizer.vocab_size, "fingerprint": tokenizer.fingerprint}
+
+    def resumed(then: list[str], now: list[str]) -> list[str]:
+        old, new = (parse_args(["--num-experts", "4", *words]) for words in (then, now))
+        meta = {"config": to_dict(old), "vocab_size": 1024, "tokenizer": identity, "optimizer": None}
+        assert check_base(meta, new, 1024, tokenizer) == check(meta, new, 1024, tokenizer)
+        return check(meta, new, 1024, tokenizer)
+
+    kind = "--moe-router-load-balancing-type"
+    bias = [kind, "none", "--moe-router-enable-expert-bias"]
+    assert resumed([], ["--moe-loss-coeff", "0.01"]) == []
+    assert resumed([kind, "quantile_balancing"], [kind, "quantile_balancing"]) == []
+    assert resumed([], [kind, "quantile_balancing"]) == [
+        f"{kind}: checkpoint 'aux_loss', this run 'quantile_balancing'",
+        "--moe-loss-coeff: checkpoint 0.01, this run 0.0",
+    ]
+    for then, now in (([kind, "quantile_balancing"], []), ([kind, "quantile_balancing"], bias), (bias, [])):
+        with pytest.raises(
+            CheckpointError, match=r"balancing of experts: checkpoint '.*the weights depend on the biases"
+        ):
+            resumed(then, now)
+
+
 def test_another_recipe_is_named_where_its_options_prevent_a_resume(tmp_path):
     tokenizer = build_tokenizer(byte_level(tmp_path))
     meta = {"vocab_size": 1024, "optimizer": None}
