@@ -81,7 +81,7 @@ def control(environment: dict[str, str], *words: str, check: bool = True) -> str
 def slurm(environment: dict[str, str], *words: str) -> str:
     """Run one of SLURM's commands; returns what it printed."""
     done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, f"{words}: {done.stderr}"
+    assert done.returncode == 0, f"{words}: status {done.returncode}: {done.stdout}{done.stderr}"
     return done.stdout
 
 
