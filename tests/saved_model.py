@@ -18,7 +18,7 @@ SHAPE = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, seq_len
 EXPERTS = MoEConfig(num_experts=(4,), moe_eval_capacity_factor=1.0)
 BALANCING = {  # methods that learn, as options of MoEConfig
     "global_aux_loss": {"moe_router_load_balancing_type": "global_aux_loss"},
-    "quantile_balancing": {"moe_router_load_balancing_type": "quantile_balancing"},
+    "quantile_balancing": {"moe_router_load_balancing_type": "quantile_balancing", "moe_router_center_input": True},
     "expert_bias": {"moe_router_load_balancing_type": "none", "moe_router_enable_expert_bias": True},
 }
 

@@ -15,10 +15,11 @@ from megatron.config import ModelConfig, MoEConfig, RunConfig
 from megatron.config.run import from_dict
 from megatron.engine.optim import OPTIMIZERS
 from megatron.model.gpt import GPTModel
-from megatron.moe.balancing import build_balancer, learned_buffers
+from megatron.moe.balancing import InputMean, build_balancer, learned_buffers
 
 MODEL = "model."
-EXPERT_BIAS = ".router.balancer.expert_bias"  # ends the names of what the choice of experts depends on
+# end the names of what a trained router depends on
+ROUTER_BUFFERS = (".router.balancer.expert_bias", ".router.centering.input_mean")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,19 +124,20 @@ def parameter_shapes(model: ModelConfig, moe: MoEConfig, vocab_size: int) -> dic
 
 
 def buffer_shapes(model: ModelConfig, moe: MoEConfig, vocab_size: int) -> dict[str, tuple[int, ...]]:
-    """The shape of each buffer that a balancer learns by name, in the model's order; no memory is taken."""
+    """The shape of each buffer that a router learns by name, in the model's order; no memory is taken."""
     with torch.device("meta"):
         return {name: tuple(buffer.shape) for name, buffer in learned_buffers(GPTModel(model, moe, vocab_size)).items()}
 
 
 def is_learned(name: str) -> bool:
-    """Whether a tensor is a buffer that a balancer learns."""
-    return ".router.balancer." in name
+    """Whether a tensor is a buffer that a router learns."""
+    return ".router.balancer." in name or ".router.centering." in name
 
 
 def initial_buffer(name: str, shape: tuple[int, ...], moe: MoEConfig) -> Lazy:
     """The buffer of this name as it is at the start of a run."""
-    value = getattr(build_balancer(shape[0], moe), name.rsplit(".", 1)[1])
+    learner = InputMean(shape[0]) if ".router.centering." in name else build_balancer(shape[0], moe)
+    value = getattr(learner, name.rsplit(".", 1)[1])
     return Lazy(shape, value.dtype, lambda row: value if row is None else value[row])
 
 

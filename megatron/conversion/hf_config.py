@@ -76,6 +76,7 @@ def to_hf(model: ModelConfig, moe: MoEConfig, vocab_size: int, ids: Mapping[str,
         "residual_moe": moe.mlp_type == "residual",
         "qk_layernorm": model.qk_layernorm,
         "router_expert_bias": moe.enabled and moe.has_expert_bias,
+        "router_center_input": moe.enabled and moe.moe_router_center_input,
         "router_aux_loss_coef": moe.aux_loss_coeff,
         "router_z_loss_coef": moe.moe_z_loss_coeff,
         **shared,
@@ -180,10 +181,11 @@ def _experts(content: dict[str, Any], layers: int, where: str, *, dense: bool) -
         raise CheckpointError(
             f"{where}: experts_per_layer is {experts!r}; expected a number for each layer, one above 1"
         )
-    biased = _switch(content, "router_expert_bias", where)
+    biased, centered = (_switch(content, name, where) for name in ("router_expert_bias", "router_center_input"))
     if set(experts) == {1}:
-        if biased:
-            raise CheckpointError(f"{where}: router_expert_bias is true, but no layer has experts. Restore the file")
+        for name, given in (("router_expert_bias", biased), ("router_center_input", centered)):
+            if given:
+                raise CheckpointError(f"{where}: {name} is true, but no layer has experts. Restore the file")
         return MoEConfig()
     interval = next(layer for layer, count in enumerate(experts) if count > 1) + 1
     in_turn = tuple(experts[interval - 1 :: interval])
@@ -193,6 +195,7 @@ def _experts(content: dict[str, Any], layers: int, where: str, *, dense: bool) -
         topk=content.get("num_experts_per_tok", 1),
         mlp_type="residual" if content.get("residual_moe") else "standard",
         moe_router_load_balancing_type="quantile_balancing" if biased else "aux_loss",
+        moe_router_center_input=centered,
         moe_loss_coeff=content.get("router_aux_loss_coef", 0.01),
         moe_z_loss_coeff=content.get("router_z_loss_coef", 0.0),
     )

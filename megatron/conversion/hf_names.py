@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Iterator
 
 from megatron.config import ModelConfig, MoEConfig
-from megatron.conversion.contents import EXPERT_BIAS, buffer_shapes, parameter_shapes
+from megatron.conversion.contents import ROUTER_BUFFERS, buffer_shapes, parameter_shapes
 from megatron.conversion.hf_config import is_gpt2
 
 _OUTSIDE = {
@@ -31,6 +31,7 @@ _IN_LAYER = {
     "mlp.fc2": "mlp.c_proj",
     "mlp.router": "mlp.router",
     "mlp.router.balancer": "mlp.balancer",
+    "mlp.router.centering": "mlp.centering",
     "mlp.mlp.fc1": "mlp.dense.c_fc",
     "mlp.mlp.fc2": "mlp.dense.c_proj",
     "mlp.coefficient": "mlp.coefficient",
@@ -52,7 +53,7 @@ class HFTensor:
 
 def hf_tensors(model: ModelConfig, moe: MoEConfig, vocab_size: int, stacked: bool = True) -> Iterator[HFTensor]:
     """Every parameter of a model, in the model's order: each of ours, or each row of a stacked one, exactly once; then
-    its expert biases.
+    what its routers have learned.
 
     Args:
         model: its shape.
@@ -61,8 +62,8 @@ def hf_tensors(model: ModelConfig, moe: MoEConfig, vocab_size: int, stacked: boo
         stacked: whether a layer's experts are stacked there, too.
     """
     buffers = buffer_shapes(model, moe, vocab_size)
-    biases = {name: shape for name, shape in buffers.items() if name.endswith(EXPERT_BIAS)}
-    for name, shape in (parameter_shapes(model, moe, vocab_size) | biases).items():
+    learned = {name: shape for name, shape in buffers.items() if name.endswith(ROUTER_BUFFERS)}
+    for name, shape in (parameter_shapes(model, moe, vocab_size) | learned).items():
         if name in _OUTSIDE:
             yield HFTensor(_OUTSIDE[name], name, None, False, shape)
             continue

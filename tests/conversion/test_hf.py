@@ -160,8 +160,9 @@ def test_what_balancers_learned_in_training_alone_starts_anew(tmp_path, method):
     list(run(saved.folder, tmp_path / "hf", "hf", dtype="bf16"))
     theirs = load_file(tmp_path / "hf" / "model.safetensors")
     about = json.loads((tmp_path / "hf" / "config.json").read_text())
-    kinds = {tensor.dtype for name, tensor in theirs.items() if not name.endswith(".expert_bias")}
+    kinds = {tensor.dtype for name, tensor in theirs.items() if not name.endswith((".expert_bias", ".input_mean"))}
     assert (kinds, about["torch_dtype"]) == ({torch.bfloat16}, "bfloat16")
+    assert about["router_center_input"] == any(name.endswith(".input_mean") for name in theirs)
     assert about["router_expert_bias"] == any(name.endswith(".expert_bias") for name in theirs) == moe.has_expert_bias
     list(run(tmp_path / "hf", tmp_path / "back", "native"))
     back = read_native(tmp_path / "back")
@@ -178,6 +179,7 @@ def test_what_balancers_learned_in_training_alone_starts_anew(tmp_path, method):
     assert read_native(tmp_path / "without").config.moe.balancing == "quantile_balancing"
     bias = "transformer.h.1.mlp.balancer.expert_bias"
     for config, tensors, message in (
+        (about | {"router_center_input": not moe.moe_router_center_input}, theirs, r"mlp\.centering\.input_mean is "),
         (about | {"router_expert_bias": False}, theirs, f"{bias} is no tensor of this model"),
         (about, {name: tensor for name, tensor in theirs.items() if name != bias}, f"{bias} is missing"),
         (about | {"router_aux_loss_coef": 0.01}, theirs, "--moe-loss-coeff 0.01 beside type quantile_balancing"),

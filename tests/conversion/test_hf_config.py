@@ -142,7 +142,7 @@ def test_keys_of_an_exported_model_stay():
     assert experts.keys() == shared | {
         "auto_map", "num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size",
         "max_position_embeddings", "experts_per_layer", "num_experts", "num_experts_per_tok", "residual_moe",
-        "qk_layernorm", "router_expert_bias", "router_aux_loss_coef", "router_z_loss_coef",
+        "qk_layernorm", "router_expert_bias", "router_center_input", "router_aux_loss_coef", "router_z_loss_coef",
     }  # fmt: skip
     assert (experts["architectures"], experts["model_type"]) == (["GPTMoEForCausalLM"], "gpt_moe")
     assert experts["auto_map"] == {

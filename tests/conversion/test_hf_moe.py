@@ -222,11 +222,11 @@ class Logits(nn.Module):
 
 def biases_of(model: nn.Module) -> dict[str, torch.Tensor]:
     """Those of a loaded model, by our names."""
-    found = {name: buffer for name, buffer in model.named_buffers() if name.endswith(".expert_bias")}
-    return {
-        name.replace("transformer.h", "layers").replace("mlp.balancer", "mlp.router.balancer"): buffer
-        for name, buffer in found.items()
-    }
+    found = {name: x for name, x in model.named_buffers() if name.endswith((".expert_bias", ".input_mean"))}
+    ours = {"transformer.h": "layers", "mlp.balancer": "mlp.router.balancer", "mlp.centering": "mlp.router.centering"}
+    for their_name, name in ours.items():
+        found = {each.replace(their_name, name): buffer for each, buffer in found.items()}
+    return found
 
 
 def test_biases_decide_the_choice_alone_and_are_not_trained(saved, folder):

@@ -16,6 +16,7 @@ class GPTMoEConfig(PretrainedConfig):
         residual_moe: whether an MoE layer also has a dense feed-forward, mixed in by learned coefficients.
         qk_layernorm: whether queries and keys are normalized, each head by itself, before attention.
         router_expert_bias: whether each expert has a bias, which is added to its logit for the choice of experts only.
+        router_center_input: whether the mean that the router's input had in training is subtracted from it.
             It is learned in pretraining and fixed in fine-tuning.
         router_aux_loss_coef: coefficient of the load-balancing loss in training.
         router_z_loss_coef: coefficient of the router z-loss in training.
@@ -39,6 +40,7 @@ class GPTMoEConfig(PretrainedConfig):
         residual_moe: bool = False,
         qk_layernorm: bool = False,
         router_expert_bias: bool = False,
+        router_center_input: bool = False,
         router_aux_loss_coef: float = 0.01,
         router_z_loss_coef: float = 0.0,
         embd_pdrop: float = 0.1,
@@ -69,6 +71,7 @@ class GPTMoEConfig(PretrainedConfig):
         self.residual_moe = residual_moe
         self.qk_layernorm = qk_layernorm
         self.router_expert_bias = router_expert_bias
+        self.router_center_input = router_center_input
         self.router_aux_loss_coef = router_aux_loss_coef
         self.router_z_loss_coef = router_z_loss_coef
         self.embd_pdrop = embd_pdrop

@@ -55,39 +55,58 @@ class GPTMoERouter(nn.Linear):
         return F.linear(x_TH.float(), self.weight.float())
 
 
-class GPTMoEBalancer(nn.Module):
-    """Scores for the choice of experts: logits, plus a bias for each expert with ``router_expert_bias``.
+class GPTMoEBuffer(nn.Module):
+    """A vector that was learned outside of gradient descent; None in a model without it.
 
-    Biases are fp32 in a model of any format: rounded, they would choose other experts. So they are a buffer, as
-    transformers rounds parameters on a disk. They are NaN until they are loaded.
+    It is fp32 in a model of any format: rounded, it would choose other experts. So it is a buffer, as transformers
+    rounds parameters on a disk. It is NaN until it is loaded.
     """
 
-    expert_bias: torch.Tensor | None
+    name: str
 
-    def __init__(self, config: GPTMoEConfig, num_experts: int) -> None:
+    def __init__(self, size: int | None) -> None:
         super().__init__()
-        bias_E = torch.full((num_experts,), torch.nan, dtype=torch.float32) if config.router_expert_bias else None
-        self.register_buffer("expert_bias", bias_E)
+        self.register_buffer(self.name, None if size is None else torch.full((size,), torch.nan, dtype=torch.float32))
         self.is_loaded = False
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "GPTMoEBalancer":
-        before = self.expert_bias
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "GPTMoEBuffer":
+        before = getattr(self, self.name)
         super()._apply(fn, recurse)
-        if before is not None and self.expert_bias is not None and self.expert_bias.dtype != before.dtype:
-            self.expert_bias = before.to(self.expert_bias.device)
+        after = getattr(self, self.name)
+        if before is not None and after.dtype != before.dtype:
+            setattr(self, self.name, before.to(after.device))
         return self
 
-    def forward(self, logits_TE: torch.Tensor) -> torch.Tensor:
-        if self.expert_bias is None:
-            return logits_TE
-        if not (torch.jit.is_tracing() or torch.compiler.is_compiling() or self.is_loaded):
-            if self.expert_bias.isnan().any():
+    def loaded(self) -> torch.Tensor | None:
+        buffer = getattr(self, self.name)
+        if buffer is not None and not (torch.jit.is_tracing() or torch.compiler.is_compiling() or self.is_loaded):
+            if buffer.isnan().any():
                 raise ValueError(
-                    "expert_bias was not loaded: the model's folder lacks it, or the layer is on a disk, where "
+                    f"{self.name} was not loaded: the model's folder lacks it, or the layer is on a disk, where "
                     "transformers 4 does not load buffers; use transformers 5, or a device_map without a disk"
                 )
             self.is_loaded = True
-        return logits_TE.detach() + self.expert_bias
+        return buffer
+
+
+class GPTMoEBalancer(GPTMoEBuffer):
+    """Scores for the choice of experts: logits, plus a bias for each expert with ``router_expert_bias``."""
+
+    name = "expert_bias"
+
+    def forward(self, logits_TE: torch.Tensor) -> torch.Tensor:
+        bias_E = self.loaded()
+        return logits_TE if bias_E is None else logits_TE.detach() + bias_E
+
+
+class GPTMoECentering(GPTMoEBuffer):
+    """The router's input, minus its mean in training with ``router_center_input``."""
+
+    name = "input_mean"
+
+    def forward(self, x_TH: torch.Tensor) -> torch.Tensor:
+        mean_H = self.loaded()
+        return x_TH if mean_H is None else x_TH.float() - mean_H
 
 
 @use_experts_implementation(has_gate=False, has_bias=True, is_transposed=True)
@@ -123,7 +142,8 @@ class GPTMoESparseMLP(nn.Module):
         super().__init__()
         self.topk = config.num_experts_per_tok
         self.router = GPTMoERouter(config.hidden_size, num_experts, bias=False)
-        self.balancer = GPTMoEBalancer(config, num_experts)
+        self.balancer = GPTMoEBalancer(num_experts if config.router_expert_bias else None)
+        self.centering = GPTMoECentering(config.hidden_size if config.router_center_input else None)
         self.experts = GPTMoEExperts(config, num_experts)
         self.dense = GPTMoEMLP(config) if config.residual_moe else None
         if config.residual_moe:
@@ -131,7 +151,7 @@ class GPTMoESparseMLP(nn.Module):
 
     def forward(self, x_BSH: torch.Tensor, side_outputs: SideOutputs | None = None) -> torch.Tensor:
         x_TH = x_BSH.reshape(-1, x_BSH.size(-1))
-        logits_TE = self.router(x_TH)
+        logits_TE = self.router(self.centering(x_TH))
         if side_outputs is not None:
             side_outputs.router_logits = logits_TE
         expert_TK = choose(self.balancer(logits_TE), self.topk)
@@ -201,8 +221,8 @@ class GPTMoEPreTrainedModel(PreTrainedModel):
             nn.init.ones_(module.weight)
         if getattr(module, "bias", None) is not None and isinstance(module, nn.Linear | nn.LayerNorm):
             nn.init.zeros_(module.bias)
-        if isinstance(module, GPTMoEBalancer) and module.expert_bias is not None:
-            nn.init.constant_(module.expert_bias, torch.nan)
+        if isinstance(module, GPTMoEBuffer) and getattr(module, module.name) is not None:
+            nn.init.constant_(getattr(module, module.name), torch.nan)
         if isinstance(module, GPTMoEExperts):
             for name, parameter in module.named_parameters():
                 if name.endswith("_bias"):

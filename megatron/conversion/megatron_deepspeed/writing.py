@@ -50,6 +50,11 @@ def write_megatron_deepspeed(contents: Contents, folder: str | os.PathLike) -> P
             f"{contents.where} chooses experts with a bias for each ({contents.config.moe.balancing}), which "
             "Megatron-DeepSpeed does not have; use --to hf"
         )
+    if contents.config.moe.enabled and contents.config.moe.moe_router_center_input:
+        raise CheckpointError(
+            f"{contents.where} is a model with --moe-router-center-input, which Megatron-DeepSpeed does not have; use "
+            "--to hf"
+        )
     config, vocab_size, dtype = contents.config, contents.meta["vocab_size"], contents.dtype
     cuts = Cuts(config)
     clock = contents.meta["clock"]
