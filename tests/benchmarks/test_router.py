@@ -26,9 +26,10 @@ def test_it_checks_measures_and_writes(tmp_path):
     file = tmp_path / "router.json"
     shown = benchmark("--tokens", "64", "--hidden-size", "32", "--experts", "4", "8", "--json", str(file))
     out = json.loads(file.read_text())
-    names = ["ours", "plain torch, [T, E] masks", "gate product alone", "tokens read once", "DeepSpeed, forward"]
+    ours = ["ours", "ours, quantile balancing"]
+    names = [*ours, "plain torch, [T, E] masks", "gate product alone", "tokens read once", "DeepSpeed, forward"]
     assert [(row["router"], row["experts"]) for row in out["rows"]] == [(name, e) for e in (4, 8) for name in names]
     assert all(row["forward_ms"] > 0 for row in out["rows"])
-    assert [row["both_ms"] is not None for row in out["rows"][:5]] == [True, True, False, False, False]
+    assert [row["both_ms"] is not None for row in out["rows"][:6]] == [True, True, True, False, False, False]
     assert out["dtype"] == "fp32"
     assert shown.count("| ours | 64 | 32 |") == 2
