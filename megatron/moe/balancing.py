@@ -20,7 +20,6 @@ change in every update.
 Shapes: T tokens, H hidden, E experts, K experts of each token, B bins, L layers with equally many experts.
 """
 
-import itertools
 import math
 from collections.abc import Callable, Iterable
 from typing import ClassVar
@@ -52,70 +51,83 @@ class Learner(nn.Module):
 
     Attributes:
         learned: names of the buffers that it learns, fp32; checkpoints have them.
-        statistics: of this rank's tokens since the last update.
+        statistics: of this rank's tokens since the last update, [R, ...], the sum of R parts.
+        own_tokens: whether, with sequence parallelism, each tensor-parallel rank observes its own tokens.
     """
 
-    learned: ClassVar[tuple[str, ...]]
     statistics: torch.Tensor
+    own_tokens: ClassVar[bool] = False
+
+    def __init__(self, statistics: torch.Tensor, **learned: torch.Tensor) -> None:
+        super().__init__()
+        self.learned = tuple(learned)
+        for name, start in learned.items():
+            self.register_buffer(name, start)
+        self.register_buffer("statistics", statistics, persistent=False)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "Learner":
         """Follow the model to another device, but not to another number format: a bias's steps are small."""
-        before = {name: getattr(self, name) for name in self.learned}
+        before = dict(self.named_buffers())
         super()._apply(fn, recurse)
         for name, old in before.items():
             if (new := getattr(self, name)).dtype != old.dtype:
                 setattr(self, name, old.to(new.device))
         return self
 
+    def step(self, learned: list[torch.Tensor], statistics: torch.Tensor) -> list[torch.Tensor]:
+        """What L alike learners know after an update: their new buffers, [L, ...] each.
+
+        Args:
+            learned: the old ones.
+            statistics: of the global batch, [L, ...], all parts added.
+        """
+        raise NotImplementedError
+
 
 class InputMean(Learner):
     """The mean of the router's input over the tokens of the update before; 0 until there is one.
 
-    ``statistics`` are the sum of this rank's tokens and their number, float64 [H + 1].
+    ``statistics`` are the sum of this rank's tokens and their number, float64 [1, H + 1].
     """
 
-    learned = ("input_mean",)
+    own_tokens = True
     input_mean: torch.Tensor
 
     def __init__(self, hidden_size: int) -> None:
-        super().__init__()
-        self.register_buffer("input_mean", torch.zeros(hidden_size))
-        self.register_buffer("statistics", torch.zeros(hidden_size + 1, dtype=torch.float64), persistent=False)
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "InputMean":
-        super()._apply(fn, recurse)
-        self.statistics = self.statistics.double()
-        return self
+        super().__init__(torch.zeros(1, hidden_size + 1, dtype=torch.float64), input_mean=torch.zeros(hidden_size))
 
     @torch.no_grad()
     def observe(self, x: torch.Tensor) -> None:
         """Take in the tokens of a micro-batch in training, [..., H]."""
         x_TH, precise = x.flatten(0, -2), torch.promote_types(x.dtype, torch.float32)
         rows = 128 if x_TH.size(0) % 128 == 0 else 1  # two sums in a row: one of few columns leaves a GPU idle
-        self.statistics[:-1] += x_TH.unflatten(0, (-1, rows)).sum(1, dtype=precise).sum(0)
-        self.statistics[-1] += x_TH.size(0)
+        self.statistics[0, :-1] += x_TH.unflatten(0, (-1, rows)).sum(1, dtype=precise).sum(0)
+        self.statistics[0, -1] += x_TH.size(0)
+
+    def step(self, learned: list[torch.Tensor], statistics: torch.Tensor) -> list[torch.Tensor]:
+        """See :meth:`Learner.step`."""
+        sum_LH, tokens_L1 = statistics[:, :-1], statistics[:, -1:]
+        return [torch.where(tokens_L1 > 0, sum_LH / tokens_L1.clamp(min=1), learned[0]).float()]
 
 
 class Balancer(Learner):
-    """What keeps one router's experts evenly loaded.
+    """What keeps one router's experts evenly loaded. ``statistics`` are int32 [R, E, ...]."""
 
-    ``statistics`` are int32 [R, E, ...], the sum of R parts.
-    """
-
-    def __init__(self, num_experts: int, moe: MoEConfig, parts: int = 1, shape: tuple[int, ...] = ()) -> None:
-        super().__init__()
+    def __init__(
+        self, num_experts: int, moe: MoEConfig, parts: int = 1, shape: tuple[int, ...] = (), **learned: torch.Tensor
+    ) -> None:
+        super().__init__(torch.zeros(parts, num_experts, *shape, dtype=torch.int32), **learned)
         self.num_experts, self.moe = num_experts, moe
-        self.register_buffer("statistics", torch.zeros(parts, num_experts, *shape, dtype=torch.int32), persistent=False)
 
     @property
     def bias_E(self) -> torch.Tensor | None:
         """What is added to the logits for the choice of experts, fp32."""
-        return None
+        return getattr(self, "expert_bias", None)
 
     @property
     def share_E(self) -> torch.Tensor | None:
         """Each expert's share of assignments for the load-balancing loss, fp32; None: that of the micro-batch."""
-        return None
+        return getattr(self, "expert_share", None)
 
     @property
     def histogram_REB(self) -> torch.Tensor | None:
@@ -124,16 +136,7 @@ class Balancer(Learner):
 
     def observe(self, scores_TE: torch.Tensor, expert_TK: torch.Tensor) -> None:
         """Take in a micro-batch in training: the scores that decided, biases included, and the choices."""
-        raise NotImplementedError
-
-    def step(self, learned: list[torch.Tensor], statistics: torch.Tensor) -> list[torch.Tensor]:
-        """What the balancers of L layers learn of an update: their new buffers, [L, E] each.
-
-        Args:
-            learned: the old ones.
-            statistics: of the global batch, [L, E, ...].
-        """
-        raise NotImplementedError
+        self.statistics += count_experts(expert_TK, self.num_experts)
 
 
 class ExpertBias(Balancer):
@@ -143,26 +146,14 @@ class ExpertBias(Balancer):
     its sign and shrinks when that changes, never below ``moe_router_bias_update_rate``.
     """
 
-    learned = ("expert_bias", "bias_step")
     expert_bias: torch.Tensor
     bias_step: torch.Tensor  # the last step; its sign is the direction
 
     def __init__(self, num_experts: int, moe: MoEConfig) -> None:
-        super().__init__(num_experts, moe)
-        for name in self.learned:
-            self.register_buffer(name, torch.zeros(num_experts))
-
-    @property
-    def bias_E(self) -> torch.Tensor:
-        """See :attr:`Balancer.bias_E`."""
-        return self.expert_bias
-
-    def observe(self, scores_TE: torch.Tensor, expert_TK: torch.Tensor) -> None:
-        """Count the tokens of each expert."""
-        self.statistics += count_experts(expert_TK, self.num_experts)
+        super().__init__(num_experts, moe, expert_bias=torch.zeros(num_experts), bias_step=torch.zeros(num_experts))
 
     def step(self, learned: list[torch.Tensor], statistics: torch.Tensor) -> list[torch.Tensor]:
-        """See :meth:`Balancer.step`."""
+        """See :meth:`Learner.step`."""
         bias_LE, step_LE = learned
         counts_LE = statistics.double()
         direction_LE = (counts_LE.mean(-1, keepdim=True) - counts_LE).sign().float()
@@ -181,17 +172,11 @@ class QuantileBias(Balancer):
     problem; the next one follows after the next update.
     """
 
-    learned = ("expert_bias",)
     expert_bias: torch.Tensor
 
     def __init__(self, num_experts: int, moe: MoEConfig) -> None:
-        super().__init__(num_experts, moe, max(1, min(64, COPIES // num_experts)), (BINS,))
-        self.register_buffer("expert_bias", torch.zeros(num_experts))
-
-    @property
-    def bias_E(self) -> torch.Tensor:
-        """See :attr:`Balancer.bias_E`."""
-        return self.expert_bias
+        parts = max(1, min(64, COPIES // num_experts))
+        super().__init__(num_experts, moe, parts, (BINS,), expert_bias=torch.zeros(num_experts))
 
     @property
     def histogram_REB(self) -> torch.Tensor:
@@ -208,7 +193,7 @@ class QuantileBias(Balancer):
         self.statistics[0].view(-1).scatter_add_(0, at_N, torch.ones_like(at_N, dtype=torch.int32))
 
     def step(self, learned: list[torch.Tensor], statistics: torch.Tensor) -> list[torch.Tensor]:
-        """See :meth:`Balancer.step`."""
+        """See :meth:`Learner.step`."""
         shift_LE = quantile(statistics, self.moe.topk / self.num_experts)
         kept = self.moe.moe_router_quantile_balancing_ema
         return [centered(learned[0] + (1 - kept) * shift_LE)]
@@ -217,24 +202,17 @@ class QuantileBias(Balancer):
 class GlobalLoad(Balancer):
     """The loads of the update before, for the load-balancing loss. At the start of a run they are even."""
 
-    learned = ("expert_share",)
     expert_share: torch.Tensor
 
     def __init__(self, num_experts: int, moe: MoEConfig) -> None:
-        super().__init__(num_experts, moe)
-        self.register_buffer("expert_share", torch.full((num_experts,), 1 / num_experts))
-
-    @property
-    def share_E(self) -> torch.Tensor:
-        """See :attr:`Balancer.share_E`."""
-        return self.expert_share
+        super().__init__(num_experts, moe, expert_share=torch.full((num_experts,), 1 / num_experts))
 
     def observe(self, scores_TE: torch.Tensor, expert_TK: torch.Tensor) -> None:
         """Count the choices that the load-balancing loss counts."""
-        self.statistics += count_experts(expert_TK[:, :1] if self.moe.topk == 2 else expert_TK, self.num_experts)
+        super().observe(scores_TE, expert_TK[:, :1] if self.moe.topk == 2 else expert_TK)
 
     def step(self, learned: list[torch.Tensor], statistics: torch.Tensor) -> list[torch.Tensor]:
-        """See :meth:`Balancer.step`."""
+        """See :meth:`Learner.step`."""
         return [(statistics / statistics.sum(-1, keepdim=True).clamp(min=1)).float()]
 
 
@@ -283,66 +261,24 @@ def learn(
         tensor_group: ranks that route the same tokens; their logits may differ in the last bits.
         finite: whether the gradient norm was; otherwise the update was skipped, and nothing is learned of it.
     """
-    found = list(found)
-    _update_means([each for each in found if isinstance(each, InputMean)], data_group, tensor_group, finite)
-    _update_balancers([each for each in found if isinstance(each, Balancer)], data_group, tensor_group, finite)
+    alike: dict[object, list[Learner]] = {}
     for each in found:
-        each.statistics.zero_()
-
-
-def _update_means(
-    means: list[InputMean],
-    data_group: dist.ProcessGroup | None,
-    tensor_group: TensorGroup,
-    finite: torch.Tensor | bool,
-) -> None:
-    if not means:
-        return
-    sums_LH = torch.stack([each.statistics for each in means])
-    _add_up(sums_LH, data_group)
-    if tensor_group.sequence_parallel:  # each rank has some of the tokens
-        dist.all_reduce(sums_LH, group=tensor_group.group)
-    else:
-        broadcast_first(sums_LH, tensor_group)
-    tokens_L1 = sums_LH[:, -1:]
-    old_LH = torch.stack([each.input_mean for each in means])
-    new_LH = torch.where(tokens_L1 > 0, sums_LH[:, :-1] / tokens_L1.clamp(min=1), old_LH).float()
-    _set([[each.input_mean for each in means]], [old_LH], [new_LH], finite)
-
-
-def _update_balancers(
-    balancers: list[Balancer],
-    data_group: dist.ProcessGroup | None,
-    tensor_group: TensorGroup,
-    finite: torch.Tensor | bool,
-) -> None:
-    if not balancers:
-        return
-    sums = [each.statistics.sum(0, dtype=torch.int32) for each in balancers]
-    flat = torch.cat([each.flatten() for each in sums])
-    _add_up(flat, data_group)
-    broadcast_first(flat, tensor_group)
-    pieces = flat.split([each.numel() for each in sums])
-    for _, pairs in itertools.groupby(zip(balancers, pieces, strict=True), key=lambda pair: pair[0].num_experts):
-        layers, statistics = zip(*pairs, strict=True)
+        alike.setdefault((type(each), each.statistics.shape), []).append(each)
+    for layers in alike.values():
         first = layers[0]
-        buffers = [[getattr(layer, name) for layer in layers] for name in first.learned]
+        statistics = torch.stack([each.statistics for each in layers])
+        statistics = statistics.sum(1, dtype=statistics.dtype)
+        if data_group is not None and data_group.size() > 1:
+            dist.all_reduce(statistics, group=data_group)
+        if first.own_tokens and tensor_group.sequence_parallel:
+            dist.all_reduce(statistics, group=tensor_group.group)
+        else:
+            broadcast_first(statistics, tensor_group)
+        buffers = [[getattr(each, name) for each in layers] for name in first.learned]
         old = [torch.stack(each) for each in buffers]
-        new = first.step(old, torch.stack(statistics).view(len(layers), *first.statistics.shape[1:]))
-        _set(buffers, old, new, finite)
-
-
-def _add_up(x: torch.Tensor, group: dist.ProcessGroup | None) -> None:
-    if group is not None and group.size() > 1:
-        dist.all_reduce(x, group=group)
-
-
-def _set(
-    buffers: list[list[torch.Tensor]], old: list[torch.Tensor], new: list[torch.Tensor], finite: torch.Tensor | bool
-) -> None:
-    """Write new values, [L, ...] for each list of L buffers, if ``finite``."""
-    for each, before, after in zip(buffers, old, new, strict=True):
-        torch._foreach_copy_(each, torch.where(torch.as_tensor(finite), after, before).unbind())
+        for each, before, after in zip(buffers, old, first.step(old, statistics), strict=True):
+            torch._foreach_copy_(each, torch.where(torch.as_tensor(finite), after, before).unbind())
+        torch._foreach_zero_([each.statistics for each in layers])
 
 
 def centered(bias_LE: torch.Tensor) -> torch.Tensor:

@@ -142,7 +142,7 @@ def _child(
             spec.loader.exec_module(sys.modules[module_name])
         fn, args = torch.load(folder / "call.pt", weights_only=False)
         store = dist.FileStore(str(folder / "store"), world_size)
-        limit = datetime.timedelta(seconds=timeout)
+        limit = datetime.timedelta(seconds=timeout + 10)  # a hang is for the parent to end
         if backend == "nccl":
             torch.cuda.set_device(rank % torch.cuda.device_count())
             os.environ["LOCAL_RANK"] = str(torch.cuda.current_device())
