@@ -13,7 +13,7 @@ import torch
 
 from megatron.moe.kernels import experts as expert_kernels
 from megatron.moe.kernels import permute as permute_kernels
-from megatron.moe.kernels.gate import NO_BALANCE, Balance, Gating, gate
+from megatron.moe.kernels.gate import Balance, Gating, gate
 from megatron.moe.kernels.top1_layer import top1_layer as top1_layer_kernels
 from megatron.moe.plan import Routing, RoutingPlan
 from megatron.parallel.tensor_collectives import broadcast_first
@@ -29,9 +29,7 @@ def route(router: Router, x: torch.Tensor) -> Routing:
     agree = functools.partial(broadcast_first, group=router.tensor_group) if router.own_logits else None
     random = router.training and router.random_selection
     x_TH = x.flatten(0, -2).contiguous()
-    _, gating = gate(
-        x_TH, router.weight, capacity, random=random, agree=agree, balance=_balance(router), offset_E=_offset(router, x)
-    )
+    _, gating = gate(x_TH, router.weight, capacity, random=random, agree=agree, balance=_balance(router))
     return _routing(router, gating, capacity)
 
 
@@ -83,26 +81,19 @@ def top1_layer(router: Router, experts: Experts, x: torch.Tensor) -> tuple[torch
     weights = (experts.w1, experts.b1, experts.w2, experts.b2)
     random = router.training and router.random_selection
     x_TH = x.flatten(0, -2).contiguous()
-    y_TH, gating = top1_layer_kernels(
-        x_TH, router.weight, weights, capacity, random=random, balance=_balance(router), offset_E=_offset(router, x)
-    )
+    y_TH, gating = top1_layer_kernels(x_TH, router.weight, weights, capacity, random=random, balance=_balance(router))
     return y_TH.view(x.shape), _routing(router, gating, capacity)
 
 
-def _offset(router: Router, x: torch.Tensor) -> torch.Tensor | None:
-    """What a centered input adds to the logits: (x - mean) @ weight^T is x @ weight^T - weight @ mean."""
-    if router.centering is None:
-        return None
-    if router.training:
-        router.centering.observe(x)
-    return -(router.weight.float() @ router.centering.input_mean)
-
-
 def _balance(router: Router) -> Balance:
-    balancer = router.balancer
-    if balancer is None:
-        return NO_BALANCE
-    return Balance(balancer.bias_E, balancer.share_E, balancer.histogram_REB if router.training else None)
+    """What the router has learned; in training with what it learns from, which the kernels add to."""
+    bias_E = share_E = histogram_REB = mean_H = input_sum = None
+    if (balancer := router.balancer) is not None:
+        bias_E, share_E = balancer.bias_E, balancer.share_E
+        histogram_REB = balancer.histogram_REB if router.training else None
+    if (centering := router.centering) is not None:
+        mean_H, input_sum = centering.input_mean, centering.statistics if router.training else None
+    return Balance(bias_E, share_E, histogram_REB, mean_H, input_sum)
 
 
 def _routing(router: Router, gating: Gating, capacity: int | None) -> Routing:

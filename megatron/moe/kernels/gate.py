@@ -40,11 +40,13 @@ class Gating(NamedTuple):
 
 
 class Balance(NamedTuple):
-    """What balances the experts beside the micro-batch's own aux loss; see :mod:`megatron.moe.balancing`."""
+    """What the router has learned outside of gradient descent, and learns; see :mod:`megatron.moe.balancing`."""
 
     bias_E: torch.Tensor | None = None  # fp32, added to the logits for the choice
     share_E: torch.Tensor | None = None  # fp32, loads for the aux loss in place of the micro-batch's
     histogram_REB: torch.Tensor | None = None  # int32, of which each gets a part of this micro-batch added
+    mean_H: torch.Tensor | None = None  # fp32, subtracted from each token for the logits
+    input_sum: torch.Tensor | None = None  # float64 [1, H + 1], to which the tokens and their number are added
 
 
 NO_BALANCE = Balance()
@@ -62,10 +64,10 @@ def reference(
     Args:
         capacity: rows of each expert's buffer; None for as many as needed.
         order_T: a permutation of the tokens; slots are given in this order (by default in that of the tokens).
-        balance: its histogram stays as it is.
+        balance: its histogram and its sum stay as they are.
     """
     T, E = x_TH.size(0), weight_EH.size(0)
-    logits_TE = x_TH @ weight_EH.T
+    logits_TE = (x_TH if balance.mean_H is None else x_TH - balance.mean_H) @ weight_EH.T
     p_TE = logits_TE.softmax(-1)
     expert_T = (logits_TE if balance.bias_E is None else logits_TE + balance.bias_E).argmax(-1)
     gate_T = p_TE.gather(1, expert_T[:, None])[:, 0]
@@ -100,10 +102,13 @@ def reference(
 
 @jit
 def _logits(
-    x_ptr, w_ptr, offset_ptr, row, T, H, E,
-    BT: tl.constexpr, BE: tl.constexpr, BK: tl.constexpr, IEEE: tl.constexpr, OFFSET: tl.constexpr,
+    x_ptr, w_ptr, offset_ptr, sum_ptr, row, T, H, E,
+    BT: tl.constexpr, BE: tl.constexpr, BK: tl.constexpr, IEEE: tl.constexpr, OFFSET: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
-    """fp32 [BT, BE] of the tokens ``row``; -inf beyond E. Products of half-precision numbers are exact in fp32."""
+    """fp32 [BT, BE] of the tokens ``row``; -inf beyond E. Products of half-precision numbers are exact in fp32.
+
+    With SUM, the sum of these tokens, [H], is stored.
+    """
     e = tl.arange(0, BE)
     k = tl.arange(0, BK)
     x_at = x_ptr + row.to(tl.int64)[:, None] * H + k[None, :]
@@ -117,23 +122,26 @@ def _logits(
             acc = tl.dot(x.to(tl.float32), w.to(tl.float32), acc, input_precision="ieee")
         else:
             acc = tl.dot(x, w, acc)
+        if SUM:
+            tl.store(sum_ptr + start + k, tl.sum(x.to(tl.float32), axis=0), mask=inside)
     if OFFSET:
-        acc += tl.load(offset_ptr + e, mask=e < E, other=0.0)[None, :]
+        acc -= tl.load(offset_ptr + e, mask=e < E, other=0.0)[None, :]
     return tl.where((e < E)[None, :], acc, float("-inf"))
 
 
 @jit
 def _gate_forward(
-    x_ptr, w_ptr, offset_ptr, bias_ptr, expert_ptr, gate_ptr, lse_ptr, p_sum_ptr, z_sum_ptr, histogram_ptr,
+    x_ptr, w_ptr, offset_ptr, bias_ptr, expert_ptr, gate_ptr, lse_ptr, p_sum_ptr, z_sum_ptr, x_sum_ptr, histogram_ptr,
     T, H, E, copies, finest, width,
     BT: tl.constexpr, BE: tl.constexpr, BK: tl.constexpr, IEEE: tl.constexpr, OFFSET: tl.constexpr,
-    BIAS: tl.constexpr, BINS: tl.constexpr,
+    SUM: tl.constexpr, BIAS: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
     """With BIAS, experts are chosen by logit + bias. With BINS above 0, count what scores lack of thresholds."""
     block = tl.program_id(0)
     row = block * BT + tl.arange(0, BT)
     e = tl.arange(0, BE)
-    logits = _logits(x_ptr, w_ptr, offset_ptr, row, T, H, E, BT, BE, BK, IEEE, OFFSET)
+    x_sum = x_sum_ptr + block * (H + 1)
+    logits = _logits(x_ptr, w_ptr, offset_ptr, x_sum, row, T, H, E, BT, BE, BK, IEEE, OFFSET, SUM)
     most = tl.max(logits, axis=1)
     p = tl.exp(logits - most[:, None])
     total = tl.sum(p, axis=1)
@@ -152,6 +160,8 @@ def _gate_forward(
     real = (row < T).to(tl.float32)
     tl.store(p_sum_ptr + block * BE + e, tl.sum(p * (real / total)[:, None], axis=0))
     tl.store(z_sum_ptr + block, tl.sum(lse * lse * real, axis=0))
+    if SUM:
+        tl.store(x_sum + H, tl.sum(real, axis=0))
     if BINS > 0:
         second = tl.max(tl.where(chosen, float("-inf"), scores), axis=1)
         shift = (second[:, None] - scores) / finest
@@ -178,7 +188,7 @@ def _gate_backward(
     """
     row = tl.program_id(0) * BT + tl.arange(0, BT)
     e = tl.arange(0, BE)
-    logits = _logits(x_ptr, w_ptr, offset_ptr, row, T, H, E, BT, BE, BK, IEEE, OFFSET)
+    logits = _logits(x_ptr, w_ptr, offset_ptr, x_ptr, row, T, H, E, BT, BE, BK, IEEE, OFFSET, False)
     lse = tl.load(lse_ptr + row, mask=row < T, other=0.0)
     p = tl.exp(logits - lse[:, None])
     tokens = tl.maximum(T, 1).to(tl.float32)
@@ -292,7 +302,6 @@ def launch_forward(
     random: bool,
     agree: Agree | None = None,
     balance: Balance = NO_BALANCE,
-    offset_E: torch.Tensor | None = None,
 ) -> Decided:
     """The forward kernels; see :func:`gate`."""
     T, H = x_TH.shape
@@ -314,15 +323,19 @@ def launch_forward(
     def or_any(x: torch.Tensor | None) -> torch.Tensor:
         return lse_T if x is None else x  # any: it is not read
 
+    offset_E = _offset(weight_EH, balance)
+    x_sum = None if balance.input_sum is None else new((gate_blocks, H + 1), dtype=torch.float32)
     copies = 1 if balance.histogram_REB is None else balance.histogram_REB.size(0)
     if T:
         _gate_forward[(gate_blocks,)](
             x_TH, weight_EH, or_any(offset_E), or_any(balance.bias_E), expert_T, gate_T, lse_T, p_sum, z_sum,
-            or_any(balance.histogram_REB), T, H, E, copies, FINEST, BIN_WIDTH, BT, BE, BK, _ieee(x_TH, weight_EH),
-            offset_E is not None, balance.bias_E is not None,
+            or_any(x_sum), or_any(balance.histogram_REB), T, H, E, copies, FINEST, BIN_WIDTH, BT, BE, BK,
+            _ieee(x_TH, weight_EH), offset_E is not None, x_sum is not None, balance.bias_E is not None,
             0 if balance.histogram_REB is None or E == 1 else BINS,
             num_warps=warps, num_stages=stages,
         )  # fmt: skip
+        if balance.input_sum is not None and x_sum is not None:
+            balance.input_sum.add_(x_sum.sum(0, dtype=torch.float64))
         if agree is not None:
             agree(expert_T)
         count_by_block[(blocks,)](
@@ -349,18 +362,20 @@ def launch_backward(
     d_losses: tuple[torch.Tensor | None, torch.Tensor | None],
     dx: torch.Tensor | None,
     by_row: bool,
-    offset_E: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """The gradients of tokens, router weights and offsets of the logits.
+    balance: Balance = NO_BALANCE,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of tokens and router weights.
 
     Args:
-        decided: expert_T, lse_T, row_T of the forward pass; and counts_E, or shares for the aux loss in its place.
+        decided: expert_T, lse_T, row_T and counts_E of the forward pass.
         d_gate: of each token [T], or ``by_row`` several parts of it for each row of the experts' buffers, [R, parts].
         d_losses: of aux loss and z-loss.
         dx: what else each token's gradient has, [T, H], or ``by_row`` [R, H]; None for nothing.
-        offset_E: of the forward pass.
+        balance: of the forward pass.
     """
-    expert_T, lse_T, row_T, load_E = decided
+    expert_T, lse_T, row_T, counts_E = decided
+    load_E = counts_E if balance.share_E is None else balance.share_E
+    offset_E = _offset(weight_EH, balance)
     T, H = x_TH.shape
     E = weight_EH.size(0)
     BT, BE, BK, warps, stages = _tile_that_fits(x_TH, weight_EH)
@@ -379,8 +394,15 @@ def launch_backward(
             num_warps=warps, num_stages=stages,
         )  # fmt: skip
     d_weight_EH = d_logits_TE.T @ x_TH.to(d_logits_TE.dtype)
-    d_offset_E = None if offset_E is None else d_logits_TE.sum(0, dtype=torch.float32)
-    return dx_TH, d_weight_EH.to(weight_EH.dtype), d_offset_E
+    if balance.mean_H is not None:
+        d_offset_E = d_logits_TE.sum(0, dtype=torch.float32)
+        d_weight_EH = torch.addr(d_weight_EH.float(), d_offset_E, balance.mean_H, alpha=-1)
+    return dx_TH, d_weight_EH.to(weight_EH.dtype)
+
+
+def _offset(weight_EH: torch.Tensor, balance: Balance) -> torch.Tensor | None:
+    """What centered tokens take from the logits, fp32 [E]: (x - mean) @ weight^T is x @ weight^T - weight @ mean."""
+    return None if balance.mean_H is None else weight_EH.float() @ balance.mean_H
 
 
 def _ieee(x_TH: torch.Tensor, weight_EH: torch.Tensor) -> bool:
@@ -390,12 +412,11 @@ def _ieee(x_TH: torch.Tensor, weight_EH: torch.Tensor) -> bool:
 
 class _Gate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_TH, weight_EH, offset_E, capacity, random, agree, balance):
-        (gate_T, aux_loss, z_loss, *rest), lse_T = launch_forward(
-            x_TH, weight_EH, capacity, random, agree, balance, offset_E
-        )
+    def forward(ctx, x_TH, weight_EH, capacity, random, agree, balance):
+        (gate_T, aux_loss, z_loss, *rest), lse_T = launch_forward(x_TH, weight_EH, capacity, random, agree, balance)
         expert_T, _, row_T, counts_E, *_ = rest
-        ctx.save_for_backward(x_TH, weight_EH, offset_E, expert_T, lse_T, row_T, load_of(balance, counts_E))
+        ctx.save_for_backward(x_TH, weight_EH, expert_T, lse_T, row_T, counts_E)
+        ctx.balance = balance
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*rest)
         return x_TH.view_as(x_TH), gate_T, aux_loss.clone(), z_loss.clone(), *rest
@@ -403,18 +424,13 @@ class _Gate(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dx_TH, d_gate_T, d_aux, d_z, *_):
-        x_TH, weight_EH, offset_E, *decided = ctx.saved_tensors
+        x_TH, weight_EH, *decided = ctx.saved_tensors
         d_gate_T = torch.zeros_like(decided[1]) if d_gate_T is None else d_gate_T.contiguous()
         dx_TH = None if dx_TH is None else dx_TH.clone(memory_format=torch.contiguous_format)
-        dx_TH, d_weight_EH, d_offset_E = launch_backward(
-            x_TH, weight_EH, decided, d_gate_T, (d_aux, d_z), dx_TH, by_row=False, offset_E=offset_E
+        dx_TH, d_weight_EH = launch_backward(
+            x_TH, weight_EH, decided, d_gate_T, (d_aux, d_z), dx_TH, by_row=False, balance=ctx.balance
         )
-        return dx_TH, d_weight_EH, d_offset_E, None, None, None, None
-
-
-def load_of(balance: Balance, counts_E: torch.Tensor) -> torch.Tensor:
-    """What the aux loss weighs gates with, for :func:`launch_backward`."""
-    return counts_E if balance.share_E is None else balance.share_E
+        return dx_TH, d_weight_EH, None, None, None, None
 
 
 def gate(
@@ -425,7 +441,6 @@ def gate(
     random: bool,
     agree: Agree | None = None,
     balance: Balance = NO_BALANCE,
-    offset_E: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, Gating]:
     """Route each token to its best expert.
 
@@ -437,11 +452,10 @@ def gate(
             the tokens, which follows from one number of torch's default generator of the device.
         agree: is given each token's expert, int32 [T], before slots follow from them, and may overwrite
             them. Gates stay those of the highest logits, so it is for choices that rounding alone can tell apart.
-        balance: see :class:`Balance`.
-        offset_E: fp32, added to the logits.
+        balance: see :class:`Balance`. It must not change before the backward pass.
 
     Returns:
         ``x_TH`` to go on with (its gradient is then added to the router's where that is computed), and the decisions.
     """
-    x_TH, *gating = _Gate.apply(x_TH, weight_EH.contiguous(), offset_E, capacity, random, agree, balance)
+    x_TH, *gating = _Gate.apply(x_TH, weight_EH.contiguous(), capacity, random, agree, balance)
     return x_TH, Gating(*gating)

@@ -17,16 +17,16 @@ Shapes: T tokens, H hidden, F FFN hidden, E experts, C rows of each expert's buf
 import torch
 from torch.autograd.function import once_differentiable
 
-from megatron.moe.kernels.gate import NO_BALANCE, Balance, Gating, launch_backward, launch_forward, load_of
+from megatron.moe.kernels.gate import NO_BALANCE, Balance, Gating, launch_backward, launch_forward
 from megatron.moe.kernels.gelu import bias_gelu, bias_gelu_backward, dot_parts
 from megatron.moe.kernels.permute import combine, gather, gather_gradients
 
 
 class _Layer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_TH, router_EH, offset_E, w1_EHF, b1_EF, w2_EFH, b2_EH, capacity, random, balance):
+    def forward(ctx, x_TH, router_EH, w1_EHF, b1_EF, w2_EFH, b2_EH, capacity, random, balance):
         E = router_EH.size(0)
-        decided, lse_T = launch_forward(x_TH, router_EH, capacity, random, balance=balance, offset_E=offset_E)
+        decided, lse_T = launch_forward(x_TH, router_EH, capacity, random, balance=balance)
         x_RH, gate_R = gather(x_TH, decided.token_R, decided.gate_T)
         x_ECH, gate_EC = x_RH.view(E, capacity, -1), gate_R.view(E, capacity)
         pre_ECF = torch.bmm(x_ECH, w1_EHF)
@@ -34,9 +34,10 @@ class _Layer(torch.autograd.Function):
         y_RH = torch.bmm(h_ECF, w2_EFH).flatten(0, 1)
         y_TH = combine(y_RH, b2_EH, decided.row_T, decided.expert_T, decided.gate_T)
         ctx.save_for_backward(
-            x_TH, router_EH, offset_E, decided.expert_T, lse_T, decided.row_T, load_of(balance, decided.counts_E),
-            decided.token_R, x_ECH, pre_ECF, h_ECF, gate_EC, w1_EHF, b1_EF, w2_EFH, b2_EH,
+            x_TH, router_EH, decided.expert_T, lse_T, decided.row_T, decided.counts_E, decided.token_R, x_ECH, pre_ECF,
+            h_ECF, gate_EC, w1_EHF, b1_EF, w2_EFH, b2_EH,
         )  # fmt: skip
+        ctx.balance = balance
         ctx.set_materialize_grads(False)
         rest = (decided.gate_T, *decided[3:])
         ctx.mark_non_differentiable(*rest)
@@ -45,7 +46,7 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy_TH, d_aux, d_z, *_):
-        x_TH, router_EH, offset_E, *decided, token_R, x_ECH, pre_ECF, h_ECF, gate_EC, w1_EHF, b1_EF, w2_EFH, b2_EH = (
+        x_TH, router_EH, *decided, token_R, x_ECH, pre_ECF, h_ECF, gate_EC, w1_EHF, b1_EF, w2_EFH, b2_EH = (
             ctx.saved_tensors  # once: with activation checkpointing each access would compute them anew
         )
         expert_T = decided[0]
@@ -61,11 +62,11 @@ class _Layer(torch.autograd.Function):
         d_w1_EHF = torch.bmm(x_ECH.mT, d_pre_ECF)
         dx_RH = torch.bmm(d_pre_ECF, w1_EHF.mT).flatten(0, 1)
         del d_pre_ECF
-        dx_TH, d_router_EH, d_offset_E = launch_backward(
-            x_TH, router_EH, decided, d_gate_R, (d_aux, d_z), dx_RH, by_row=True, offset_E=offset_E
+        dx_TH, d_router_EH = launch_backward(
+            x_TH, router_EH, decided, d_gate_R, (d_aux, d_z), dx_RH, by_row=True, balance=ctx.balance
         )
         biases = d_b1_EF.to(b1_EF.dtype), d_b2_EH.to(b2_EH.dtype)
-        return dx_TH, d_router_EH, d_offset_E, d_w1_EHF, biases[0], d_w2_EFH, biases[1], None, None, None
+        return dx_TH, d_router_EH, d_w1_EHF, biases[0], d_w2_EFH, biases[1], None, None, None
 
 
 def top1_layer(
@@ -76,7 +77,6 @@ def top1_layer(
     *,
     random: bool,
     balance: Balance = NO_BALANCE,
-    offset_E: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, Gating]:
     """The output of each token's expert, times its gate, [T, H]; zeros for a dropped token.
 
@@ -87,12 +87,11 @@ def top1_layer(
         capacity: C.
         random: see :func:`megatron.moe.kernels.gate.gate`.
         balance: see :class:`megatron.moe.kernels.gate.Balance`.
-        offset_E: fp32, added to the logits.
 
     Returns:
         The outputs; and the decisions, of which only the losses carry gradients here.
     """
     y_TH, aux_loss, z_loss, gate_T, *rest = _Layer.apply(
-        x_TH, router_EH.contiguous(), offset_E, *experts, capacity, random, balance
+        x_TH, router_EH.contiguous(), *experts, capacity, random, balance
     )
     return y_TH, Gating(gate_T, aux_loss, z_loss, *rest)

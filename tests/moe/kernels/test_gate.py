@@ -78,14 +78,17 @@ def test_a_bias_decides_the_choice_alone_and_shares_are_those_of_the_aux_loss(T,
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("capacity", [None, 10])
-def test_offsets_of_logits_are_those_of_a_centered_input(dtype, capacity):
+def test_a_mean_is_subtracted_from_tokens_and_their_sum_is_taken(dtype, capacity):
     x, weight = inputs(100, 64, 8, dtype)
     mean_H = x.float().mean(0) + 0.5
     exact_x, exact_weight = (t.double().requires_grad_() for t in (x, weight))
     x.requires_grad_()
     weight.requires_grad_()
-    _, found = module.gate(x, weight, capacity, random=False, offset_E=-(weight.float() @ mean_H))
+    balance = module.Balance(mean_H=mean_H, input_sum=torch.ones(1, 65, dtype=torch.float64, device=DEVICE))
+    _, found = module.gate(x, weight, capacity, random=False, balance=balance)
     expected = module.reference(exact_x - mean_H, exact_weight, capacity)
+    sums = torch.cat([exact_x.sum(0), exact_x.new_tensor([100])]) + 1
+    torch.testing.assert_close(balance.input_sum[0], sums.detach(), rtol=1e-5, atol=1e-5)
     assert torch.equal(found.expert_T, expected.expert_T)
     for name in ("gate_T", "aux_loss", "z_loss"):
         torch.testing.assert_close(getattr(found, name).double(), getattr(expected, name), rtol=1e-5, atol=1e-5)
