@@ -34,7 +34,7 @@ class MoEConfig:
     moe_router_load_balancing_type: str = option(
         "aux_loss",
         "What keeps experts evenly loaded: a loss over each micro-batch (as published), the same over the whole global "
-        "batch, a bias for each expert read off the global batch before, or nothing (but see "
+        "batch, a bias for each expert read off the global batch before (beside the loss), or nothing (but see "
         "--moe-router-enable-expert-bias).",
         choices=("aux_loss", "global_aux_loss", "quantile_balancing", "none"),
     )
@@ -49,7 +49,7 @@ class MoEConfig:
         0.0, "Share of the old bias that quantile_balancing keeps in each update; 0 takes the new one.", min=0, below=1
     )
     moe_loss_coeff: float | None = option(
-        None, "Coefficient of the load-balancing loss (default: 0.01 with one, otherwise 0).", min=0
+        None, "Coefficient of the load-balancing loss (default: 0.01, and 0 with type none).", min=0
     )
     moe_z_loss_coeff: float = option(0.0, "Coefficient of the router z-loss.", min=0)
     moe_router_center_input: bool = option(
@@ -106,8 +106,8 @@ class MoEConfig:
 
     @property
     def has_aux_loss(self) -> bool:
-        """Whether the balancing method is a loss."""
-        return self.balancing in ("aux_loss", "global_aux_loss")
+        """Whether the balancing method is a loss, or has one beside it."""
+        return self.moe_router_load_balancing_type != "none"
 
     @property
     def has_expert_bias(self) -> bool:
@@ -188,7 +188,7 @@ def balancing(config: "RunConfig", world_size: int) -> Iterator[str]:
         method = "--moe-router-enable-expert-bias" if moe.moe_router_enable_expert_bias else f"type {kind}"
         yield (
             f"--moe-loss-coeff {moe.moe_loss_coeff:g} beside {method}, which balances without a loss; drop it, or "
-            "use --moe-router-load-balancing-type aux_loss or global_aux_loss"
+            "use --moe-router-load-balancing-type aux_loss, global_aux_loss or quantile_balancing"
         )
     for flag, value, unset, method in (
         ("--moe-router-bias-update-rate", moe.moe_router_bias_update_rate, 1e-3, "expert_bias"),

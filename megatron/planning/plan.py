@@ -110,9 +110,10 @@ def micro_batches(config: RunConfig, world: int) -> str:
 
 
 def _balancing(moe: MoEConfig) -> str:
-    if not moe.has_aux_loss:
-        return f"balancing: {moe.balancing}"
-    return f"{'global ' * (moe.balancing == 'global_aux_loss')}balance loss x {moe.aux_loss_coeff:g}"
+    loss = f"{'global ' * (moe.balancing == 'global_aux_loss')}balance loss x {moe.aux_loss_coeff:g}"
+    if moe.balancing in ("aux_loss", "global_aux_loss"):
+        return loss
+    return f"balancing: {moe.balancing}" + (f" + {loss}" if moe.aux_loss_coeff else "")
 
 
 def experiment(config: RunConfig, world: int) -> list[tuple[str, str]]:

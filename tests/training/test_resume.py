@@ -77,7 +77,10 @@ def test_another_method_of_balancing_is_told_and_refused_where_biases_were_learn
     assert resumed([], ["--moe-loss-coeff", "0.01"]) == []
     assert resumed([kind, "quantile_balancing"], [kind, "quantile_balancing"]) == []
     assert resumed([], [kind, "quantile_balancing"]) == [
-        f"{kind}: checkpoint 'aux_loss', this run 'quantile_balancing'",
+        f"{kind}: checkpoint 'aux_loss', this run 'quantile_balancing'"
+    ]
+    assert resumed([], [kind, "none"]) == [
+        f"{kind}: checkpoint 'aux_loss', this run 'none'",
         "--moe-loss-coeff: checkpoint 0.01, this run 0.0",
     ]
     for then, now in (([kind, "quantile_balancing"], []), ([kind, "quantile_balancing"], bias), (bias, [])):
