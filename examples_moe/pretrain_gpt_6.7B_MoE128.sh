@@ -13,7 +13,7 @@
 # 6.7B with 128 experts in every other layer, which was not published: 6.7B's schedule, 1.3B+MoE-128's experts.
 #
 #   model      32 layers, hidden size 4096, 32 heads, sequences of 2048, initial std 0.01
-#   experts    128 in one layer of 2, top-1, dropless, balancing: quantile_balancing
+#   experts    128 in one layer of 2, top-1, dropless, balancing: quantile_balancing + balance loss x 0.01
 #   batch      1024 sequences an update
 #   schedule   300B tokens; learning rate 0.00012 to 1.2e-05, cosine over 300B, warm-up 375M
 #   layout     128 processes: DP 16 TP 8 SP ETP, EP 16, micro-batches 16 of 4

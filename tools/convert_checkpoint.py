@@ -68,6 +68,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     experts.add_argument("--expert-interval", type=int, metavar="N")
     experts.add_argument("--topk", type=int, metavar="N")
     experts.add_argument("--mlp-type", choices=OPTIONS["mlp_type"].choices)
+    experts.add_argument("--moe-router-center-input", action="store_true", default=None)
     experts.add_argument(
         "--upcycle-noise", type=float, metavar="X", help="Noise on experts, as a part of the weights' std (default: 0)."
     )

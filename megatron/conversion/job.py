@@ -3,7 +3,7 @@
 import dataclasses
 
 TOKENIZER_FILES = ("vocab_file", "merge_file", "tokenizer_model")
-MOE_OPTIONS = ("expert_interval", "topk", "mlp_type")
+MOE_OPTIONS = ("expert_interval", "topk", "mlp_type", "moe_router_center_input")
 UPCYCLING = ("num_experts", *MOE_OPTIONS, "upcycle_noise", "upcycle_seed")
 
 
@@ -27,6 +27,7 @@ class Conversion:
     expert_interval: int | None = None
     topk: int | None = None
     mlp_type: str | None = None
+    moe_router_center_input: bool | None = None
     upcycle_noise: float | None = None
     upcycle_seed: int | None = None
     max_shard_size: str | None = None

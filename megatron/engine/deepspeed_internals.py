@@ -197,8 +197,8 @@ class Fragment:
     states: Mapping[str, StateSlice]
 
 
-def let_loss_scale_rest(optimizer: Any) -> None:
-    """At its smallest value let fp16's loss scale stay there instead of raising: the trainer counts skipped updates."""
+def allow_smallest_loss_scale(optimizer: Any) -> None:
+    """Keep DeepSpeed from raising where fp16's loss scale is at its smallest: the trainer counts skipped updates."""
     scaler: Any = getattr(optimizer, "loss_scaler", None)
     if hasattr(scaler, "raise_error_at_min_scale"):
         scaler.raise_error_at_min_scale = False

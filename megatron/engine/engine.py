@@ -98,7 +98,7 @@ class DeepSpeedEngine(ShardedState):
         by_parameter = {parameter: layouts[name] for name, parameter in module.named_parameters()}
         self._update = BF16Update(self._optimizer, by_parameter, config.optimizer, topology) if bf16 else None
         optimizer.init_state()  # after BF16Update has freed the gradients' fp32 sums, which may never be needed
-        deepspeed_internals.let_loss_scale_rest(self._optimizer)
+        deepspeed_internals.allow_smallest_loss_scale(self._optimizer)
         deepspeed_internals.offload_from_where_gradients_are_reduced(self._optimizer)
         self._monitors = Monitors(model, topology)
         if self._update is not None:

@@ -94,7 +94,7 @@ def test_biases_of_experts_are_named():
     model = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, seq_length=48, qk_layernorm=True)
     moe = MoEConfig(num_experts=(4,), moe_router_load_balancing_type="quantile_balancing")
     content = to_hf(model, moe, 128, {"eos_token_id": 121}, "float32")
-    assert (content["router_expert_bias"], content["router_aux_loss_coef"]) == (True, 0.0)
+    assert (content["router_expert_bias"], content["router_aux_loss_coef"]) == (True, 0.01)
     assert from_hf(content, "config.json")[1].balancing == "quantile_balancing"
     older = {key: value for key, value in content.items() if key != "router_expert_bias"}
     assert from_hf(older, "config.json")[1].balancing == "aux_loss"

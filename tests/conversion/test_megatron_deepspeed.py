@@ -158,6 +158,12 @@ def test_what_cannot_be_written_is_refused(written, tmp_path):
         )
         with pytest.raises(CheckpointError, match=rf"with a bias for each \({method}\), which .* use --to hf"):
             run(saved, saved.folder, tmp_path / "theirs", "megatron-deepspeed")
+    moe = dataclasses.replace(MODELS["top2"], moe_router_center_input=True)
+    saved = saved_model.save_model(tmp_path / "centered", moe)
+    with pytest.raises(
+        CheckpointError, match="model with --moe-router-center-input, which Megatron-DeepSpeed does not"
+    ):
+        run(saved, saved.folder, tmp_path / "theirs", "megatron-deepspeed")
     assert not (tmp_path / "theirs").exists()
 
 

@@ -12,6 +12,7 @@ import tiny_run
 from test_docs import ROOT, tool
 
 from megatron.config import MoEConfig
+from megatron.inference.load import find_checkpoint
 
 
 def run(name: str, *flags: object) -> int:
@@ -25,13 +26,29 @@ def test_a_dense_checkpoint_is_upcycled_and_looked_at(tmp_path, capsys):
     saved = saved_model.save_model(tmp_path, MoEConfig())
     new = tmp_path / "new"
     flags = ("--load", saved.folder, "--to", "native", "--save", new)
-    assert run("convert_checkpoint", *flags, "--upcycle", "--num-experts", 4, "--ep", 2, "--dtype", "bf16") == 0
+    assert (
+        run(
+            "convert_checkpoint",
+            *flags,
+            "--upcycle",
+            "--num-experts",
+            4,
+            "--moe-router-center-input",
+            "--ep",
+            2,
+            "--dtype",
+            "bf16",
+        )
+        == 0
+    )
     assert capsys.readouterr().out.splitlines()[-1] == f"wrote {new / 'step_00000003'}"
     assert run("inspect_checkpoint", new, "--verify", "--json") == 0
     about = json.loads(capsys.readouterr().out)
     assert about["model"]["experts"] == [1, 4]
+    assert find_checkpoint(new).config.moe.moe_router_center_input
     assert about["written_by"]["expert_parallel"] == [2]
-    assert {kind["dtype"] for kind in about["tensors"].values()} == {"bfloat16"}
+    dtypes = {kind["dtype"] for kind in about["tensors"].values()}
+    assert dtypes == {"bfloat16", "float32"}  # what routers learn outside of gradient descent stays in fp32
     assert run("convert_checkpoint", *flags) == 1
     assert f"--save {new} is there already and not empty" in capsys.readouterr().err
     assert run("convert_checkpoint", *flags[:2], "--to", "hf", "--save", tmp_path / "x", "--max-shard-size", "big") == 1
