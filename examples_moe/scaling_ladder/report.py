@@ -49,6 +49,11 @@ class Result:
         """The mean over seeds."""
         return statistics.mean(self.losses)
 
+    def loss_at(self, tokens: int) -> float | None:
+        """The mean over seeds after so many tokens; None where not all were validated."""
+        found = [curve.get(tokens) for curve in self.curves]
+        return statistics.mean(x for x in found if x is not None) if None not in found else None
+
     @property
     def tokens_per_parameter(self) -> float:
         """Of all parameters, experts included."""
@@ -136,6 +141,22 @@ def comparison(results: dict[str, Result]) -> list[dict[str, Any]]:
     return rows
 
 
+def effective_along(moe: Result, results: dict[str, Result]) -> dict[int, float]:
+    """The effective parameter count over the body's at each validation within the ladder, by tokens; means of seeds.
+
+    All models are then at the same point of their schedules, and before the end none has come down with its rate.
+    """
+    dense = [each for each in results.values() if each.experts == 1 and each.recipe == moe.recipe]
+    found = {}
+    for tokens in moe.curves[0]:
+        losses = [(each.body_parameters, each.loss_at(tokens)) for each in dense]
+        own, points = moe.loss_at(tokens), [(size, loss) for size, loss in losses if loss is not None]
+        equal = None if own is None else size_of_equal_loss(points, own)
+        if equal is not None:
+            found[tokens] = equal / moe.body_parameters
+    return found
+
+
 def page(results: dict[str, Result], rows: Sequence[dict[str, Any]], device: str, figures: Sequence[str]) -> str:
     """The results in Markdown."""
     first = next(iter(results.values()))
@@ -178,7 +199,7 @@ def _cell(measure: dict[str, Any]) -> str:
     return f"{measure['ratio']:.2f} ×" + (f" ({', '.join(seeds)})" if len(seeds) > 1 else "")
 
 
-def draw(results: dict[str, Result], rows: Sequence[dict[str, Any]], out: Path) -> list[str]:
+def draw(results: dict[str, Result], out: Path) -> list[str]:
     """Write the figures; their names."""
     import matplotlib
 
@@ -216,13 +237,12 @@ def draw(results: dict[str, Result], rows: Sequence[dict[str, Any]], out: Path) 
     figure("loss_over_time.png", "Validation loss over GPU time", "seconds, alone on the device", "loss", seconds)
 
     def effective(axes: Any) -> None:
-        for row in rows:
-            if row["body_parameters"]["ratio"]:
-                at = (row["tokens_per_parameter"], row["body_parameters"]["ratio"])
-                axes.plot(*at, "o")
-                axes.annotate(row["model"], at, fontsize=7, xytext=(4, 4), textcoords="offset points")
+        for each in (each for each in plain if each.experts > 1):
+            ratios = effective_along(each, results)
+            parameters = [tokens / each.parameters for tokens in ratios]
+            axes.plot(parameters, list(ratios.values()), "-o", color=colors[each.name], label=each.name)
 
-    title = "Effective parameter count, as a multiple of the body"
+    title = "Effective parameter count while training, as a multiple of the body"
     figure("effective_parameters.png", title, "tokens a parameter, experts included", "multiple", effective)
 
     def loads(axes: Any) -> None:
@@ -248,7 +268,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not results:
             raise ValueError(f"{args.out}/runs has no finished run; run the train step first")
         rows = comparison(results)
-        figures = draw(results, rows, args.out)
+        figures = draw(results, args.out)
         (header,) = _lines(next(found.main_jobs()).folder, "run")[-1:] or ({},)
         text = page(results, rows, f"{header.get('device', '')}, {header.get('precision', '')}", figures)
         (args.out / "page.md").write_text(text)

@@ -67,6 +67,31 @@ def test_the_size_of_equal_loss_is_interpolated_and_never_extrapolated():
     assert report.size_of_equal_loss([(1.0, 3.0)], 3.0) is None
 
 
+def result(name: str, experts: int, body: int, curves: list[dict[int, float]]) -> "report.Result":
+    losses = [curve[max(curve)] for curve in curves]
+    return report.Result(
+        name, "recommended", experts, body, 10 * body, 6 * body, 1e-3, 100, losses, curves, [], body / 2
+    )
+
+
+def test_models_with_experts_are_compared_with_dense_ones_of_their_recipe():
+    curves = {size: {tokens: (9 + 100 / tokens) * size**-0.1 for tokens in (10, 50, 100)} for size in (1, 2, 4, 8)}
+    results = {f"recommended-{size}": result(f"recommended-{size}", 1, size, [curves[size]]) for size in (1, 2, 4)}
+    results["published-8"] = report.dataclasses.replace(result("published-8", 1, 8, [curves[8]]), recipe="published")
+    seeds = [{10: 99.0, 50: curves[2][50], 100: curves[2][100] + off} for off in (0.01, -0.01)]
+    results["moe"] = result("recommended-1x4", 4, 1, seeds)
+    (row,) = report.comparison(results)
+    assert row["body_parameters"]["ratio"] == pytest.approx(2)
+    low, high = row["body_parameters"]["each_seed"]
+    assert low < 2 < high
+    assert row["seconds"]["ratio"] == row["flops_per_token"]["ratio"] == pytest.approx(2)
+    assert report.effective_along(results["moe"], results) == pytest.approx({50: 2, 100: 2})
+    results["moe"] = result("recommended-1x4", 4, 1, [curves[8]])  # better than all of its ladder
+    (row,) = report.comparison(results)
+    assert row["body_parameters"] == {"own": 1, "dense_of_equal_loss": None, "ratio": None, "each_seed": [None]}
+    assert "outside the ladder" in report.page(results, [row], "a GPU", [])
+
+
 def run(*words: object) -> list[str]:
     return ["bash", str(FOLDER / "run.sh"), *map(str, words)]
 
