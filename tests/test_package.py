@@ -71,7 +71,9 @@ def test_from_the_checkout():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("editable", [False, True], ids=["installed", "editable"])
+@pytest.mark.parametrize(
+    "editable", [False, pytest.param(True, marks=pytest.mark.exhaustive)], ids=["installed", "editable"]
+)
 def test_installed(tmp_path, editable):
     source = tmp_path / "source"
     source.mkdir()

@@ -8,8 +8,8 @@ import pytest
 from benchmarks import checkpoint_memory
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("few", [True, pytest.param(False, marks=pytest.mark.exhaustive)], ids=["two", "all"])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("few", [True, False], ids=["two", "all"])
 def test_conversions_are_measured(tmp_path, capsys, monkeypatch, few):
     if few:
         two = (("megatron-lm", "native"), ("native", "megatron-deepspeed"))

@@ -8,7 +8,7 @@ import pytest
 from benchmarks import corpus_memory
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_all_tools_are_measured(tmp_path, capsys):
     pytest.importorskip("pyarrow")
     pytest.importorskip("rensa")

@@ -54,7 +54,7 @@ def test_it_measures_and_writes(tmp_path):
     assert (out["device"], out["precision"]) == ("cpu", "bf16")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_documents_are_kept_apart(tmp_path):
     command = [
         sys.executable,

@@ -38,14 +38,14 @@ def assert_same_bits(one: list[Trained], other: list[Trained]) -> None:
         assert all(torch.equal(weight, theirs.weights[name]) for name, weight in mine.weights.items())
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("size", "layout"),
     [
         (1, {}),
-        pytest.param(2, {EP: (2,)}, marks=pytest.mark.exhaustive),
-        pytest.param(2, {TP: 2}, marks=pytest.mark.exhaustive),
+        (2, {EP: (2,)}),
+        (2, {TP: 2}),
     ],
     ids=["1 process", "EP2", "TP2"],
 )

@@ -212,7 +212,7 @@ MOVES = {
     "offload to 8 bits": (offloaded, {EP: (2,)}, eight_bit, {EP: (4,)}, 4),
     "8 bits to offload, tensor-parallel": (eight_bit, {EP: (2,)}, offloaded, {TP: 2}, 2),
 }
-CORE_MOVES = ("8 bits to plain", "8 bits, tensor-parallel, to a pipeline")
+CORE_MOVES = ("8 bits to plain",)
 
 
 @pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.exhaustive), "bf16"])

@@ -128,6 +128,7 @@ def test_each_moe_layer_may_have_its_own_degree(corpus, tmp_path):
     assert tiny_run.records(tmp_path, "train")[-1]["loss"] < tiny_run.records(tmp_path, "train")[0]["loss"]
 
 
+@pytest.mark.exhaustive
 def test_the_deepspeed_launcher_starts_the_same_run(corpus, uninterrupted, tmp_path):
     launcher = Path(sys.executable).parent / "deepspeed"
     arguments = tiny_run.flags(corpus, save=tmp_path, **MOE)
