@@ -67,12 +67,17 @@ def generation(folder: str, *_: str) -> dict[str, Any]:
 
 @torch.no_grad()
 def biases(folder: str, *_: str) -> dict[str, Any]:
-    """The experts' biases, fp32 [MoE layers, E], by how the model was loaded; and what layers on a disk come to."""
+    """What routers have learned, fp32, by how the model was loaded; and what layers on a disk come to.
 
-    def of(model: torch.nn.Module) -> list[list[float]]:
-        found = [buffer for name, buffer in model.named_buffers() if name.endswith(".expert_bias")]
-        assert {buffer.dtype for buffer in found} == {torch.float32}
-        return [buffer.tolist() for buffer in found]
+    That is biases of experts, [MoE layers, E], and means of routers' inputs, [MoE layers, H].
+    """
+
+    def of(model: torch.nn.Module) -> dict[str, list[list[float]]]:
+        found: dict[str, list[list[float]]] = {"expert_bias": [], "input_mean": []}
+        for name, buffer in model.named_buffers():
+            assert buffer.dtype == torch.float32
+            found[name.rpartition(".")[2]].append(buffer.tolist())
+        return found
 
     def loaded(where: str, dtype: Any, **options: Any) -> torch.nn.Module:
         return AutoModelForCausalLM.from_pretrained(where, trust_remote_code=True, dtype=dtype, **options).eval()

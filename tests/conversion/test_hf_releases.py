@@ -100,15 +100,20 @@ def test_generation_is_ours(release, exported, name):
     assert out["beams"]["beams"] == out["beams"]["beams, no cache"]
 
 
-def test_biases_of_experts_are_neither_rounded_nor_lost(release, exported):
+def test_what_routers_learned_is_neither_rounded_nor_lost(release, exported):
     saved, folder = exported["biased"]
     found = release("biases", folder)
     on_disk = {found.pop("on a disk, float32"), found.pop("on a disk, bfloat16")}
-    assert on_disk == ({"expert_bias was not loaded"} if release.name == "oldest" else {"as in memory"})
-    expected = [buffer.tolist() for buffer in learned_buffers(saved.model).values()]
+    assert on_disk == ({"input_mean was not loaded"} if release.name == "oldest" else {"as in memory"})
+    learned = learned_buffers(saved.model).items()
+    expected = {
+        kind: [buffer.tolist() for name, buffer in learned if name.endswith(f".{kind}")]
+        for kind in ("expert_bias", "input_mean")
+    }
+    assert all(expected.values())
     assert len(found) == 5
-    for way, biases in found.items():
-        assert biases == expected, way
+    for way, buffers in found.items():
+        assert buffers == expected, way
 
 
 @pytest.mark.parametrize("name", ["top2", "biased"])
