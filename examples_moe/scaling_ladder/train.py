@@ -7,6 +7,7 @@ checkpoints are in a folder of its own in ``DIR/runs``.
 import argparse
 import contextlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -42,7 +43,8 @@ class Running:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
         if gpu is not None:
-            environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+            environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[gpu] if visible else str(gpu)
         with self.log.open("a") as log:
             command = [sys.executable, str(ROOT / "pretrain_gpt_moe.py"), *job.flags]
             self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
@@ -70,6 +72,7 @@ def run_jobs(jobs: Sequence[ladder.Job], found: ladder.Ladder, most: int | None)
     threads = max(1, cores // (most * len(gpus)))
     waiting = [job for job in jobs if finished(found.config(job)) is None]
     work = {job.name: _flops(found, job) for job in waiting}
+    peak = {job.name: memory(found.config(job), 1, found.scale.vocabulary).peak for job in waiting}
     total, begin, said = sum(work.values()), time.monotonic(), time.monotonic()
     print(f"{len(jobs)} runs, {len(jobs) - len(waiting)} of them finished before", flush=True)
     running: list[Running] = []
@@ -87,7 +90,10 @@ def run_jobs(jobs: Sequence[ladder.Job], found: ladder.Ladder, most: int | None)
                 print(f"{each.job.name}: {words}", flush=True)
             for gpu in gpus:
                 mine = [each for each in running if each.gpu == gpu]
-                while waiting and len(mine) < most and _fits(found, [*(each.job for each in mine), waiting[0]], gpu):
+                room = math.inf if gpu is None else USABLE * torch.cuda.get_device_properties(gpu).total_memory
+                room -= sum(peak[each.job.name] for each in mine)
+                while waiting and len(mine) < most and (not mine or peak[waiting[0].name] <= room):
+                    room -= peak[waiting[0].name]
                     mine.append(Running(waiting.pop(0), gpu, threads))
                     running.append(mine[-1])
             if time.monotonic() - said > STATUS_SECONDS:
@@ -109,13 +115,6 @@ def _flops(found: ladder.Ladder, job: ladder.Job) -> float:
     config = found.config(job)
     tokens = config.checkpoint.exit_tokens or config.training.train_tokens
     return tokens * model_flops_per_token(config.model, config.moe, found.scale.vocabulary)
-
-
-def _fits(found: ladder.Ladder, jobs: Sequence[ladder.Job], gpu: int | None) -> bool:
-    if gpu is None or len(jobs) == 1:
-        return True
-    peaks = [memory(found.config(job), 1, found.scale.vocabulary).peak for job in jobs]
-    return sum(peaks) <= USABLE * torch.cuda.get_device_properties(gpu).total_memory
 
 
 def best_rates(found: ladder.Ladder) -> dict[str, float]:
