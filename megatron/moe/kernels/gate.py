@@ -292,7 +292,7 @@ class Decided(NamedTuple):
     """What :func:`launch_forward` computes: the public part, and what the backward pass needs of it."""
 
     gating: Gating
-    lse_T: torch.Tensor  # fp32, logsumexp of each token's logits
+    kept: tuple[torch.Tensor | None, ...]  # for launch_backward
 
 
 def launch_forward(
@@ -323,7 +323,8 @@ def launch_forward(
     def or_any(x: torch.Tensor | None) -> torch.Tensor:
         return lse_T if x is None else x  # any: it is not read
 
-    offset_E = _offset(weight_EH, balance)
+    # (x - mean) @ weight^T is x @ weight^T - weight @ mean
+    offset_E = None if balance.mean_H is None else weight_EH.float() @ balance.mean_H
     x_sum = None if balance.input_sum is None else new((gate_blocks, H + 1), dtype=torch.float32)
     copies = 1 if balance.histogram_REB is None else balance.histogram_REB.size(0)
     if T:
@@ -351,31 +352,30 @@ def launch_forward(
         num_warps=8,
     )  # fmt: skip
     gating = Gating(gate_T, losses[0], losses[1], expert_T, slot_T, row_T, counts[:E], counts[E], token_R)
-    return Decided(gating, lse_T)
+    load_E = gating.counts_E if balance.share_E is None else balance.share_E
+    return Decided(gating, (expert_T, lse_T, row_T, load_E, offset_E, balance.mean_H))
 
 
 def launch_backward(
     x_TH: torch.Tensor,
     weight_EH: torch.Tensor,
-    decided: Sequence[torch.Tensor],
+    kept: Sequence[torch.Tensor | None],
     d_gate: torch.Tensor,
     d_losses: tuple[torch.Tensor | None, torch.Tensor | None],
     dx: torch.Tensor | None,
     by_row: bool,
-    balance: Balance = NO_BALANCE,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradients of tokens and router weights.
 
     Args:
-        decided: expert_T, lse_T, row_T and counts_E of the forward pass.
+        kept: of the forward pass.
         d_gate: of each token [T], or ``by_row`` several parts of it for each row of the experts' buffers, [R, parts].
         d_losses: of aux loss and z-loss.
         dx: what else each token's gradient has, [T, H], or ``by_row`` [R, H]; None for nothing.
-        balance: of the forward pass.
     """
-    expert_T, lse_T, row_T, counts_E = decided
-    load_E = counts_E if balance.share_E is None else balance.share_E
-    offset_E = _offset(weight_EH, balance)
+    expert_T, lse_T, row_T, load_E, offset_E, mean_H = kept
+    assert lse_T is not None
+    assert load_E is not None
     T, H = x_TH.shape
     E = weight_EH.size(0)
     BT, BE, BK, warps, stages = _tile_that_fits(x_TH, weight_EH)
@@ -394,15 +394,10 @@ def launch_backward(
             num_warps=warps, num_stages=stages,
         )  # fmt: skip
     d_weight_EH = d_logits_TE.T @ x_TH.to(d_logits_TE.dtype)
-    if balance.mean_H is not None:
+    if mean_H is not None:
         d_offset_E = d_logits_TE.sum(0, dtype=torch.float32)
-        d_weight_EH = torch.addr(d_weight_EH.float(), d_offset_E, balance.mean_H, alpha=-1)
+        d_weight_EH = torch.addr(d_weight_EH.float(), d_offset_E, mean_H, alpha=-1)
     return dx_TH, d_weight_EH.to(weight_EH.dtype)
-
-
-def _offset(weight_EH: torch.Tensor, balance: Balance) -> torch.Tensor | None:
-    """What centered tokens take from the logits, fp32 [E]: (x - mean) @ weight^T is x @ weight^T - weight @ mean."""
-    return None if balance.mean_H is None else weight_EH.float() @ balance.mean_H
 
 
 def _ieee(x_TH: torch.Tensor, weight_EH: torch.Tensor) -> bool:
@@ -413,10 +408,8 @@ def _ieee(x_TH: torch.Tensor, weight_EH: torch.Tensor) -> bool:
 class _Gate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TH, weight_EH, capacity, random, agree, balance):
-        (gate_T, aux_loss, z_loss, *rest), lse_T = launch_forward(x_TH, weight_EH, capacity, random, agree, balance)
-        expert_T, _, row_T, counts_E, *_ = rest
-        ctx.save_for_backward(x_TH, weight_EH, expert_T, lse_T, row_T, counts_E)
-        ctx.balance = balance
+        (gate_T, aux_loss, z_loss, *rest), kept = launch_forward(x_TH, weight_EH, capacity, random, agree, balance)
+        ctx.save_for_backward(x_TH, weight_EH, *kept)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*rest)
         return x_TH.view_as(x_TH), gate_T, aux_loss.clone(), z_loss.clone(), *rest
@@ -424,12 +417,10 @@ class _Gate(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dx_TH, d_gate_T, d_aux, d_z, *_):
-        x_TH, weight_EH, *decided = ctx.saved_tensors
-        d_gate_T = torch.zeros_like(decided[1]) if d_gate_T is None else d_gate_T.contiguous()
+        x_TH, weight_EH, *kept = ctx.saved_tensors
+        d_gate_T = torch.zeros_like(kept[1]) if d_gate_T is None else d_gate_T.contiguous()
         dx_TH = None if dx_TH is None else dx_TH.clone(memory_format=torch.contiguous_format)
-        dx_TH, d_weight_EH = launch_backward(
-            x_TH, weight_EH, decided, d_gate_T, (d_aux, d_z), dx_TH, by_row=False, balance=ctx.balance
-        )
+        dx_TH, d_weight_EH = launch_backward(x_TH, weight_EH, kept, d_gate_T, (d_aux, d_z), dx_TH, by_row=False)
         return dx_TH, d_weight_EH, None, None, None, None
 
 
@@ -452,7 +443,7 @@ def gate(
             the tokens, which follows from one number of torch's default generator of the device.
         agree: is given each token's expert, int32 [T], before slots follow from them, and may overwrite
             them. Gates stay those of the highest logits, so it is for choices that rounding alone can tell apart.
-        balance: see :class:`Balance`. It must not change before the backward pass.
+        balance: see :class:`Balance`.
 
     Returns:
         ``x_TH`` to go on with (its gradient is then added to the router's where that is computed), and the decisions.

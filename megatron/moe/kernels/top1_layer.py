@@ -26,7 +26,7 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TH, router_EH, w1_EHF, b1_EF, w2_EFH, b2_EH, capacity, random, balance):
         E = router_EH.size(0)
-        decided, lse_T = launch_forward(x_TH, router_EH, capacity, random, balance=balance)
+        decided, kept = launch_forward(x_TH, router_EH, capacity, random, balance=balance)
         x_RH, gate_R = gather(x_TH, decided.token_R, decided.gate_T)
         x_ECH, gate_EC = x_RH.view(E, capacity, -1), gate_R.view(E, capacity)
         pre_ECF = torch.bmm(x_ECH, w1_EHF)
@@ -34,10 +34,8 @@ class _Layer(torch.autograd.Function):
         y_RH = torch.bmm(h_ECF, w2_EFH).flatten(0, 1)
         y_TH = combine(y_RH, b2_EH, decided.row_T, decided.expert_T, decided.gate_T)
         ctx.save_for_backward(
-            x_TH, router_EH, decided.expert_T, lse_T, decided.row_T, decided.counts_E, decided.token_R, x_ECH, pre_ECF,
-            h_ECF, gate_EC, w1_EHF, b1_EF, w2_EFH, b2_EH,
-        )  # fmt: skip
-        ctx.balance = balance
+            x_TH, router_EH, *kept, decided.token_R, x_ECH, pre_ECF, h_ECF, gate_EC, w1_EHF, b1_EF, w2_EFH, b2_EH
+        )
         ctx.set_materialize_grads(False)
         rest = (decided.gate_T, *decided[3:])
         ctx.mark_non_differentiable(*rest)
@@ -46,10 +44,10 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy_TH, d_aux, d_z, *_):
-        x_TH, router_EH, *decided, token_R, x_ECH, pre_ECF, h_ECF, gate_EC, w1_EHF, b1_EF, w2_EFH, b2_EH = (
+        x_TH, router_EH, *kept, token_R, x_ECH, pre_ECF, h_ECF, gate_EC, w1_EHF, b1_EF, w2_EFH, b2_EH = (
             ctx.saved_tensors  # once: with activation checkpointing each access would compute them anew
         )
-        expert_T = decided[0]
+        expert_T = kept[0]
         E, C, F = pre_ECF.shape
         dy_TH = torch.zeros_like(x_TH) if dy_TH is None else dy_TH.contiguous()
         d_gate_R = gate_EC.new_empty(E * C, dot_parts(F))  # in parts
@@ -62,9 +60,7 @@ class _Layer(torch.autograd.Function):
         d_w1_EHF = torch.bmm(x_ECH.mT, d_pre_ECF)
         dx_RH = torch.bmm(d_pre_ECF, w1_EHF.mT).flatten(0, 1)
         del d_pre_ECF
-        dx_TH, d_router_EH = launch_backward(
-            x_TH, router_EH, decided, d_gate_R, (d_aux, d_z), dx_RH, by_row=True, balance=ctx.balance
-        )
+        dx_TH, d_router_EH = launch_backward(x_TH, router_EH, kept, d_gate_R, (d_aux, d_z), dx_RH, by_row=True)
         biases = d_b1_EF.to(b1_EF.dtype), d_b2_EH.to(b2_EH.dtype)
         return dx_TH, d_router_EH, d_w1_EHF, biases[0], d_w2_EFH, biases[1], None, None, None
 
