@@ -7,7 +7,9 @@ All have the same depth, so that width is the only difference. Their learning ra
 the ``rates`` step trains each model with several multiples of it, and each model takes the best.
 """
 
+import argparse
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -15,8 +17,11 @@ from pathlib import Path
 
 import torch
 
-from megatron.config import RunConfig, flags
+from megatron.config import RunConfig
+from megatron.config.flags import parse_args
+from megatron.config.option import parse_count
 from megatron.data import manifest
+from tools.plot_runs import Run, RunError, read_run
 
 BASE_WIDTH, BASE_RATE = 128, 3e-3
 SEEDS = (1, 2)
@@ -107,6 +112,11 @@ class Job:
     folder: Path
     flags: tuple[str, ...]
 
+    @functools.cached_property
+    def config(self) -> RunConfig:
+        """The whole configuration."""
+        return parse_args(list(self.flags))
+
 
 class Ladder:
     """The jobs of a scale, on a corpus.
@@ -179,10 +189,6 @@ class Ladder:
         for model in [*self.dense, *self.with_experts]:
             yield self._job(f"time/{model.name}", model, self._rate(model), SEEDS[0], more=(*stop, *quiet))
 
-    def config(self, job: Job) -> RunConfig:
-        """The whole configuration of a job."""
-        return flags.parse_args(list(job.flags))
-
     def _main_job(self, model: Model, seed: int) -> Job:
         rate = self._rate(model)
         return self._job(f"{model.name}-lr{rate:.3g}-seed{seed}", model, rate, seed)
@@ -226,6 +232,13 @@ class Ladder:
         return Job(name, model, folder, (*given, *self._data, *self._device, *model.flags, *more))
 
 
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of :func:`load_ladder`."""
+    parser.add_argument("--out", type=Path, required=True, help="Folder for everything that is made.")
+    parser.add_argument("--scale", choices=SCALES, default="pair")
+    parser.add_argument("--tokens", type=parse_count, help="Of each run (default: the scale's).")
+
+
 def load_ladder(out: Path, scale: Scale, tokens: int | None = None) -> Ladder:
     """The ladder of what has been prepared in ``out``: the datasets, and rates if they have been looked for.
 
@@ -264,7 +277,14 @@ def _data_flags(folder: Path, scale: Scale, tokens: int) -> tuple[str, ...]:
     )  # fmt: skip
 
 
+def metrics(folder: Path) -> Run:
+    """What a run logged; nothing where it has logged nothing yet."""
+    try:
+        return read_run(folder)
+    except RunError:
+        return Run(folder.name)
+
+
 def validation_losses(folder: Path) -> dict[int, float]:
     """The validation loss of a run by the tokens that it had been trained on."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return {line["tokens"]: line["loss"] for line in lines if line["kind"] == "valid"}
+    return {line["tokens"]: line["loss"] for line in metrics(folder).lines("valid")}

@@ -19,7 +19,6 @@ from typing import Any
 
 import ladder
 
-from megatron.config.option import parse_count
 from megatron.planning.flops import model_flops_per_token
 from megatron.planning.parameters import count_parameters
 from megatron.planning.plan import count
@@ -80,8 +79,8 @@ def read_results(found: ladder.Ladder) -> dict[str, Result]:
     results: dict[str, Result] = {}
     for job in found.main_jobs():
         folder = job.folder
-        curve = ladder.validation_losses(folder) if (folder / "metrics.jsonl").exists() else {}
-        config = found.config(job)
+        curve = ladder.validation_losses(folder)
+        config = job.config
         if max(curve, default=0) < config.training.train_tokens:
             continue
         name, end = job.model.name, curve[max(curve)]
@@ -100,22 +99,16 @@ def read_results(found: ladder.Ladder) -> dict[str, Result]:
     return results
 
 
-def _lines(folder: Path, kind: str) -> list[dict[str, Any]]:
-    file = folder / "metrics.jsonl"
-    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    return [line for line in lines if line["kind"] == kind]
-
-
 def _seconds(folder: Path, tokens: int) -> float | None:
     """To train on all tokens at the speed of the timed updates but for the first ones, which compile."""
-    speeds = [line["tokens_per_second"] for line in _lines(folder, "train")]
+    speeds = [line["tokens_per_second"] for line in ladder.metrics(folder).train]
     return tokens / statistics.median(speeds[len(speeds) // 2 :]) if speeds else None
 
 
 def _experts(folder: Path) -> list[dict[str, Any]]:
     return [
         {"tokens": line["tokens"], "load": max(line["experts"]["load"]), "dropped": statistics.mean(dropped)}
-        for line in _lines(folder, "train")
+        for line in ladder.metrics(folder).train
         if (dropped := line.get("experts", {}).get("dropped"))
     ]
 
@@ -258,9 +251,7 @@ def draw(results: dict[str, Result], out: Path) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, or 1 if there is nothing to compare."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="Folder of the ladder.")
-    parser.add_argument("--scale", choices=ladder.SCALES, default="pair")
-    parser.add_argument("--tokens", type=parse_count, help="Of each run (default: the scale's).")
+    ladder.add_options(parser)
     args = parser.parse_args(argv)
     try:
         found = ladder.load_ladder(args.out, ladder.SCALES[args.scale], args.tokens)
@@ -269,7 +260,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"{args.out}/runs has no finished run; run the train step first")
         rows = comparison(results)
         figures = draw(results, args.out)
-        (header,) = _lines(next(found.main_jobs()).folder, "run")[-1:] or ({},)
+        header = next(filter(None, (ladder.metrics(job.folder).header for job in found.main_jobs())))
         text = page(results, rows, f"{header.get('device', '')}, {header.get('precision', '')}", figures)
         (args.out / "page.md").write_text(text)
         content = {"models": [dataclasses.asdict(each) for each in results.values()], "comparison": rows}

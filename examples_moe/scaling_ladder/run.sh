@@ -70,8 +70,8 @@ while [[ $# -gt 0 ]]; do
     esac
 done
 case "$scale" in
-    trial) vocabulary=512 sample=2M ;;
-    pair | full) vocabulary=4096 sample=20M ;;
+    trial) sample=2M ;;
+    pair | full) sample=20M ;;
     *) fail "--scale $scale is none of pair, full, trial" ;;
 esac
 [[ ${#steps[@]} -gt 0 ]] || steps=(text rates train time page)
@@ -95,7 +95,9 @@ text() {
     else
         chain="$(checksum "$(ls -lL "${corpus[@]}")")"
     fi
-    local tokenizer="$out/data/tokenizer" number=0 file
+    local tokenizer="$out/data/tokenizer" number=0 file vocabulary
+    vocabulary="$("$PYTHON" -c 'import sys; sys.path.insert(0, sys.argv[1]); import ladder
+print(ladder.SCALES[sys.argv[2]].vocabulary)' "$here" "$scale")"
     step tokenizer data/tokenizer-vocab.json "Training a byte-level BPE of $vocabulary entries" \
         "$PYTHON" tools/train_tokenizer.py --input "${corpus[@]}" --output "$tokenizer" --model-type byte-bpe \
         --vocab-size "$vocabulary" --sample-bytes "$sample" --overwrite

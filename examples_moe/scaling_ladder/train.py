@@ -19,7 +19,6 @@ from pathlib import Path
 import ladder
 import torch
 
-from megatron.config.option import parse_count
 from megatron.planning.flops import model_flops_per_token
 from megatron.planning.memory import memory
 from megatron.training.exit_record import finished
@@ -70,9 +69,9 @@ def run_jobs(jobs: Sequence[ladder.Job], found: ladder.Ladder, most: int | None)
     cores = len(os.sched_getaffinity(0))
     most = most or max(1, min(SIDE_BY_SIDE if gpus[0] is not None else cores, cores // len(gpus)))
     threads = max(1, cores // (most * len(gpus)))
-    waiting = [job for job in jobs if finished(found.config(job)) is None]
+    waiting = [job for job in jobs if finished(job.config) is None]
     work = {job.name: _flops(found, job) for job in waiting}
-    peak = {job.name: memory(found.config(job), 1, found.scale.vocabulary).peak for job in waiting}
+    peak = {job.name: memory(job.config, 1, found.scale.vocabulary).peak for job in waiting}
     total, begin, said = sum(work.values()), time.monotonic(), time.monotonic()
     print(f"{len(jobs)} runs, {len(jobs) - len(waiting)} of them finished before", flush=True)
     running: list[Running] = []
@@ -112,7 +111,7 @@ def run_jobs(jobs: Sequence[ladder.Job], found: ladder.Ladder, most: int | None)
 
 
 def _flops(found: ladder.Ladder, job: ladder.Job) -> float:
-    config = found.config(job)
+    config = job.config
     tokens = config.checkpoint.exit_tokens or config.training.train_tokens
     return tokens * model_flops_per_token(config.model, config.moe, found.scale.vocabulary)
 
@@ -122,7 +121,7 @@ def best_rates(found: ladder.Ladder) -> dict[str, float]:
     best: dict[str, tuple[float, float]] = {}
     for job in found.rate_jobs():
         losses = ladder.validation_losses(job.folder)
-        this = (losses[max(losses)], found.config(job).optimizer.lr)
+        this = (losses[max(losses)], job.config.optimizer.lr)
         best[job.model.name] = min(this, best.get(job.model.name, this))
     return {name: rate for name, (_, rate) in best.items()}
 
@@ -131,9 +130,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("step", choices=("rates", "train", "time"))
-    parser.add_argument("--out", type=Path, required=True, help="Folder for everything that is made.")
-    parser.add_argument("--scale", choices=ladder.SCALES, default="pair")
-    parser.add_argument("--tokens", type=parse_count, help="Of each run (default: the scale's).")
+    ladder.add_options(parser)
     parser.add_argument("--jobs", default="auto", help="Runs side by side on each GPU, or on the CPU (default: auto).")
     args = parser.parse_args(argv)
     if args.jobs != "auto" and not (args.jobs.isdigit() and int(args.jobs)):

@@ -31,13 +31,13 @@ def test_jobs_can_be_trained_and_differ_in_what_they_say(scale):
     jobs = [*found.rate_jobs(), *found.main_jobs(), *found.time_jobs()]
     assert len({job.name for job in jobs}) == len(jobs)
     for job in jobs:
-        config = found.config(job)
+        config = job.config
         validate_numbers(config, 1)
         assert config.training.recipe == job.model.recipe
         assert config.training.train_tokens == (
             found.scale.rate_tokens if job.name.startswith("rates/") else found.tokens
         )
-    main = {f"{job.model.name}-seed{job.name[-1]}": found.config(job) for job in found.main_jobs()}
+    main = {f"{job.model.name}-seed{job.name[-1]}": job.config for job in found.main_jobs()}
     for model in [*found.dense, *found.with_experts]:
         for seed in ladder.SEEDS:
             config = main[f"{model.name}-seed{seed}"]
@@ -52,7 +52,7 @@ def test_jobs_can_be_trained_and_differ_in_what_they_say(scale):
 def test_a_rate_that_was_found_is_taken_and_others_follow_the_rule():
     rates = {"recommended-128": 0.25}
     found = ladder.Ladder(Path("out"), ladder.SCALES["pair"], rates=rates)
-    given = {job.model.name: found.config(job).optimizer.lr for job in found.main_jobs()}
+    given = {job.model.name: job.config.optimizer.lr for job in found.main_jobs()}
     assert given["recommended-128"] == 0.25
     assert given["recommended-128x32"] == ladder.BASE_RATE
     assert given["recommended-256"] == pytest.approx(ladder.BASE_RATE / 2**0.5, rel=1e-5)
